@@ -1,0 +1,1 @@
+"""secateurs prunes reasoning language models on their own chain of thought."""

@@ -1,0 +1,69 @@
+"""What a model is asked: question sets with stable ids, disjoint splits, a prompt format and an answer check. No torch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One thing to ask. `id` is stable and unique within its set; `answer` is what `QuestionSet.check` compares with."""
+
+    id: str
+    prompt: str
+    answer: str
+    family: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFormat:
+    """How a set is put to a model: system text, worked examples as (user, assistant) turns, text the reply starts with."""
+
+    system: str = ""
+    examples: tuple[tuple[str, str], ...] = ()
+    prefill: str = ""
+
+
+class QuestionSet(Protocol):
+    """A named, versioned source of questions. Splits `calibration` and `eval` never share a question."""
+
+    name: str
+    version: int
+    format: PromptFormat
+
+    def questions(self, split: str, seed: int) -> Iterator[Question]:
+        """Distinct questions of `split` in an order fixed by `seed`; ends when the split is exhausted."""
+        ...
+
+    def check(self, question: Question, answer: str) -> bool:
+        """Whether `answer` (the text after the thinking, special tokens removed) is right."""
+        ...
+
+
+QUESTION_SETS: dict[str, str] = {
+    "tiny": "secateurs.questions.tiny:Tiny",
+    "gsm8k": "secateurs.questions.jsonl:gsm8k",
+    "svamp": "secateurs.questions.jsonl:svamp",
+    "jsonl": "secateurs.questions.jsonl:Jsonl",
+}
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> str:
+    """One sentence for a name that is in no table: what was found, the nearest name, what is allowed."""
+    near = get_close_matches(name, known, n=1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    return f"unknown {kind} `{name}`.{hint} Known: {', '.join(sorted(known))}."
+
+
+def question_set(name: str, **options) -> QuestionSet:
+    """The set called `name`, built with `options`. ValueError names the nearest set or option."""
+    if name not in QUESTION_SETS:
+        raise ValueError(unknown_name("question set", name, list(QUESTION_SETS)))
+    module, attribute = QUESTION_SETS[name].split(":")
+    factory: Callable[..., QuestionSet] = getattr(import_module(module), attribute)
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise ValueError(f"question set `{name}`: {error}") from None
