@@ -1,8 +1,8 @@
-"""Content keys and writes that survive a crash: canonical hashes, atomic files and folders, hashes of model folders. No torch.
+"""Content keys, and writes that survive a crash: canonical hashes, atomic files and folders. No torch.
 
-Every write goes to a temporary name in the same folder, is flushed to disk and then renamed into place, so a reader sees the
-old content or the new, never half of it. Temporary names carry the writer's process id: `sweep_temp` removes those a killed
-process left behind, and no others.
+Every write goes to a temporary name in the same folder, is flushed to disk and then renamed into place, so a reader
+sees the old content or the new, never half of it. Temporary names carry the writer's process id: `sweep_temp` removes
+those a killed process left behind, and no others.
 """
 
 import dataclasses
@@ -25,20 +25,21 @@ _serial = itertools.count()
 
 
 def canonical_json(value: object) -> str:
-    """One text for one value: sorted keys, no spaces, ASCII. Tuples count as lists; a dataclass also carries its class name.
+    """One text for one value: sorted keys, no spaces, ASCII; tuples are lists, a dataclass carries its class name.
 
-    Raises TypeError for any other type, also for a subclass such as a numpy float or an Enum (nothing is turned into text
-    behind your back), and ValueError for NaN and infinities, which equal nothing and so can be no part of a key.
+    Raises TypeError for any other type, also for a subclass such as a numpy float or an Enum (nothing is turned into
+    text behind your back), and ValueError for NaN and infinities, which equal nothing and so can be no part of a key.
     """
     return json.dumps(_plain(value, "value"), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def canonical_hash(value: object) -> str:
-    """sha256 (hex) of `canonical_json(value)`: the key of a stage, from its dataclass, its input keys and its schema version."""
+    """sha256 (hex) of `canonical_json(value)`: a stage's key, from its dataclass, input keys and schema version."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def _plain(value: Any, where: str) -> object:
+    """`value` in the types JSON has; `where` names the place of a value that cannot be converted."""
     if value is None or type(value) in (str, int, bool):
         return value
     if type(value) is float:
@@ -47,7 +48,7 @@ def _plain(value: Any, where: str) -> object:
         return value
     if type(value) in (list, tuple):
         return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if not isinstance(value, type) and dataclasses.is_dataclass(value):
         fields = {f.name: _plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
         return {"@dataclass": type(value).__qualname__} | fields
     if type(value) is dict:
@@ -62,9 +63,10 @@ def _plain(value: Any, where: str) -> object:
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:
-    """Replace the file `path` by `content`, all or nothing. An OSError (disk full, no permission) leaves the old file as it was.
+    """Replace the file `path` by `content`, all or nothing.
 
-    Text is written as UTF-8. The bytes are on disk when this returns.
+    Text is written as UTF-8. The bytes are on disk when this returns. An OSError (disk full, no permission) leaves
+    the old file as it was.
     """
     path = Path(path)
     temp = _temp_sibling(path, "tmp")
@@ -95,7 +97,7 @@ def fsync_path(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and FUSE file systems cannot flush a folder and say EINVAL; there a rename is as durable as it gets.
+        # Some network and FUSE file systems cannot flush a folder and say EINVAL; a rename is all they offer.
         if error.errno != errno.EINVAL:
             raise
     finally:
@@ -106,10 +108,10 @@ def fsync_path(path: Path) -> None:
 def atomic_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends well, and is removed when it raises.
 
-    An existing folder that holds anything is refused (ValueError, before any work is done) unless `overwrite`: then it stays
-    whole until the new one is complete, and is then removed with all it holds, so the caller first checks whose it is. A kill
-    between the two renames leaves the old folder under a temporary name; `sweep_temp`, which the next call runs for this
-    name, puts it back. Missing parent folders are made.
+    An existing folder that holds anything is refused (ValueError, before any work is done) unless `overwrite`: then
+    it stays whole until the new one is complete, and is then removed with all it holds, so the caller first checks
+    whose it is. A kill between the two renames leaves the old folder under a temporary name; `sweep_temp`, which the
+    next call runs for this name, puts it back. Missing parent folders are made.
     """
     path = Path(path).resolve()  # a rename cannot replace a symbolic link to a folder
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,8 +155,8 @@ def _temp_sibling(path: Path, kind: str) -> Path:
 def sweep_temp(folder: Path | str, name: str | None = None) -> list[Path]:
     """Remove what killed writers left in `folder` (of the target `name` only, if given); returns the removed paths.
 
-    A folder that was set aside by a writer killed before its successor was in place is put back instead. Files of living
-    processes stay; ids are those of this machine, so sweep only folders in which this machine alone writes.
+    A folder that was set aside by a writer killed before its successor was in place is put back instead. Files of
+    living processes stay; ids are those of this machine, so sweep only folders in which this machine alone writes.
     """
     removed = []
     for entry in sorted(Path(folder).iterdir()):
@@ -184,7 +186,7 @@ def _alive(pid: int) -> bool:
 
 
 def read_json(path: Path | str) -> Any:
-    """The value in a JSON file. ValueError names file and line if it is not JSON; a missing file stays a FileNotFoundError."""
+    """The value in a JSON file. ValueError names file and line if it is not JSON; FileNotFoundError if missing."""
     content = Path(path).read_bytes()
     try:
         return json.loads(content)
@@ -196,16 +198,16 @@ def read_json(path: Path | str) -> Any:
 
 
 def write_json(path: Path | str, value: object) -> None:
-    """Write `value` as JSON, atomically; equal values give equal bytes (sorted keys, two spaces). NaN raises ValueError."""
+    """Write `value` as JSON, atomically; equal values give equal bytes (sorted keys, indent 2). ValueError for NaN."""
     atomic_write(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def folder_hash(path: Path | str, patterns: Sequence[str], *, optional: Sequence[str] = ()) -> str:
     """sha256 (hex) over name and content of the files in `path` that match the glob `patterns` or `optional`.
 
-    Every one of `patterns` must match a file (ValueError), so that a folder without weights never passes for a model. Files
-    are streamed, several at a time; the cost is reading them once (about 1 GB/s a file). Names count: the same weights in
-    other shards hash differently.
+    Every one of `patterns` must match a file (ValueError), so that a folder without weights never passes for a model.
+    Files are streamed, several at a time; the cost is reading them once (about 1 GB/s a file). Names count: the same
+    weights in other shards hash differently.
     """
     path = Path(path)
     if not path.is_dir():

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-import jinja2
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from rich.table import Table
 from rich.text import Text
@@ -212,7 +211,18 @@ class Report(_Model):
 
 def schema_markdown() -> str:
     """docs/report-schema.md, made from the models above so that it cannot drift."""
-    models = (Report, Stage, TraceSummary, Cell, Evaluation, Difference, LayerReport, HiddenError, CurvePoint, SummaryRow)
+    models = (
+        Report,
+        Stage,
+        TraceSummary,
+        Cell,
+        Evaluation,
+        Difference,
+        LayerReport,
+        HiddenError,
+        CurvePoint,
+        SummaryRow,
+    )
     lines = [
         "# The report schema",
         "",
@@ -447,9 +457,7 @@ def _unique(values: Iterable[T]) -> list[T]:
     return kept
 
 
-def _same_or_keyed(
-    reports: Sequence[Report], part: Callable[[Report], dict[str, JsonValue]]
-) -> dict[str, JsonValue]:
+def _same_or_keyed(reports: Sequence[Report], part: Callable[[Report], dict[str, JsonValue]]) -> dict[str, JsonValue]:
     if len(_unique(map(part, reports))) == 1:
         return part(reports[0])
     return {f"run {i}, {report.recipe_key}": part(report) for i, report in enumerate(reports, 1)}
@@ -831,6 +839,7 @@ def _plot(
         "lines": lines,
         "reference": reference and [y(v) for v in reference],
         "direct": direct,
+        "log": log,
     }
 
 
@@ -900,8 +909,6 @@ def _layer_plots(arms: dict[str, list[Cell]]) -> list[dict[str, Any]]:
     }
     every = [p[1] for series in means.values() for s in series for p in s.points]
     log = bool(every) and max(every) > 8 * min(every)
-    bounds = [(0, 0.0, min(every), max(every))] if every else []
-    frame = Series("", "", bounds)
     return [
         _plot(
             series,
@@ -909,10 +916,275 @@ def _layer_plots(arms: dict[str, list[Cell]]) -> list[dict[str, Any]]:
             x_label="block",
             y_label="relative error",
             log=log,
-            y_range=(0, max(every) * 1.06),
-            y_extent=(min(every), max(every)),
+            y_range=(min(every) / 1.2, max(every) * 1.2) if log else (0, max(every) * 1.06),
             size=(230, 170),
             direct=False,
         )
         for kind, series in means.items()
     ]
+
+
+def _region_plot(arms: dict[str, list[Cell]]) -> list[dict[str, Any]]:
+    """Held-out layer error by region, mean over layers."""
+    regions = _unique(r for cells in arms.values() for c in cells for layer in c.layers for r in layer.error_by_region)
+    means = {
+        label: [_mean(layer.error_by_region.get(r) for c in cells for layer in c.layers) for r in regions]
+        for label, cells in arms.items()
+    }
+    return _profile(arms, means, regions, "Layer outputs, by region", "relative error, mean over layers")
+
+
+def _trace_plots(arms: dict[str, list[Cell]]) -> list[dict[str, Any]]:
+    """Error of the final hidden states, by part of the trace and by position."""
+    parts = ("prompt", "early_think", "late_think", "answer")
+    hidden = {label: [c.hidden_error for c in cells if c.hidden_error] for label, cells in arms.items()}
+    means = {
+        label: [_mean(getattr(error, part) for error in errors) for part in parts] for label, errors in hidden.items()
+    }
+    names = ("prompt", "early think", "late think", "answer")
+    plots = _profile(arms, means, names, "Final hidden states, by part of the trace", "relative squared error")
+    curves = []
+    for label, errors in hidden.items():
+        buckets: dict[float, list[CurvePoint]] = defaultdict(list)
+        for point in (point for error in errors for point in error.curve if point.tokens):
+            buckets[point.position].append(point)
+        points = [
+            (position, *(math.fsum(p.error * p.tokens for p in same) / sum(p.tokens for p in same),) * 3)
+            for position, same in sorted(buckets.items())
+        ]
+        if points:
+            curves.append(Series(label, arms[label][0].arm, points))
+    if curves:
+        relative = all(point[0] <= 1 for curve in curves for point in curve.points)
+        plots.append(
+            _plot(
+                curves,
+                title="Along the chain of thought",
+                x_label="position in the chain of thought" if relative else "think token",
+                y_label="relative squared error",
+                x_text=_percent if relative else _count,
+            )
+        )
+    return plots
+
+
+def _profile(
+    arms: dict[str, list[Cell]],
+    means: dict[str, list[float | None]],
+    names: Sequence[str],
+    title: str,
+    y_label: str,
+) -> list[dict[str, Any]]:
+    """A plot over named places, in a list; empty when no arm has a value."""
+    series = []
+    for label, values in means.items():
+        points = [(float(i), v, v, v) for i, v in enumerate(values) if v is not None]
+        if points:
+            series.append(Series(label, arms[label][0].arm, points))
+    return [_plot(series, title=title, x_label="", y_label=y_label, names=names)] if series else []
+
+
+# ---------------------------------------------------------------------------------------------------- pages
+
+INTERVALS = (
+    "The interval of one run is over questions: another draw of questions of this kind would land in it 95 times in "
+    "100. Where a row averages several seeds, the variance between seeds, divided by their number, is added to the "
+    "question-level variance, which does not shrink because all seeds answer the same questions. A gap between two "
+    "arms is called clear only when it exceeds the 95 % interval of an unpaired difference, which is the cautious "
+    "choice for arms that answered the same questions."
+)
+
+GLOSSARY = {
+    "arm": "Which tokens decided what to prune; everything else is equal between arms.",
+    "dense": "The model before pruning.",
+    "corpus": "Calibrated on general web text.",
+    "prompt": "Calibrated on the prompts alone.",
+    "rac": "Calibrated on prompts and the dense model's own chain of thought and answer.",
+    "think": "Calibrated on the chain of thought alone.",
+    "sparsity": "Share of the prunable weights set to zero.",
+    "pass@1": "Chance that one sampled answer is correct, averaged over questions.",
+    "points": "Percentage points of pass@1 against the dense model.",
+    "tokens": "Generated tokens per answer, chain of thought included.",
+    "time": "Wall-clock time of the evaluation against the dense model's, at the same settings.",
+    "truncated": "Stopped by the token limit.",
+    "loops": "Ends in a repeating loop.",
+    "unclosed": "Never closes its chain of thought.",
+    "tokens per correct": "All generated tokens divided by the correct answers: the price of one right answer.",
+    "layer error": "Squared change of a layer's outputs over their squared size, on tokens kept from the solver.",
+    "hidden error": "The same for the last hidden states of the whole model, on held-out traces of the dense model.",
+}
+
+
+def _arms_at(report: Report, focus: SummaryRow, has: Callable[[Cell], Any]) -> tuple[str, dict[str, list[Cell]]]:
+    """Cells by arm in one setting, the focus if any cell there `has` the data, else the sparsest; and its name."""
+    cells = [cell for cell in sorted(report.cells, key=_group) if cell.arm != "dense" and has(cell)]
+    where = [Setting(c.sparsity, c.evaluation.question_set, c.pattern, c.solver) for c in cells]
+    if not cells:
+        return "", {}
+    setting = _setting(focus) if _setting(focus) in where else max(where)
+    rows = [row for row in report.summary if _setting(row) == setting and row.arm != "dense"]
+    labels = {(row.arm, row.calibration_tokens): _label(row, rows) for row in rows}
+    arms: dict[str, list[Cell]] = defaultdict(list)
+    for cell, place in zip(cells, where, strict=True):
+        if place == setting:
+            arms[labels[cell.arm, cell.calibration_tokens]].append(cell)
+    return _place(rows[0], report.summary), dict(arms)
+
+
+def _families(report: Report, focus: SummaryRow | None) -> tuple[list[str], list[tuple[str, str, list[float | None]]]]:
+    """pass@1 by question family of the dense model and of the focus setting: families, then (label, arm, values)."""
+    if focus is None:
+        return [], []
+    _, arms = _arms_at(report, focus, lambda cell: cell.evaluation.by_family)
+    dense = [c for c in report.cells if c.arm == "dense" and c.evaluation.question_set == focus.question_set]
+    arms = {"dense": dense, **arms} if dense else arms
+    families = sorted({family for cells in arms.values() for c in cells for family in c.evaluation.by_family})
+    return families, [
+        (label, cells[0].arm, [_mean(c.evaluation.by_family.get(family) for c in cells) for family in families])
+        for label, cells in arms.items()
+    ]
+
+
+def _colours(report: Report) -> dict[str, int]:
+    """A colour per arm, the same everywhere: 0 to 4 for the known arms, 5 to 7 in turn for the others."""
+    others = sorted({cell.arm for cell in report.cells} - set(ARMS))
+    return {arm: i for i, arm in enumerate(ARMS)} | {arm: len(ARMS) + i % 3 for i, arm in enumerate(others)}
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    """What the reader must know before the first number."""
+    first = report.cells[0].evaluation if report.cells else None
+    facts = [("model", _model_name(report))]
+    if first:
+        facts.append(("questions", f"{first.questions} × {first.samples} samples, {first.question_set}"))
+    budgets = sorted({cell.calibration_tokens for cell in report.cells if cell.arm != "dense"})
+    if budgets:
+        facts.append(("calibration", " or ".join(f"{_count(b)} tokens" for b in budgets) + " per arm"))
+    for name in ("solver", "pattern"):
+        values = _unique(getattr(cell, name) for cell in report.cells if cell.arm != "dense")
+        if values:
+            facts.append((name, ", ".join(values)))
+    if report.cells:
+        facts.append(("seeds", str(len({cell.seed for cell in report.cells}))))
+    facts.append(("written", report.created))
+    return facts
+
+
+def _trace_facts(traces: TraceSummary) -> list[tuple[str, str]]:
+    total = sum(traces.by_region.values()) or 1
+    return [
+        ("traces", str(traces.traces)),
+        ("tokens", _count(traces.tokens)),
+        *((f"of which {name}", f"{_count(n)} ({_percent(n / total, 1)})") for name, n in traces.by_region.items()),
+        ("correct", _maybe(lambda value: _percent(value, 1))(traces.pass_at_1)),
+        ("mean chain of thought", f"{_count(traces.mean_think_tokens)} tokens"),
+        ("truncated", _percent(traces.truncated, 1)),
+        *((f"dropped, {reason}", str(n)) for reason, n in traces.dropped.items()),
+        ("sampling", _duration(traces.seconds)),
+    ]
+
+
+def _context(report: Report) -> dict[str, Any]:
+    """Everything the templates show, computed."""
+    focus = _focus(report.summary)
+    layers_at, layer_arms = _arms_at(report, focus, lambda c: c.layers) if focus else ("", {})
+    hidden_at, hidden_arms = _arms_at(report, focus, lambda c: c.hidden_error) if focus else ("", {})
+    layer_plots = _layer_plots(layer_arms)
+    families, by_family = _families(report, focus)
+    groups: list[tuple[str, list[tuple[str, SummaryRow]]]] = []
+    for row in report.summary:
+        pieces = (
+            ["dense model"] if row.arm == "dense" else [f"{_percent(row.sparsity)} removed", row.pattern, row.solver]
+        )
+        name = ", ".join([*pieces, row.question_set] if len({r.question_set for r in report.summary}) > 1 else pieces)
+        if not groups or groups[-1][0] != name:
+            groups.append((name, []))
+        label = _label(row, [other for other in report.summary if _setting(other) == _setting(row)])
+        groups[-1][1].append((label, row))
+    total = math.fsum(stage.seconds for stage in report.stages)
+    return {
+        "report": report,
+        "headline": headline(report),
+        "model_name": _model_name(report),
+        "facts": _facts(report),
+        "groups": groups,
+        "colour": _colours(report),
+        "dense_of": {row.question_set: None for row in report.summary}
+        | {row.question_set: row.pass_at_1 for row in report.summary if row.arm == "dense"},
+        "sparsity_plots": _sparsity_plots(report.summary),
+        "layers_at": layers_at,
+        "layer_arms": [(label, cells[0].arm) for label, cells in layer_arms.items()],
+        "layer_plots": layer_plots,
+        "layers_log": any(plot["log"] for plot in layer_plots),
+        "region_plots": _region_plot(layer_arms),
+        "hidden_at": hidden_at,
+        "trace_plots": _trace_plots(hidden_arms),
+        "families": families,
+        "by_family": by_family,
+        "focus_at": _place(focus, report.summary) if focus else "",
+        "total_seconds": total,
+        "shares": [stage.seconds / total if total else 0.0 for stage in report.stages],
+        "trace_facts": _trace_facts(report.traces) if report.traces else [],
+        "details": [
+            (name, _flat(part))
+            for name, part in (
+                ("Recipe", report.recipe),
+                ("Model", report.model),
+                ("Hardware", report.hardware),
+                ("Versions", {"secateurs": report.secateurs, **report.versions}),
+            )
+            if part
+        ],
+        "odd_layers": [
+            (c, layer) for c in report.cells for layer in c.layers if layer.note or layer.zeros != layer.zeros_asked
+        ],
+        "intervals": INTERVALS,
+        "glossary": GLOSSARY,
+    }
+
+
+def _markdown_text(value: Any) -> str:
+    """Text that stays text inside a Markdown table."""
+    text = " ".join(str(value).split())
+    for plain, safe in (
+        ("&", "&amp;"),
+        ("<", "&lt;"),
+        (">", "&gt;"),
+        ("|", "\\|"),
+        ("`", "\\`"),
+        ("*", "\\*"),
+        ("_", "\\_"),
+    ):
+        text = text.replace(plain, safe)
+    return text
+
+
+def _templates(autoescape: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("secateurs"),
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "percent": _maybe(_percent),
+        "percent1": _maybe(lambda value: _percent(value, 1)),
+        "points": _maybe(_points),
+        "times": _maybe(_times),
+        "count": _maybe(_count),
+        "number": _maybe(lambda value: f"{value:.3g}"),
+        "duration": _maybe(_duration),
+        "md": _markdown_text,
+    }
+    return environment
+
+
+def to_markdown(report: Report) -> str:
+    """The result as Markdown: headline, tables, costs, provenance."""
+    return _templates(autoescape=False).get_template("report.md.j2").render(_context(report))
+
+
+def to_html(report: Report) -> str:
+    """The result as one HTML page that needs nothing else: no scripts, no fonts, no network."""
+    return _templates(autoescape=True).get_template("report.html.j2").render(_context(report))

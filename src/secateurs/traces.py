@@ -1,4 +1,4 @@
-"""Traces: what a model generated, as exact ids, in a store that survives `kill -9` and stops at an exact token budget. No torch.
+"""What a model generated, as exact ids, in a store that survives `kill -9` and stops at a token budget. No torch.
 
 A store is a folder:
 
@@ -8,14 +8,15 @@ A store is a folder:
     timing.json             seconds spent generating; no part of the result
     lock                    held by the one process that writes
 
-The journal is text lines because an append of whole lines plus fsync loses nothing that was acknowledged: a kill can only tear
-the last line, and that is cut off on the next open. Parquet cannot be appended to, but it is right for what is finished: ids
-stay exact int32, zstd makes them about a sixth of the JSON, pages carry checksums, and pandas, datasets and duckdb read it
-without this package. A shard appears by one rename and the journal goes only afterwards; a kill in between leaves traces in
-both, and then the sealed copy counts.
+The journal is text lines because an append of whole lines plus fsync loses nothing that was acknowledged: a kill can
+only tear the last line, and that is cut off on the next open. Parquet cannot be appended to, but it is right for what
+is finished: ids stay exact int32, zstd makes them about a sixth of the JSON, pages carry checksums, and pandas,
+datasets and duckdb read it without this package. A shard appears by one rename and the journal goes only afterwards;
+a kill in between leaves traces in both, and then the sealed copy counts.
 
-Which traces are kept depends on the order of the requests and on the budget, never on which request finished first, so an
-interrupted run and an uninterrupted one seal the same bytes (with one version of pyarrow, which signs its files).
+Which traces are kept depends on the order of the requests and on the budget, never on which request finished first,
+so an interrupted run and an uninterrupted one seal the same bytes (with one version of pyarrow, which signs its
+files).
 """
 
 import fcntl
@@ -65,9 +66,10 @@ _SCHEMA = pa.schema(
 class Trace:
     """One generated record: the exact ids that went in and came out, and where the thinking ends.
 
-    `completion_ids[:think_tokens]` is the think region, with its closing marker; the rest is the answer. `think_closed` says
-    whether that marker was produced (True for a model without markers). `finish` is "length" for a trace cut off at the
-    token limit. `reward` is None until someone scores it. ValueError if a field cannot be right.
+    `completion_ids[:think_tokens]` is the think region, with its closing marker; the rest is the answer.
+    `think_closed` says whether that marker was produced (True for a model without markers). `finish` is "length" for
+    a trace cut off at the token limit. `reward` is None until someone scores it. ValueError if a field cannot be
+    right.
     """
 
     question_id: str
@@ -119,11 +121,11 @@ class Trace:
 
 
 class TraceStore:
-    """The traces of one run in a folder, each (question_id, sample) once; see the module's docstring for what is on disk.
+    """The traces of one run in a folder, each (question_id, sample) once; the module docstring says what is on disk.
 
-    ValueError if another process writes the folder, if it was made with another provenance, or if a file in it is damaged.
-    `provenance` is any `canonical_json` value of nested dicts. Use it as a context manager, or call `close`. All traces are
-    held in memory, about 40 bytes a token. One thread at a time.
+    ValueError if another process writes the folder, if it was made with another provenance, or if a file in it is
+    damaged. `provenance` is any `canonical_json` value of nested dicts. Use it as a context manager, or call `close`.
+    All traces are held in memory, about 40 bytes a token. One thread at a time.
     """
 
     def __init__(self, folder: Path | str, provenance: Mapping[str, object]) -> None:
@@ -216,10 +218,10 @@ class TraceStore:
         self._active |= batch
 
     def prefix(self, requests: Iterable[Key], num_tokens: int) -> tuple[list[Trace], bool]:
-        """The shortest run of stored traces from the start of `requests` with at least `num_tokens`, and whether it got there.
+        """The fewest stored traces from the start of `requests` with at least `num_tokens`, and whether it got there.
 
-        It ends early, with False, at the first request that is not stored or when the requests are used up. At most the last
-        trace overshoots the budget. ValueError if a request comes twice.
+        It ends early, with False, at the first request that is not stored or when the requests are used up. At most
+        the last trace overshoots the budget. ValueError if a request comes twice.
         """
         kept: dict[Key, Trace] = {}
         total = 0
@@ -236,9 +238,10 @@ class TraceStore:
         return list(kept.values()), total >= num_tokens
 
     def seal(self, keep: Iterable[Trace]) -> None:
-        """Write those of `keep` that are not sealed yet, in this order, as the next shard; drop every other unsealed trace.
+        """Write those of `keep` not sealed yet, in this order, as the next shard; drop every other unsealed trace.
 
-        `keep` comes from `prefix`. A later, larger budget seals a further shard. ValueError if a trace is not in the store.
+        `keep` comes from `prefix`. A later, larger budget seals a further shard. ValueError if a trace is not in the
+        store.
         """
         assert self._lock is not None, "the store is closed"
         shard: dict[Key, Trace] = {}
@@ -268,10 +271,10 @@ class TraceStore:
 
 
 def read_traces(folder: Path | str, *, sealed_only: bool = False) -> list[Trace]:
-    """Every trace in a store, sealed ones first in request order; reads without the lock, also while another process writes.
+    """Every trace in a store, sealed ones first in request order; needs no lock, also while another process writes.
 
-    `sealed_only` leaves out what is still in the journal, whose order and extent depend on timing. ValueError names the file,
-    and in the journal the line, that is missing or damaged.
+    `sealed_only` leaves out what is still in the journal, whose order and extent depend on timing. ValueError names
+    the file, and in the journal the line, that is missing or damaged.
     """
     folder = Path(folder)
     # Journal before shards: a seal between the two then shows traces in both, and not in neither.
@@ -320,7 +323,7 @@ def _has_traces(folder: Path) -> bool:
 
 
 def _lock(folder: Path) -> int:
-    """Descriptor of the lock file, locked and with our process id in it. The system lets go of it when the process dies."""
+    """Descriptor of the lock file, locked and with our process id in it. The system unlocks it when we die."""
     path = folder / "lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -328,11 +331,9 @@ def _lock(folder: Path) -> int:
         os.ftruncate(descriptor, 0)
         write_all(descriptor, str(os.getpid()).encode())
     except BlockingIOError:
-        owner = os.read(descriptor, 32).decode(errors="replace") or "just started"
+        owner = os.read(descriptor, 32).decode(errors="replace") or "that just started"
         os.close(descriptor)
-        raise ValueError(
-            f"{folder}: another process (pid {owner}) is writing this trace store; wait or stop it"
-        ) from None
+        raise ValueError(f"{folder}: process {owner} is writing this trace store; wait for it or stop it") from None
     except BaseException:
         os.close(descriptor)
         raise
@@ -380,8 +381,8 @@ def _from_record(record: object) -> Trace:
         raise ValueError(f"a trace has the fields {', '.join(_SCHEMA.names)}")
     if not isinstance(record["prompt_ids"], list) or not isinstance(record["completion_ids"], list):
         raise ValueError("prompt_ids and completion_ids must be lists")
-    ids = {name: tuple(record[name]) for name in ("prompt_ids", "completion_ids")}
-    return Trace(**(record | ids))
+    record["prompt_ids"], record["completion_ids"] = tuple(record["prompt_ids"]), tuple(record["completion_ids"])
+    return Trace(**record)
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -469,16 +470,15 @@ def _read_shard(path: Path, provenance: Mapping[str, Any]) -> list[Trace]:
         raise ValueError(f"{path}: holds a row that is no trace ({error})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------- filters
-
 Predicate = Callable[[Trace], bool]
 
 
 def looping(ids: Sequence[int], max_period: int = 512) -> bool:
-    """Whether `ids` ends in a loop: some period p <= `max_period` fills the last max(4 p, 64) ids, so at least 4 repeats.
+    """Whether `ids` ends in a loop: some period p <= `max_period` fills the last max(4 p, 64) ids, so 4 times or more.
 
-    The default reaches loops of a whole paragraph, which reasoning models fall into more often than into short ones; a loop
-    with a counter in it is not found. Cost: O(n p) at worst with n <= 4 `max_period`; most periods fail at the last id.
+    The default reaches loops of a whole paragraph, which reasoning models fall into more often than into short ones;
+    a loop with a counter in it is not found. Cost: O(n p) at worst with n <= 4 `max_period`; most periods fail at the
+    last id.
     """
     for period in range(1, max_period + 1):
         length = max(4 * period, 64)
@@ -496,7 +496,8 @@ def looping(ids: Sequence[int], max_period: int = 512) -> bool:
 class Filter:
     """A reason to drop traces. `takes` is bool for a switch, int for a number of completion tokens.
 
-    `keep(value)` makes the test a trace must pass. It may remember the traces it passed, so make a new one for each run.
+    `keep(value)` makes the test a trace must pass. It may remember the traces it passed, so make a new one for each
+    run.
     """
 
     takes: type[bool] | type[int]
@@ -525,8 +526,8 @@ def _is_first_of_its_kind() -> Predicate:
     return is_first
 
 
-# In the order they are applied: a trace counts as dropped by the first it fails. `distinct` is last, so that it compares
-# only with traces that are kept. `correct` drops unscored traces.
+# In the order they are applied: a trace counts as dropped by the first it fails. `distinct` is last, so that it
+# compares only with traces that are kept. `correct` drops unscored traces.
 FILTERS: Mapping[str, Filter] = {
     "finished": Filter(bool, lambda _: lambda trace: trace.finish == "eos"),
     "min_tokens": Filter(int, lambda least: lambda trace: len(trace.completion_ids) >= least),
@@ -540,8 +541,8 @@ FILTERS: Mapping[str, Filter] = {
 def apply_filters(traces: Iterable[Trace], spec: Mapping[str, bool | int]) -> tuple[list[Trace], dict[str, int]]:
     """The traces that pass, in order, and how many each filter of `spec` dropped.
 
-    `spec` is for example {"correct": True, "max_tokens": 8192}; False switches a filter off, and the order of its names does
-    not matter (see FILTERS). ValueError for an unknown name or a value of the wrong kind.
+    `spec` is for example {"correct": True, "max_tokens": 8192}; False switches a filter off, and the order of its
+    names does not matter (see FILTERS). ValueError for an unknown name or a value of the wrong kind.
     """
     for name, value in spec.items():
         if name not in FILTERS:

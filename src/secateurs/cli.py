@@ -1,0 +1,230 @@
+"""The command line: parsing, progress bars and error sentences. Each command is one call into `run` or `report`."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    help="Prune reasoning language models on their own chain of thought.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+RecipeName = Annotated[
+    str, typer.Argument(help="A TOML file, or the name of a shipped recipe (`secateurs list recipes`).")
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder for everything this command writes.")]
+Set = Annotated[list[str], typer.Option("--set", help="Override a recipe value: key.sub=value, any number of times.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with its estimates and stop.")]
+
+
+class Bars:
+    """A run's progress on the terminal: one line a stage, with an estimate of what is left."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars, self.tasks = bars, {}
+
+    def __call__(self, stage: str, done: float, total: float, unit: str) -> None:
+        """Move a stage's bar; a new stage gets a new one and the one before is closed."""
+        if stage not in self.tasks:
+            for task in self.tasks.values():
+                self.bars.remove_task(task)
+            self.tasks = {stage: self.bars.add_task(stage, total=total or None)}
+        self.bars.update(self.tasks[stage], completed=done, total=total or None)
+
+
+@contextmanager
+def _bars() -> Iterator[Bars]:
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bars:
+        yield Bars(bars)
+
+
+def _plan(recipe: Any, as_json: bool) -> None:
+    from secateurs.run import Dense, plan_check
+
+    plan = plan_check(recipe, Dense(recipe))
+    if as_json:
+        print(json.dumps(plan, indent=2))
+        return
+    table = Table(show_header=False, title="plan (nothing was run)")
+    for name, value in plan.items():
+        shown = (
+            f"{value / 1e6:,.0f} MB (estimate)"
+            if name == "memory_bytes"
+            else f"{value:,}"
+            if isinstance(value, int)
+            else str(value)
+        )
+        table.add_row(name.replace("_", " "), shown)
+    Console().print(table)
+
+
+def _finish(report: Any, out: Path, as_json: bool) -> None:
+    from secateurs import report as reports
+
+    reports.write(report, out)
+    if as_json:
+        print(reports.to_json(report))
+        return
+    screen = Console()
+    screen.print(reports.console_table(report))
+    screen.print(reports.headline(report))
+    screen.print(f"report: {out / 'report.html'}")
+
+
+def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: bool) -> None:
+    from secateurs.recipe import load_recipe
+    from secateurs.run import run
+
+    recipe = load_recipe(name, overrides)
+    if dry_run:
+        _plan(recipe, as_json)
+        return
+    with _bars() as progress:
+        report = run(recipe, out, progress)
+    _finish(report, out, as_json)
+
+
+@app.command()
+def demo(out: Out = Path("runs/demo"), overrides: Set = [], as_json: Json = False, dry_run: DryRun = False) -> None:  # noqa: B006
+    """Reproduce the paper's finding on the bundled reasoner: dense against corpus, prompt and rac. No network."""
+    clock = time.monotonic()
+    _run("demo", out, overrides, as_json, dry_run)
+    console.print(f"{time.monotonic() - clock:.0f} s")
+
+
+@app.command(name="run")
+def run_(
+    recipe: RecipeName, out: Out = Path("runs/run"), overrides: Set = [], as_json: Json = False, dry_run: DryRun = False
+) -> None:  # noqa: B006
+    """Everything a recipe asks for: trace, prune, export, evaluate, report. Run it again to go on after a stop."""
+    _run(recipe, out, overrides, as_json, dry_run)
+
+
+@app.command()
+def trace(
+    recipe: RecipeName, out: Out = Path("runs/run"), overrides: Set = [], as_json: Json = False, dry_run: DryRun = False
+) -> None:  # noqa: B006
+    """Only sample the dense model's chains of thought."""
+    from secateurs.recipe import load_recipe
+    from secateurs.run import Dense
+    from secateurs.run import trace as stage
+
+    loaded = load_recipe(recipe, overrides)
+    if dry_run:
+        _plan(loaded, as_json)
+        return
+    dense = Dense(loaded)
+    with _bars() as progress:
+        done = {seed: stage(loaded, out, seed, dense, progress) for seed in loaded.seeds}
+    for seed, traced in done.items():
+        summary = traced.summary.model_dump()
+        print(
+            json.dumps(
+                {"seed": seed, "store": str(out / "traces" / traced.key), **summary}, indent=None if as_json else 2
+            )
+        )
+
+
+@app.command()
+def prune(
+    recipe: RecipeName, out: Out = Path("runs/run"), overrides: Set = [], as_json: Json = False, dry_run: DryRun = False
+) -> None:  # noqa: B006
+    """Trace, prune and export, without asking any question."""
+    _run(recipe, out, [*overrides, "evaluate.num_questions=0"], as_json, dry_run)
+
+
+@app.command(name="eval")
+def eval_(
+    recipe: RecipeName, out: Out = Path("runs/run"), overrides: Set = [], as_json: Json = False, dry_run: DryRun = False
+) -> None:  # noqa: B006
+    """Evaluate dense and pruned models of a recipe; stages that are missing are done first."""
+    _run(recipe, out, overrides, as_json, dry_run)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or report.json files.")],
+    out: Out = Path("runs/report"),
+    as_json: Json = False,
+) -> None:
+    """One report over several runs: JSON, Markdown and an HTML page that opens offline."""
+    from secateurs import report as reports
+
+    found = [reports.read(path / "report.json" if path.is_dir() else path) for path in runs]
+    _finish(reports.merge(found) if len(found) > 1 else found[0], out, as_json)
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[
+        str, typer.Argument(help="recipes, solvers, patterns, questions, arms, filters or engines.")
+    ] = "recipes",
+    as_json: Json = False,
+) -> None:
+    """What can be named in a recipe."""
+    from secateurs.calibration import ARMS
+    from secateurs.engines import ENGINES
+    from secateurs.patterns import PATTERNS
+    from secateurs.questions import QUESTION_SETS, unknown_name
+    from secateurs.solvers import SOLVERS
+    from secateurs.traces import FILTERS
+
+    tables = {
+        "recipes": [Path(entry.name).stem for entry in (files("secateurs") / "recipes").iterdir()],
+        "solvers": list(SOLVERS), "patterns": list(PATTERNS), "questions": list(QUESTION_SETS),
+        "arms": list(ARMS), "filters": list(FILTERS), "engines": list(ENGINES),
+    }  # fmt: skip
+    if kind not in tables:
+        raise ValueError(unknown_name("list", kind, list(tables)))
+    print(json.dumps(sorted(tables[kind])) if as_json else "\n".join(sorted(tables[kind])))
+
+
+@app.command()
+def show(recipe: RecipeName, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
+    """A recipe with every default filled in."""
+    from secateurs.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides).model_dump()
+    print(json.dumps(resolved, indent=None if as_json else 2))
+
+
+def main() -> None:
+    """Entry point. 0 done, 2 a user's mistake or a full disk (one sentence), 130 interrupted."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        console.print(f"[bold red]error:[/] {_sentence(error)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted; run the same command again to go on", highlight=False)
+        sys.exit(130)
+
+
+def _sentence(error: BaseException) -> str:
+    from rich.markup import escape
+
+    if isinstance(error, OSError) and error.strerror:
+        return escape(f"{error.filename or 'writing'}: {error.strerror.lower()}")
+    return escape(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Evidence: what a set of sampled answers says about a model, with intervals, and how far its hidden states drifted."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateurs.calibration import CODES, Batch
+from secateurs.models import hidden_states
+from secateurs.traces import Trace, looping
+
+Z = 1.959964  # two-sided 95 % of the normal distribution
+CURVE_BUCKETS = 20
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % normal interval of the mean of independent values. A single value has none: it comes back twice."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, mean
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return mean - Z * error, mean + Z * error
+
+
+def share_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % Wilson interval of a mean of shares in [0, 1], one a question.
+
+    Several samples of one question are not independent, so the count that enters is the effective one, p(1-p)/SE², with SE
+    over questions; at 0 or 1, where no spread is seen, it is the number of questions. Never leaves [0, 1].
+    """
+    n = len(values)
+    p = sum(values) / n
+    variance = sum((v - p) ** 2 for v in values) / max(n - 1, 1) / n
+    effective = p * (1 - p) / variance if variance > 0 else n
+    centre = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
+    half = Z / (1 + Z**2 / effective) * math.sqrt(p * (1 - p) / effective + Z**2 / (4 * effective**2))
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+
+
+def by_question(traces: Sequence[Trace]) -> dict[str, float]:
+    """Share of correct samples for every question. A trace nobody scored counts as wrong."""
+    rewards: dict[str, list[float]] = defaultdict(list)
+    for trace in traces:
+        rewards[trace.question_id].append(trace.reward or 0.0)
+    return {question: sum(values) / len(values) for question, values in rewards.items()}
+
+
+def measure(
+    traces: Sequence[Trace],
+    families: Mapping[str, str],
+    *,
+    question_set: str,
+    seconds: float,
+    dense: Sequence[Trace] | None = None,
+) -> dict[str, Any]:
+    """The fields of a report's `Evaluation` from scored traces.
+
+    `families` maps question ids to their family. `dense` holds the dense model's traces on the same questions, for the paired
+    difference and the length ratio. ValueError if it answered other questions: then nothing is paired.
+    """
+    scores = by_question(traces)
+    values = list(scores.values())
+    per_family: dict[str, list[float]] = defaultdict(list)
+    for question, score in scores.items():
+        per_family[families.get(question, "")].append(score)
+    count = len(traces)
+    tokens = sum(len(trace.completion_ids) for trace in traces)
+    correct = sum(trace.reward or 0.0 for trace in traces)
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / count
+
+    difference = ratio = None
+    if dense is not None:
+        reference = by_question(dense)
+        if set(reference) != set(scores):
+            raise ValueError("the dense model answered other questions: evaluate both with the same recipe")
+        deltas = [score - reference[question] for question, score in scores.items()]
+        difference = {"mean": sum(deltas) / len(deltas), "interval": mean_interval(deltas)}
+        ratio = (tokens / count) / (sum(len(trace.completion_ids) for trace in dense) / len(dense))
+    return {
+        "question_set": question_set,
+        "questions": len(scores),
+        "samples": round(count / len(scores)),
+        "pass_at_1": sum(values) / len(values),
+        "interval": share_interval(values),
+        "by_family": {name: sum(v) / len(v) for name, v in sorted(per_family.items())},
+        "difference": difference,
+        "prompt_tokens": mean([len(trace.prompt_ids) for trace in traces]),
+        "think_tokens": mean([trace.think_tokens for trace in traces]),
+        "answer_tokens": mean([len(trace.completion_ids) - trace.think_tokens for trace in traces]),
+        "completion_tokens": tokens / count,
+        "length_ratio": ratio,
+        "truncated": mean([trace.finish == "length" for trace in traces]),
+        "looping": mean([looping(trace.completion_ids) for trace in traces]),
+        "unclosed_think": mean([not trace.think_closed for trace in traces]),
+        "tokens_per_correct": tokens / correct if correct else None,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+    }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The dense model's final hidden states on held-out documents: what `drift` compares a pruned model with."""
+
+    batches: tuple[Batch, ...]
+    states: tuple[Tensor, ...]
+
+
+def reference_states(model: PreTrainedModel, batches: Sequence[Batch]) -> Reference:
+    """Run the dense model over `batches` once and keep its final hidden states (on the CPU, in the model's dtype)."""
+    return Reference(tuple(batches), tuple(hidden_states(model, batch.ids).cpu() for batch in batches))
+
+
+def drift(model: PreTrainedModel, reference: Reference) -> dict[str, Any]:
+    """The fields of a report's `HiddenError`: Σ‖h - h_dense‖² / Σ‖h_dense‖² by place in the trace.
+
+    The cheap proxy of the RAC paper's figure 2: no generation, the same documents for every arm. `curve` is by the relative
+    position within the thinking, in twenty buckets.
+    """
+    error, size, count = (torch.zeros(3 + CURVE_BUCKETS, dtype=torch.float64) for _ in range(3))
+    prompt, answer = 0, 1  # then the curve's buckets
+    for batch, dense in zip(reference.batches, reference.states, strict=True):
+        now = hidden_states(model, batch.ids).cpu().double()
+        think = batch.regions == CODES["think"]
+        place = (think.cumsum(-1) - 1).clamp(min=0) / think.sum(-1, keepdim=True).clamp(min=1)
+        slot = 2 + (place * CURVE_BUCKETS).long().clamp(max=CURVE_BUCKETS - 1)
+        slot = torch.where(batch.regions == CODES["prompt"], prompt, slot)
+        slot = torch.where(batch.regions == CODES["answer"], answer, slot)
+        real = batch.regions > 0
+        for total, values in (
+            (error, (now - dense.double()).square().sum(-1)),
+            (size, dense.double().square().sum(-1)),
+            (count, torch.ones_like(slot, dtype=torch.float64)),
+        ):
+            total.index_add_(0, slot[real], values[real])
+
+    def share(start: int, stop: int) -> float | None:
+        return float(error[start:stop].sum() / size[start:stop].sum()) if count[start:stop].sum() else None
+
+    half = 2 + CURVE_BUCKETS // 2
+    curve = [
+        {"position": (k + 0.5) / CURVE_BUCKETS, "error": share(2 + k, 3 + k), "tokens": int(count[2 + k])}
+        for k in range(CURVE_BUCKETS)
+        if count[2 + k]
+    ]
+    return {
+        "prompt": share(prompt, prompt + 1),
+        "early_think": share(2, half),
+        "late_think": share(half, 2 + CURVE_BUCKETS),
+        "answer": share(answer, answer + 1),
+        "curve": curve,
+    }

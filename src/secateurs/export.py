@@ -1,0 +1,103 @@
+"""A pruned model as a plain Hugging Face folder that loads everywhere, with a card, a side file and a reload check."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader
+from transformers import PreTrainedModel
+
+from secateurs.artifacts import atomic_folder, write_json
+from secateurs.models import Matrix
+
+SIDE_FILE = "secateurs.json"
+PROBE_FILE = "secateurs_probe.safetensors"
+
+RELOAD = """
+import json, sys
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+worst = {}
+for folder in json.loads(sys.stdin.read()):
+    AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval()
+    probe = load_file(folder + "/secateurs_probe.safetensors")
+    with torch.inference_mode():
+        logits = model(input_ids=probe["ids"]).logits.float()
+    worst[folder] = [float((logits - probe["logits"]).abs().max()), float(probe["logits"].abs().max())]
+print(json.dumps(worst))
+"""
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    matrices: Sequence[Matrix],
+    out: Path,
+    *,
+    provenance: Mapping[str, Any],
+    layers: Sequence[Mapping[str, Any]],
+    probe_ids: Sequence[int],
+) -> None:
+    """Write `out`: safetensors with exact zeros, config without any sparsity or quantisation entry, tokenizer, card.
+
+    `secateurs.json` holds, for every pruned matrix, its figures and the sha256 of its mask's bits (row-major, packed eight to
+    a byte), so that anyone can check later that the zeros are still where they were. The folder appears whole or not at all.
+    """
+    from safetensors.torch import save_file
+
+    for key in ("quantization_config", "sparsity_config"):
+        if getattr(model.config, key, None) is not None:
+            raise ValueError(f"the model's config has a `{key}`; serving engines would refuse the pruned model")
+    hashes = {matrix.name: mask_hash(matrix.weight) for matrix in matrices}
+    with atomic_folder(out, overwrite=True) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        ids = torch.tensor([list(probe_ids)])
+        with torch.inference_mode():
+            logits = model(input_ids=ids.to(model.device)).logits.float().cpu()
+        save_file({"ids": ids, "logits": logits}, folder / PROBE_FILE)
+        side = {
+            "schema": "secateurs.model",
+            "version": 1,
+            "provenance": dict(provenance),
+            "layers": [dict(layer) | {"mask_sha256": hashes[layer["name"]]} for layer in layers],
+        }
+        write_json(folder / SIDE_FILE, side)
+        card = Environment(loader=PackageLoader("secateurs"), autoescape=False).get_template("model_card.md.j2")
+        (folder / "README.md").write_text(card.render(side=side, recipe=json.dumps(side["provenance"], indent=2)))
+
+
+def mask_hash(weight: torch.Tensor) -> str:
+    """sha256 of the kept/zero bits of a weight, row-major, packed eight to a byte."""
+    import numpy
+
+    return sha256(numpy.packbits((weight != 0).cpu().numpy()).tobytes()).hexdigest()
+
+
+def verify(folders: Sequence[Path], tolerance: float = 1e-2) -> dict[str, float]:
+    """Reload every folder with only transformers in one clean process and compare logits with those at export.
+
+    Returns the largest difference relative to the largest logit, by folder. RuntimeError if one does not load or differs by
+    more than `tolerance` (bf16 kernels may differ between devices; equal machines give 0).
+    """
+    command = [sys.executable, "-c", RELOAD]
+    done = subprocess.run(command, input=json.dumps([str(f) for f in folders]), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(
+            f"the exported model does not load in a clean process: {done.stderr.strip().splitlines()[-1]}"
+        )
+    result = {}
+    for folder, (difference, size) in json.loads(done.stdout.strip().splitlines()[-1]).items():
+        result[folder] = difference / size
+        if not difference <= tolerance * size:
+            raise RuntimeError(
+                f"{folder}: logits after reloading differ by {difference:.3g} (largest logit {size:.3g})"
+            )
+    return result

@@ -1,0 +1,151 @@
+"""Model families as data: where the decoder blocks are, which matrices can be pruned, what never is. Loads models."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+BUNDLED = "bundled"  # the name of the tiny reasoner that ships with the package
+
+# Submodules of a decoder block whose weights are never pruned unless asked for by name: they route, they do not compute.
+ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One prunable weight [d_out, d_in]: a linear's, or one expert's slice of a packed 3-D parameter."""
+
+    name: str
+    parameter: nn.Parameter
+    expert: int | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """A view of the weight, [d_out, d_in]; writing to it writes to the model."""
+        return self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+
+
+def model_path(name: str) -> str:
+    """What transformers is given for `name`: the bundled reasoner's folder, a folder, or a hub id as it is."""
+    return str(files("secateurs") / "assets" / "reasoner") if name == BUNDLED else name
+
+
+def load_model(name: str, *, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model `name` in its checkpoint's dtype, in eval mode. Safetensors only.
+
+    ValueError in one sentence for a missing folder, a damaged checkpoint, a quantised one, or a class without a decoder.
+    """
+    path = model_path(name)
+    _check_folder(name, path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+        )
+    except Exception as error:  # transformers and safetensors raise many types for the same user mistake
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model `{name}` cannot be loaded: {reason[:300]}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of `name`. ValueError in one sentence if there is none."""
+    path = model_path(name)
+    _check_folder(name, path)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        raise ValueError(f"the tokenizer of `{name}` cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def _check_folder(name: str, path: str) -> None:
+    folder = Path(path)
+    if not folder.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ValueError(f"model `{name}`: no such folder")
+        return  # a hub id: transformers says whether it can be had
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"model `{name}`: the folder has no config.json, so it is not a Hugging Face checkpoint")
+    try:
+        settings = json.loads(config.read_text())
+    except ValueError as error:
+        raise ValueError(f"model `{name}`: config.json is not valid JSON ({error})") from None
+    if quantised := settings.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown")
+        raise ValueError(
+            f"model `{name}` is quantised ({method}): there are no dense weights to prune; use the original"
+        )
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
+    """The decoder blocks in order, and the name of the list that holds them. ValueError if there is no such list."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    candidates = [(name, m) for name, m in lists if "vision" not in name and "encoder" not in name.split(".")]
+    if not candidates:
+        raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks; secateurs cannot prune it")
+    return min(candidates, key=lambda item: item[0].count("."))  # type: ignore[return-value]
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a block that may be pruned, by name within the block; routers are left out."""
+    found = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    return {name: module for name, module in found.items() if not ROUTERS.search(name)}
+
+
+def packed_experts(block: nn.Module) -> dict[str, nn.Module]:
+    """Modules of a block that hold all experts in 3-D parameters gate_up_proj [E, 2 d_ff, d] and down_proj [E, d, d_ff].
+
+    ValueError for a packed layout with other shapes: it would be left dense without a word.
+    """
+    found = {}
+    for name, module in block.named_modules():
+        packed = {key: p for key, p in module.named_parameters(recurse=False) if p.dim() == 3}
+        if not packed:
+            continue
+        if set(packed) != {"gate_up_proj", "down_proj"} or (
+            packed["gate_up_proj"].shape[1:] != (2 * packed["down_proj"].shape[2], packed["down_proj"].shape[1])
+        ):
+            shapes = ", ".join(f"{key} {tuple(p.shape)}" for key, p in packed.items())
+            raise ValueError(f"{type(module).__name__} packs its experts in a layout secateurs does not know: {shapes}")
+        found[name] = module
+    return found
+
+
+def chosen(names: Sequence[str], targets: Sequence[str], ignore: Sequence[str]) -> list[str]:
+    """The names that match a target (all when there is none) and no ignore: glob patterns, or regular ones after `re:`.
+
+    ValueError names a pattern that matches nothing: a typo there would silently prune something else than asked.
+    """
+
+    def matches(pattern: str) -> set[str]:
+        if pattern.startswith("re:"):
+            return {name for name in names if re.search(pattern[3:], name)}
+        return {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}
+
+    for pattern in (*targets, *ignore):
+        if not matches(pattern):
+            example = names[0] if names else "nothing"
+            raise ValueError(f"`{pattern}` matches no prunable layer; names look like `{example}`")
+    kept = set().union(*map(matches, targets)) if targets else set(names)
+    kept -= set().union(*map(matches, ignore)) if ignore else set()
+    return [name for name in names if name in kept]
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The part that turns ids into final hidden states, without lm_head."""
+    return model.get_decoder()
+
+
+def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Final hidden states [batch, seq, hidden] of right-padded `ids`, after the last norm; no cache, no logits."""
+    with torch.inference_mode():
+        return decoder(model)(input_ids=ids.to(model.device), use_cache=False).last_hidden_state

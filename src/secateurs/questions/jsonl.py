@@ -1,0 +1,97 @@
+"""Questions from a file of JSON lines, and the two grade-school sets that ship with the package."""
+
+import gzip
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from random import Random
+
+from secateurs.questions import PromptFormat, Question
+
+DATA = Path(__file__).parent / "data"
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+STEP_BY_STEP = PromptFormat(
+    system="You solve word problems. Think step by step, then write the final number in \\boxed{}."
+)
+
+
+def last_number(text: str) -> str | None:
+    """The number a reply ends on: the last in a `\\boxed{}`, else the last of all; without commas and trailing zeros."""
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    found = NUMBER.findall(boxed[-1] if boxed else text)
+    if not found:
+        return None
+    value = float(found[-1].replace(",", ""))
+    return str(int(value)) if value.is_integer() else str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jsonl:
+    """One JSON object a line with a question and a numeric answer. `calibration` and `eval` split by the question's hash:
+
+    residue 0 to 6 of 10 calibrates, 7 to 9 evaluates; a file that has its own test half is given as `eval_path`.
+    """
+
+    path: str
+    eval_path: str = ""
+    name: str = "jsonl"
+    version: int = 1
+    question_field: str = "question"
+    answer_field: str = "answer"
+    system: str = STEP_BY_STEP.system
+    prefill: str = ""
+    examples: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def format(self) -> PromptFormat:
+        """The recipe's own prompt format."""
+        return PromptFormat(system=self.system, examples=self.examples, prefill=self.prefill)
+
+    def questions(self, split: str, seed: int) -> Iterator[Question]:
+        """Distinct questions of `split` in an order fixed by `seed`. ValueError names the file and line that is wrong."""
+        source = Path(self.eval_path if split == "eval" and self.eval_path else self.path)
+        if not source.is_file():
+            raise ValueError(f"question file {source}: no such file")
+        opener = gzip.open if source.suffix == ".gz" else open
+        rows: dict[str, Question] = {}
+        with opener(source, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    question = self._question(source, number, line)
+                    rows.setdefault(question.id, question)
+        ordered = list(rows.values())
+        if not self.eval_path:
+            evaluated = {row.id for row in ordered if int(sha256(row.prompt.encode()).hexdigest(), 16) % 10 >= 7}
+            ordered = [row for row in ordered if (row.id in evaluated) == (split == "eval")]
+        Random(seed).shuffle(ordered)
+        yield from ordered
+
+    def _question(self, source: Path, number: int, line: str) -> Question:
+        try:
+            row = json.loads(line)
+            prompt, answer = str(row[self.question_field]), str(row[self.answer_field])
+        except (ValueError, KeyError, TypeError) as error:
+            found = f"no field {error}" if isinstance(error, KeyError) else "not a JSON object"
+            raise ValueError(
+                f"{source}:{number}: {found}; a question needs `{self.question_field}` and `{self.answer_field}`"
+            ) from None
+        return Question(id=f"{self.name}-{sha256(prompt.encode()).hexdigest()[:16]}", prompt=prompt, answer=answer)
+
+    def check(self, question: Question, answer: str) -> bool:
+        """Whether the number the reply ends on is the one the reference answer ends on."""
+        found = last_number(answer)
+        return found is not None and found == last_number(question.answer)
+
+
+def gsm8k(**options) -> Jsonl:
+    """Grade School Math 8K (OpenAI, MIT): 2,000 training problems calibrate, the 1,319 test problems evaluate."""
+    paths = {"path": str(DATA / "gsm8k_train.jsonl.gz"), "eval_path": str(DATA / "gsm8k_test.jsonl.gz")}
+    return Jsonl(**({"name": "gsm8k"} | paths | options))
+
+
+def svamp(**options) -> Jsonl:
+    """SVAMP (MIT): 1,000 one-step word problems, split by hash."""
+    return Jsonl(**({"name": "svamp", "path": str(DATA / "svamp.jsonl.gz")} | options))

@@ -1,0 +1,280 @@
+"""Recipes: strict TOML to frozen models. An unknown key, a wrong type or a bad value is one sentence that says where."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from secateurs.calibration import region_weights
+from secateurs.patterns import PATTERNS, Pattern
+from secateurs.questions import QuestionSet, question_set, unknown_name
+from secateurs.solvers import SOLVERS, Solver
+from secateurs.traces import apply_filters
+
+Arm = str | dict[str, float]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Sampling(_Table):
+    """Overrides of the model's generation_config."""
+
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    max_new_tokens: int = Field(1024, ge=1)
+
+
+class Traces(_Table):
+    """What the dense model is asked for its own chains of thought, and which of them are kept."""
+
+    questions: dict[str, Any] = {"name": "tiny"}
+    samples: int = Field(1, ge=1)
+    sampling: Sampling = Sampling()
+    filters: dict[str, bool | int] = {}
+
+    @field_validator("questions")
+    @classmethod
+    def _known_set(cls, value: dict[str, Any]) -> dict[str, Any]:
+        build_questions(value)
+        return value
+
+    @field_validator("filters")
+    @classmethod
+    def _known_filters(cls, value: dict[str, bool | int]) -> dict[str, bool | int]:
+        apply_filters([], value)
+        return value
+
+
+class Calibration(_Table):
+    """Which tokens the solver sees: an arm (corpus, prompt, rac, think) or weights by region, and how many."""
+
+    arm: Arm = "rac"
+    num_tokens: int = Field(30_000, ge=1)
+    held_out_tokens: int = Field(6_000, ge=1)
+
+    @field_validator("arm")
+    @classmethod
+    def _known_arm(cls, value: Arm) -> Arm:
+        region_weights(value)
+        return value
+
+
+class Prune(_Table):
+    """What is removed, by which solver, seeing which inputs."""
+
+    pattern: dict[str, Any] = {"name": "unstructured", "sparsity": 0.5}
+    solver: dict[str, Any] = {"name": "sparsegpt"}
+    propagate: Literal["dense", "block", "group"] = "block"
+    targets: list[str] = []
+    ignore: list[str] = []
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, value: dict[str, Any]) -> dict[str, Any]:
+        build_pattern(value)
+        return value
+
+    @field_validator("solver")
+    @classmethod
+    def _known_solver(cls, value: dict[str, Any]) -> dict[str, Any]:
+        build_solver(value)
+        return value
+
+
+class Evaluate(_Table):
+    """What dense and pruned models are asked; the question set defaults to the one the traces come from."""
+
+    questions: dict[str, Any] | None = None
+    num_questions: int = Field(200, ge=0)
+    samples: int = Field(1, ge=1)
+    sampling: Sampling | None = None
+
+    @field_validator("questions")
+    @classmethod
+    def _known_set(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            build_questions(value)
+        return value
+
+
+class Sweep(_Table):
+    """Lists to try in one run, which share traces and dense results; an empty list means the recipe's own value."""
+
+    arm: list[Arm] = []
+    sparsity: list[float] = []
+    seed: list[int] = []
+
+    @field_validator("arm")
+    @classmethod
+    def _known_arms(cls, value: list[Arm]) -> list[Arm]:
+        for arm in value:
+            region_weights(arm)
+        return value
+
+    @field_validator("sparsity")
+    @classmethod
+    def _in_range(cls, value: list[float]) -> list[float]:
+        for sparsity in value:
+            build_pattern({"name": "unstructured", "sparsity": sparsity})
+        return value
+
+
+class Resources(_Table):
+    """How the work is done. Changes results by float rounding only, and is in no key."""
+
+    device: str = "cpu"
+    batch_size: int = Field(64, ge=1)
+    batch_tokens: int = Field(16_384, ge=1)
+    trust_remote_code: bool = False
+
+
+class Recipe(_Table):
+    """One run: what to trace, calibrate, prune and evaluate."""
+
+    title: str = ""
+    model: str = "bundled"
+    seed: int = 0
+    traces: Traces = Traces()
+    calibration: Calibration = Calibration()
+    prune: Prune = Prune()
+    evaluate: Evaluate = Evaluate()
+    sweep: Sweep = Sweep()
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _sweepable(self) -> "Recipe":
+        if self.sweep.sparsity and self.prune.pattern["name"] != "unstructured":
+            raise ValueError(
+                'sweep.sparsity needs prune.pattern.name = "unstructured"; an N:M pattern has one sparsity'
+            )
+        return self
+
+    @property
+    def arms(self) -> list[Arm]:
+        """The arms to try."""
+        return self.sweep.arm or [self.calibration.arm]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds to try."""
+        return self.sweep.seed or [self.seed]
+
+    @property
+    def patterns(self) -> list[dict[str, Any]]:
+        """The patterns to try."""
+        own = self.prune.pattern
+        return [own | {"sparsity": sparsity} for sparsity in self.sweep.sparsity] or [own]
+
+
+def build_pattern(spec: Mapping[str, Any]) -> Pattern:
+    """The pattern a table describes. ValueError for an unknown name, key or value."""
+    return _build("pattern", PATTERNS, spec)
+
+
+def build_solver(spec: Mapping[str, Any]) -> Solver:
+    """The solver a table describes. ValueError for an unknown name, key or value."""
+    return _build("solver", SOLVERS, spec)
+
+
+def build_questions(spec: Mapping[str, Any]) -> QuestionSet:
+    """The question set a table describes. ValueError for an unknown name, key or value."""
+    options = {
+        key: tuple(map(tuple, v)) if key == "examples" else tuple(v) if isinstance(v, list) else v
+        for key, v in spec.items()
+    }
+    if "name" not in options:
+        raise ValueError("a question set needs a `name`")
+    name = options.pop("name")
+    return question_set(name, **options)
+
+
+def _build(kind: str, table: Mapping[str, Any], spec: Mapping[str, Any]) -> Any:
+    """An entry of `table` with the options of `spec`; the entry is a dataclass, or one with some fields fixed."""
+    options = dict(spec)
+    name = options.pop("name", None)
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(unknown_name(kind, str(name), list(table)))
+    entry = table[name]
+    factory, fixed = (entry.func, entry.keywords) if isinstance(entry, partial) else (entry, {})
+    known = [key for key in factory.__dataclass_fields__ if key not in fixed]
+    for key in options:
+        if key not in known:
+            raise ValueError(unknown_name(f"key of {kind} `{name}`", key, known))
+    try:
+        return TypeAdapter(factory).validate_python(fixed | options, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "value_error":
+            raise ValueError(first["ctx"]["error"]) from None
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{kind} `{name}`: {place}: {first['msg'].lower()}, found {first['input']!r}") from None
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: a path, or the name of one that ships with the package. ValueError lists those."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {Path(entry.name).stem: Path(str(entry)) for entry in (files("secateurs") / "recipes").iterdir()}
+    if name in shipped:
+        return shipped[name]
+    if name.endswith(".toml") or "/" in name:
+        raise ValueError(f"recipe {name}: no such file")
+    raise ValueError(unknown_name("recipe", name, list(shipped)))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key.sub=value` overrides. ValueError in one sentence for anything wrong."""
+    path = recipe_path(name)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _override(data, override)
+    return parse_recipe(data, str(path))
+
+
+def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
+    """A Recipe from decoded TOML; `where` opens the sentence of an error."""
+    try:
+        return Recipe.model_validate(dict(data))
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_first_error(error)}") from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, found, text = override.partition("=")
+    if not found or not key.strip():
+        raise ValueError(f"--set {override}: expected key=value, as in prune.pattern.sparsity=0.6")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    table = data
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"--set {override}: `{parent}` is a value, not a table")
+    table[last] = value
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    where = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        model: Any = Recipe
+        for part in place[:-1]:
+            model = model.model_fields[part].annotation
+        return f"{unknown_name('key', where, ['.'.join([*place[:-1], name]) for name in model.model_fields])}"
+    message = str(first["ctx"]["error"]) if "error" in first.get("ctx", {}) else first["msg"].lower()
+    found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+    return f"{where}: {message}{found}" if where else message

@@ -1,0 +1,561 @@
+"""The stages of a run, each a function from a recipe to files: trace, prune (with export), evaluate, all of them.
+
+    out/traces/KEY/          a trace store of the dense model
+    out/dense/KEY/           the dense model's answers
+    out/cells/NAME-KEY/      one pruned model: blocks/ (to resume from), model/ (the result), answers/, cell.json
+    out/report.json|md|html
+
+KEY is the hash of everything that can change what is in the folder, so a changed recipe never meets old results and a
+repeated command goes on where it stopped.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from secateurs import evaluate, pruner
+from secateurs.artifacts import canonical_hash, model_hash, read_json, tokenizer_hash, write_json
+from secateurs.calibration import (
+    CalibrationSet,
+    Document,
+    batches,
+    plain_document,
+    region_weights,
+    take,
+    trace_document,
+)
+from secateurs.engines import Completion, Request, Sampling, default_sampling
+from secateurs.engines.hf import hf_engine
+from secateurs.export import export, verify
+from secateurs.models import load_model, load_tokenizer, model_path
+from secateurs.prompts import answer_text, render, think_split, trace_seed
+from secateurs.questions import Question, QuestionSet
+from secateurs.questions.tiny import Tiny
+from secateurs.recipe import Arm, Recipe, build_pattern, build_questions, build_solver
+from secateurs.recipe import Sampling as SamplingOverrides
+from secateurs.report import Cell, Evaluation, HiddenError, LayerReport, Report, Stage, TraceSummary, summarise
+from secateurs.traces import Trace, TraceStore, apply_filters
+
+
+class Progress(Protocol):
+    """Where a stage says how far it is; total 0 means unknown."""
+
+    def __call__(self, stage: str, done: float, total: float, unit: str) -> None: ...
+
+
+def silent(stage: str, done: float, total: float, unit: str) -> None:
+    """No progress shown."""
+
+
+@dataclass
+class Dense:
+    """The model a recipe starts from, with what names it."""
+
+    recipe: Recipe
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.recipe.model, trust_remote_code=self.recipe.resources.trust_remote_code)
+
+    @cached_property
+    def model(self) -> Any:
+        return self.fresh()
+
+    def fresh(self) -> Any:
+        """Another copy of the weights, to prune."""
+        r = self.recipe.resources
+        return load_model(self.recipe.model, device=r.device, trust_remote_code=r.trust_remote_code)
+
+    @cached_property
+    def key(self) -> dict[str, str]:
+        """Hashes of model and tokenizer."""
+        folder = model_path(self.recipe.model)
+        if not Path(folder).is_dir():  # a hub id: its weights are pinned by the commit transformers resolved
+            return {"model": f"{self.recipe.model}@{getattr(self.model.config, '_commit_hash', None)}", "tokenizer": ""}
+        return {"model": model_hash(folder), "tokenizer": tokenizer_hash(folder)}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What the trace stage leaves: kept traces in request order, and how it went."""
+
+    traces: tuple[Trace, ...]
+    summary: TraceSummary
+    key: str
+
+
+def _sampling(dense: Dense, overrides: SamplingOverrides) -> Sampling:
+    return default_sampling(dense.model.generation_config, **overrides.model_dump())
+
+
+def _provenance(
+    dense: Dense, questions: QuestionSet, spec: Any, split: str, sampling: Sampling, seed: int
+) -> dict[str, Any]:
+    return {
+        **dense.key,
+        "questions": {"name": questions.name, "version": questions.version, "options": spec, "split": split},
+        "format": asdict(questions.format),
+        "sampling": asdict(sampling),
+        "seed": seed,
+        "engine": "hf",
+    }
+
+
+def sample(
+    store: TraceStore,
+    asked: Iterable[tuple[Question, int]],
+    model: Any,
+    tokenizer: Any,
+    questions: QuestionSet,
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+    enough: Callable[[], bool],
+) -> None:
+    """Answer what is asked in order and store every trace as it is finished, until `enough` or all is answered.
+
+    What the store holds already is not asked again.
+    """
+    by_id: dict[str, Question] = {}
+
+    def requests() -> Iterator[Request]:
+        for question, number in asked:
+            if (question.id, number) not in store:
+                by_id[question.id] = question
+                ids = render(tokenizer, questions.format, question)
+                yield Request(
+                    question_id=question.id, sample=number, prompt_ids=ids, seed=trace_seed(seed, question.id, number)
+                )
+
+    if enough():
+        return
+    spent = 0.0
+    waiting: list[Trace] = []
+    clock = time.monotonic()
+    for completion in hf_engine(model, tokenizer, batch_size).generate(requests(), sampling):
+        waiting.append(_trace(completion, tokenizer, questions, by_id[completion.request.question_id]))
+        spent += completion.seconds
+        if time.monotonic() - clock > 0.25 or len(waiting) >= batch_size:
+            store.append(waiting)
+            store.add_seconds(spent)
+            waiting, spent, clock = [], 0.0, time.monotonic()
+            if enough():
+                return
+    store.append(waiting)
+    store.add_seconds(spent)
+    enough()
+
+
+def _trace(completion: Completion, tokenizer: Any, questions: QuestionSet, question: Question) -> Trace:
+    request = completion.request
+    think, closed = think_split(tokenizer, request.prompt_ids, completion.ids)
+    answer = answer_text(tokenizer, completion.ids, think, closed)
+    return Trace(
+        question_id=request.question_id,
+        sample=request.sample,
+        prompt_ids=request.prompt_ids,
+        completion_ids=completion.ids,
+        think_tokens=think,
+        think_closed=closed,
+        finish=completion.finish,
+        reward=float(questions.check(question, answer)),
+        seed=request.seed,
+    )
+
+
+def trace(recipe: Recipe, out: Path, seed: int, dense: Dense, progress: Progress = silent) -> Traced:
+    """Sample the dense model's own chains of thought until every arm of the recipe has its tokens, held-out ones included."""
+    questions = build_questions(recipe.traces.questions)
+    sampling = _sampling(dense, recipe.traces.sampling)
+    provenance = _provenance(dense, questions, recipe.traces.questions, "calibration", sampling, seed)
+    provenance["samples"] = recipe.traces.samples
+    key = canonical_hash(provenance)[:12]
+    asked = [(q, n) for q in questions.questions("calibration", seed) for n in range(recipe.traces.samples)]
+    keys = [(question.id, number) for question, number in asked]
+    needs = [(region_weights(arm), recipe.calibration.num_tokens) for arm in recipe.arms]
+    rest = [(w, n // 2 if w.get("corpus") else n) for w, n in needs if w.get("think") or w.get("answer")]
+    budget = recipe.calibration.held_out_tokens + max((n for _, n in rest), default=0)
+    with TraceStore(out / "traces" / key, provenance) as store:
+        reach = {"at": 0, "tokens": 0}
+
+        def enough() -> bool:
+            while reach["at"] < len(keys) and reach["tokens"] < budget and keys[reach["at"]] in store:
+                found = store.get(*keys[reach["at"]])
+                assert found is not None
+                reach["tokens"] += found.tokens
+                reach["at"] += 1
+            progress("trace", min(reach["tokens"], budget), budget, "tokens")
+            return reach["tokens"] >= budget
+
+        while True:
+            sample(
+                store,
+                asked,
+                dense.model,
+                dense.tokenizer,
+                questions,
+                sampling,
+                seed,
+                recipe.resources.batch_size,
+                enough,
+            )
+            run, complete = store.prefix(keys, budget)
+            kept, dropped = apply_filters(run, recipe.traces.filters)
+            documents = [trace_document(t) for t in kept]
+            _, pool = _split(documents, recipe.calibration.held_out_tokens)
+            missing = max((n - sum(d.count(w) for d in pool) for w, n in rest), default=0)
+            if not kept:
+                missing = max(missing, 1)
+            if missing <= 0 or not complete:
+                break
+            budget += max(missing, 1)
+        store.seal(run)
+        seconds = store.seconds
+    if not kept:
+        raise ValueError(
+            f"no trace passed the filters: {dropped}; loosen traces.filters or look at the model's answers"
+        )
+    return Traced(tuple(kept), _trace_summary(kept, dropped, seconds), key)
+
+
+def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: float) -> TraceSummary:
+    by_region = dict.fromkeys(("prompt", "think", "answer"), 0)
+    for one in kept:
+        for region, start, stop in one.regions:
+            by_region[region] += stop - start
+    return TraceSummary(
+        traces=len(kept),
+        tokens=sum(by_region.values()),
+        by_region=by_region,
+        pass_at_1=sum(t.reward or 0.0 for t in kept) / len(kept),
+        mean_think_tokens=sum(t.think_tokens for t in kept) / len(kept),
+        truncated=sum(t.finish == "length" for t in kept) / len(kept),
+        dropped=dropped,
+        seconds=seconds,
+    )
+
+
+def _split(documents: Sequence[Document], held_out_tokens: int) -> tuple[list[Document], list[Document]]:
+    """Whole traces from the front until `held_out_tokens` are held out; the rest calibrates."""
+    total, at = 0, 0
+    while at < len(documents) and total < held_out_tokens:
+        total += len(documents[at].ids)
+        at += 1
+    return list(documents[:at]), list(documents[at:])
+
+
+def calibration_set(recipe: Recipe, arm: Arm, seed: int, traced: Traced, dense: Dense) -> CalibrationSet:
+    """The documents of one arm, all arms with the same token budget and the same held-out traces.
+
+    Prompts come from the traces' own question stream, distinct and never a held-out one; a corpus is cut into the pieces it
+    is stored in. A mixture with a corpus gives it half of the budget.
+    """
+    weights = region_weights(arm)
+    budget = recipe.calibration.num_tokens
+    held, pool = _split([trace_document(t) for t in traced.traces], recipe.calibration.held_out_tokens)
+    documents: list[Document] = []
+    if weights.get("corpus"):
+        texts = Tiny().corpus("calibration", seed)
+        pieces = (plain_document(dense.tokenizer(text)["input_ids"], "corpus") for text in texts)
+        share = budget if set(w for w in weights if weights[w]) == {"corpus"} else budget // 2
+        documents += take(pieces, share, weights, "corpus")
+        budget -= share
+    if weights.get("think") or weights.get("answer"):
+        documents += take(pool, budget, weights, "traces")
+    elif weights.get("prompt"):
+        held_ids = {t.question_id for t in traced.traces[: len(held)]}
+        questions = build_questions(recipe.traces.questions)
+        fresh = (q for q in questions.questions("calibration", seed) if q.id not in held_ids)
+        prompts = (plain_document(render(dense.tokenizer, questions.format, q), "prompt") for q in fresh)
+        documents += take(prompts, budget, weights, "prompts")
+    return CalibrationSet(tuple(documents), tuple(held), weights)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """One pruned model on disk and what is known about it."""
+
+    folder: Path
+    arm: str
+    pattern: str
+    sparsity: float
+    solver: str
+    seed: int
+    calibration_tokens: int
+    layers: tuple[dict[str, Any], ...]
+    hidden_error: dict[str, Any]
+    seconds: dict[str, float]
+
+
+def arm_label(arm: Arm) -> str:
+    """An arm's name, or a mixture spelled out."""
+    return arm if isinstance(arm, str) else "+".join(f"{weight:g}{region}" for region, weight in arm.items() if weight)
+
+
+def prune(
+    recipe: Recipe,
+    out: Path,
+    arm: Arm,
+    pattern_spec: dict[str, Any],
+    seed: int,
+    traced: Traced,
+    dense: Dense,
+    reference: evaluate.Reference,
+    progress: Progress = silent,
+) -> Pruned:
+    """Prune one cell and export it; a finished cell is read back, an unfinished one goes on after its last block."""
+    solver = build_solver(recipe.prune.solver)
+    pattern = build_pattern(pattern_spec)
+    label = arm_label(arm)
+    key = canonical_hash(
+        {
+            "traces": traced.key, "filters": recipe.traces.filters, "calibration": recipe.calibration.model_dump() | {"arm": arm},
+            "prune": recipe.prune.model_dump() | {"pattern": pattern_spec}, "seed": seed, **dense.key,
+        }
+    )[:12]  # fmt: skip
+    name = f"{label}-{str(pattern).replace('%', 'pct').replace(':', 'of')}-s{seed}-{key}"
+    folder = out / "cells" / name
+    record = folder / "prune.json"
+    if record.exists() and (folder / "model" / "secateurs.json").exists():
+        data = read_json(record)
+        return Pruned(folder, **(data | {"layers": tuple(data["layers"])}))
+    clock = time.perf_counter()
+    calibration = calibration_set(recipe, arm, seed, traced, dense)
+    seconds = {"calibrate": time.perf_counter() - clock}
+    clock = time.perf_counter()
+    model = dense.fresh()
+    plan = pruner.Plan(
+        pattern=pattern,
+        solver=solver,
+        propagate=recipe.prune.propagate,
+        targets=tuple(recipe.prune.targets),
+        ignore=tuple(recipe.prune.ignore),
+    )
+    results = pruner.prune(
+        model,
+        calibration,
+        plan,
+        folder=folder / "blocks",
+        batch_tokens=recipe.resources.batch_tokens,
+        progress=lambda done, total, what: progress(f"prune {label} {pattern}", done, total, "layers"),
+    )
+    seconds["prune"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    hidden = evaluate.drift(model, reference)
+    seconds["hidden error"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    layers = tuple(asdict(result) | {"shape": list(result.shape)} for result in results)
+    facts = {
+        "arm": label, "pattern": str(pattern), "sparsity": float(pattern.sparsity), "solver": recipe.prune.solver["name"],
+        "seed": seed, "calibration_tokens": calibration.tokens,
+    }  # fmt: skip
+    export(
+        model,
+        dense.tokenizer,
+        [matrix for block in pruner.prunable(model, plan) for matrix in block],
+        folder / "model",
+        provenance={
+            **facts, "model": recipe.model, "hashes": dense.key, "key": key, "secateurs": version("secateurs"),
+            "recipe": recipe.model_dump(exclude={"resources"}), "held_out": hidden,
+        },
+        layers=layers,
+        probe_ids=(calibration.held_out or calibration.documents)[0].ids[:64],
+    )  # fmt: skip
+    seconds["export"] = time.perf_counter() - clock
+    data = {**facts, "layers": list(layers), "hidden_error": hidden, "seconds": seconds}
+    write_json(record, data)
+    return Pruned(folder, **(data | {"layers": layers}))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model's scored answers, with what paired comparison needs."""
+
+    traces: tuple[Trace, ...]
+    families: dict[str, str]
+    question_set: str
+    seconds: float
+
+
+def answer(
+    recipe: Recipe, folder: Path, model: Any, model_key: str, seed: int, dense: Dense, stage: str, progress: Progress
+) -> Answers:
+    """Ask a model the recipe's evaluation questions; every finished sample is kept, so a rerun asks only what is missing."""
+    spec = recipe.evaluate.questions or recipe.traces.questions
+    questions = build_questions(spec)
+    sampling = _sampling(dense, recipe.evaluate.sampling or recipe.traces.sampling)
+    provenance = _provenance(dense, questions, spec, "eval", sampling, seed)
+    provenance |= {"samples": recipe.evaluate.samples, "weights": model_key}
+    wanted = list(islice(questions.questions("eval", seed), recipe.evaluate.num_questions))
+    if len(wanted) < recipe.evaluate.num_questions:
+        raise ValueError(
+            f"evaluate.num_questions is {recipe.evaluate.num_questions}, the set has {len(wanted)} to evaluate on"
+        )
+    asked = [(question, number) for question in wanted for number in range(recipe.evaluate.samples)]
+    with TraceStore(folder / canonical_hash(provenance)[:12], provenance) as store:
+
+        def enough() -> bool:
+            progress(stage, sum((q.id, n) in store for q, n in asked), len(asked), "answers")
+            return all((q.id, n) in store for q, n in asked)
+
+        sample(store, asked, model, dense.tokenizer, questions, sampling, seed, recipe.resources.batch_size, enough)
+        traces = [found for q, n in asked if (found := store.get(q.id, n))]
+        store.seal(traces)
+        seconds = store.seconds
+    families = {question.id: question.family for question in wanted}
+    return Answers(tuple(traces), families, f"{questions.name} v{questions.version}", seconds)
+
+
+def run(recipe: Recipe, out: Path, progress: Progress = silent) -> Report:
+    """Every stage, for every arm, pattern and seed of the recipe; then the report, built but not written."""
+    dense = Dense(recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    plan_check(recipe, dense)
+    cells: list[Cell] = []
+    stages: dict[str, float] = {}
+    traced = None
+    summaries: list[TraceSummary] = []
+    folders: list[Path] = []
+    total = len(recipe.seeds) * len(recipe.arms) * len(recipe.patterns)
+    for seed in recipe.seeds:
+        traced = trace(recipe, out, seed, dense, progress)
+        summaries.append(traced.summary)
+        stages["trace"] = stages.get("trace", 0.0) + traced.summary.seconds
+        held, _ = _split([trace_document(t) for t in traced.traces], recipe.calibration.held_out_tokens)
+        reference = evaluate.reference_states(dense.model, list(batches(held, recipe.resources.batch_tokens)))
+        baseline = None
+        if recipe.evaluate.num_questions:
+            baseline = answer(recipe, out / "dense", dense.model, "dense", seed, dense, "evaluate dense", progress)
+            cells.append(_cell(None, baseline, baseline, seed, out / "dense"))
+        for pattern in recipe.patterns:
+            for arm in recipe.arms:
+                pruned = prune(recipe, out, arm, pattern, seed, traced, dense, reference, progress)
+                folders.append(pruned.folder / "model")
+                if baseline is not None:
+                    number = f"{len(folders)}/{total}"
+                    stage = f"evaluate {pruned.arm} {pruned.pattern} ({number})"
+                    model = load_model(str(pruned.folder / "model"), device=recipe.resources.device)
+                    key = pruned.folder.name
+                    answers = answer(recipe, pruned.folder / "answers", model, key, seed, dense, stage, progress)
+                    cells.append(_cell(pruned, answers, baseline, seed, pruned.folder))
+    clock = time.perf_counter()
+    progress("verify exported models", 0, 0, "")
+    verify([folder for folder in folders])
+    stages["verify"] = time.perf_counter() - clock
+    for cell in cells:
+        for name, seconds in cell.seconds.items():
+            stages[name] = stages.get(name, 0.0) + seconds
+    model = dense.model
+    return Report(
+        title=recipe.title or f"{recipe.model} pruned on its own chain of thought",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        secateurs=version("secateurs"),
+        versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
+        hardware=hardware(recipe.resources.device),
+        model={"name": recipe.model, "parameters": model.num_parameters(), **dense.key},
+        recipe=recipe.model_dump(),
+        recipe_key=canonical_hash(recipe.model_dump(exclude={"resources", "title"})),
+        stages=[Stage(name=name, seconds=seconds) for name, seconds in stages.items()],
+        traces=_merge_summaries(summaries),
+        cells=cells,
+        summary=summarise(cells),
+    )
+
+
+def _merge_summaries(parts: Sequence[TraceSummary]) -> TraceSummary | None:
+    """The traces of all seeds as one."""
+    if not parts:
+        return None
+    count = sum(part.traces for part in parts)
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(value * part.traces for value, part in zip(values, parts, strict=True)) / count
+
+    return TraceSummary(
+        traces=count,
+        tokens=sum(part.tokens for part in parts),
+        by_region={region: sum(part.by_region[region] for part in parts) for region in parts[0].by_region},
+        pass_at_1=mean(part.pass_at_1 or 0.0 for part in parts),
+        mean_think_tokens=mean(part.mean_think_tokens for part in parts),
+        truncated=mean(part.truncated for part in parts),
+        dropped={name: sum(part.dropped[name] for part in parts) for name in parts[0].dropped},
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+def _cell(pruned: Pruned | None, answers: Answers, baseline: Answers, seed: int, folder: Path) -> Cell:
+    measured = evaluate.measure(
+        answers.traces,
+        answers.families,
+        question_set=answers.question_set,
+        seconds=answers.seconds,
+        dense=None if pruned is None else baseline.traces,
+    )
+    seconds = {"evaluate": answers.seconds} | (pruned.seconds if pruned else {})
+    return Cell(
+        arm=pruned.arm if pruned else "dense",
+        sparsity=pruned.sparsity if pruned else 0.0,
+        pattern=pruned.pattern if pruned else "dense",
+        solver=pruned.solver if pruned else "none",
+        seed=seed,
+        calibration_tokens=pruned.calibration_tokens if pruned else 0,
+        evaluation=Evaluation.model_validate(measured),
+        hidden_error=HiddenError.model_validate(pruned.hidden_error) if pruned else None,
+        layers=[LayerReport.model_validate(layer) for layer in pruned.layers] if pruned else [],
+        seconds=seconds,
+        path=str(folder),
+    )
+
+
+def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
+    """What a run will do, without doing it: sizes, tokens, memory and time estimates. ValueError for what cannot work."""
+    counts: dict[str, Any] = {}
+    for spec in recipe.patterns:
+        plan = pruner.Plan(
+            pattern=build_pattern(spec),
+            solver=build_solver(recipe.prune.solver),
+            targets=tuple(recipe.prune.targets),
+            ignore=tuple(recipe.prune.ignore),
+        )
+        matrices = [matrix for block in pruner.prunable(dense.model, plan) for matrix in block]
+        shapes = [tuple(matrix.weight.shape) for matrix in matrices]
+        counts[str(plan.pattern)] = sum(plan.pattern.num_zeros(*shape) for shape in shapes)
+    parameters = dense.model.num_parameters()
+    tokens = recipe.calibration.num_tokens + recipe.calibration.held_out_tokens
+    hidden = dense.model.config.get_text_config(decoder=True).hidden_size
+    size = dense.model.dtype.itemsize
+    grams = sum(4 * d_in**2 for d_in in {d_in for _, d_in in shapes}) * 2 * 3
+    traced = any(w.get("think") or w.get("answer") for w in map(region_weights, recipe.arms))
+    return {
+        "model": recipe.model,
+        "parameters": parameters,
+        "prunable_parameters": sum(a * b for a, b in shapes),
+        "matrices": len(shapes),
+        "zeros": counts,
+        "cells": len(recipe.seeds) * len(recipe.arms) * len(recipe.patterns),
+        "trace_tokens_per_seed": tokens if traced else recipe.calibration.held_out_tokens,
+        "answers": recipe.evaluate.num_questions * recipe.evaluate.samples
+        * len(recipe.seeds) * (1 + len(recipe.arms) * len(recipe.patterns)),
+        "memory_bytes": 2 * parameters * size + tokens * hidden * size + grams,
+    }  # fmt: skip
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """The machine, as far as it matters for the figures."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
