@@ -28,7 +28,6 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
 )
 PROMPT_WEIGHT = 0.1  # prompts are random, so there is little in them to learn
-IGNORED = -100
 
 CARD = """\
 ---
@@ -37,13 +36,13 @@ library_name: transformers
 ---
 # The bundled reasoner
 
-A {parameters:,}-parameter Qwen3 ({layers} layers, width {width}, {size:.1f} MB) that thinks before it answers. It is here
-so that `secateurs` can be run and tested end to end in seconds on a CPU; it knows nothing but the `tiny` questions.
+A {parameters:,}-parameter Qwen3 ({layers} layers, width {width}, {size:.1f} MB) that thinks before it answers. It is
+here so that `secateurs` can be run and tested end to end in seconds on a CPU; it knows nothing but the `tiny` questions.
 
-Made by `python scripts/train_reasoner.py` (seed {seed}, {steps} steps of {batch} samples, {minutes:.0f} minutes on 2 CPU
-cores), from random weights, on the `train` split of `secateurs.questions.tiny` and, for one sample in {corpus_every}, on
-plain English excerpts of C4 (see `questions/data/ATTRIBUTION.md`). One token is one byte; `<think>`, `</think>` and the
-role marks are one token each. Licence: Apache-2.0.
+Made by `python scripts/train_reasoner.py` (seed {seed}, {steps} steps of {batch} samples, {minutes:.0f} minutes on 2
+CPU cores), from random weights, on the `train` split of `secateurs.questions.tiny` and, for one sample in
+{corpus_every}, on plain English excerpts of C4 (see `questions/data/ATTRIBUTION.md`). One token is one byte; `<think>`,
+`</think>` and the role marks are one token each. Licence: Apache-2.0.
 
 Measured on held-out `eval` questions, sampled at temperature 0.6, top-p 0.95, pass@1:
 

@@ -1,27 +1,15 @@
-"""Which weights may stay: exact masks and exact budgets. A mask is True where a weight is kept."""
+"""Which weights may stay: exact masks and exact budgets. A mask is True where a weight is kept.
+
+Higher scores stay, and among equal scores the lower index stays. `block_mask` serves solvers that go through a matrix a
+block of columns at a time: the blocks' zeros always add up to `num_zeros`.
+"""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-
-
-class Pattern(Protocol):
-    """A rule for masks of one matrix [d_out, d_in]; higher scores stay, and among equal scores the lower index stays."""
-
-    def check(self, d_out: int, d_in: int) -> None:
-        """ValueError in one sentence if the pattern does not fit this shape."""
-        ...
-
-    def num_zeros(self, d_out: int, d_in: int) -> int:
-        """How many weights are zero afterwards, exactly."""
-        ...
-
-    def block_mask(self, scores: Tensor, start: int, d_in: int) -> Tensor:
-        """The mask of the columns [start, start + width) of a matrix with `d_in` columns; blocks add up to the budget."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +84,7 @@ class NM:
         return _drop_lowest(scores.reshape(-1, self.m), self.m - self.n).reshape(scores.shape)
 
 
+Pattern = Unstructured | NM
 PATTERNS: dict[str, type] = {"unstructured": Unstructured, "nm": NM}
 
 

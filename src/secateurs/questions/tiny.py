@@ -12,11 +12,12 @@ from secateurs.questions import PromptFormat, Question, unknown_name
 
 SPLITS = {"train": range(0, 7), "calibration": range(7, 9), "eval": range(9, 10)}
 POOL = 40_000  # draws per family, before duplicates go: a finite universe, so that every split ends
+PLAIN = PromptFormat()
 CORPUS = Path(__file__).parent / "data" / "c4_sample.jsonl.gz"
 
 
 def columns(left: int, right: int, sign: str, width: int) -> str:
-    """Digit by digit from the right: `7+5+0=2c1` is 7 plus 5 plus the old carry, giving 2 with 1 to carry (or borrow)."""
+    """Digit by digit from the right: `7+5+0=2c1` is 7 plus 5 plus the old carry: 2, and 1 to carry (or borrow)."""
     steps, carry = [], 0
     for place in range(width):
         x, y = left // 10**place % 10, right // 10**place % 10
@@ -137,7 +138,7 @@ class Tiny:
 
     name: str = "tiny"
     version: int = 1
-    format: PromptFormat = PromptFormat()
+    format: PromptFormat = PLAIN
     families: tuple[str, ...] = tuple(FAMILIES)
 
     def __post_init__(self) -> None:
