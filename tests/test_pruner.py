@@ -75,7 +75,9 @@ def test_grams_equal_those_of_single_documents_at_their_true_positions(tiny_mode
                 x = seen[0].reshape(-1, seen[0].shape[-1])[torch.tensor(document.codes) == CODES["think"]].double()
                 expected += x.T @ x
             handle.remove()
-            assert torch.allclose(train[group.name]["think"].xtx.double(), expected, rtol=1e-4, atol=1e-4 * expected.max())
+            assert torch.allclose(
+                train[group.name]["think"].xtx.double(), expected, rtol=1e-4, atol=1e-4 * expected.max()
+            )
 
 
 def test_expert_grams_hold_the_tokens_routed_to_them():
