@@ -38,14 +38,19 @@ class Unstructured:
     def _quota(self, count: int) -> int:
         return int(count * self.sparsity + 1e-9)  # 0.6 · 5 is 2.9999999999999996 in floating point
 
-    def block_mask(self, scores: Float[Tensor, "d_out width"], start: int, d_in: int) -> Bool[Tensor, "d_out width"]:
-        """The block's share of the budget is what the columns up to its end owe minus what those before it paid."""
+    def block_mask(
+        self, scores: Float[Tensor, "d_out width"], start: int, d_in: int, across_rows: bool = False
+    ) -> Bool[Tensor, "d_out width"]:
+        """The block's share of the budget is what the columns up to its end owe minus what those before it paid.
+
+        `across_rows` spends the same budget wherever the scores of the block are lowest, whatever the scope.
+        """
         d_out, width = scores.shape
         _finite(scores)
-        if self.scope == "row":
-            return _drop_lowest(scores, self._quota(start + width) - self._quota(start))
-        quota = self._quota((start + width) * d_out) - self._quota(start * d_out)
-        return _drop_lowest(scores.reshape(1, -1), quota).reshape(d_out, width)
+        zeros = self.num_zeros(d_out, start + width) - self.num_zeros(d_out, start)
+        if self.scope == "row" and not across_rows:
+            return _drop_lowest(scores, zeros // d_out)
+        return _drop_lowest(scores.reshape(1, -1), zeros).reshape(d_out, width)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ A store is a folder:
 
 The journal is text lines because an append of whole lines plus fsync loses nothing that was acknowledged: a kill can
 only tear the last line, and that is cut off on the next open. Parquet cannot be appended to, but it is right for what
-is finished: ids stay exact int32, zstd makes them about a sixth of the JSON, pages carry checksums, and pandas,
+is finished: ids stay exact int32, zstd makes them a third of the JSON or less, pages carry checksums, and pandas,
 datasets and duckdb read it without this package. A shard appears by one rename and the journal goes only afterwards;
 a kill in between leaves traces in both, and then the sealed copy counts.
 

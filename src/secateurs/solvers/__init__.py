@@ -21,5 +21,5 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "magnitude": partial(ScoreMask, score="magnitude"),
     "wanda": partial(ScoreMask, score="wanda"),
     "sparsegpt": SparseGPT,
-    "sparsegpt-paper": partial(SparseGPT, block_size=128, damping="mean", scope="layer"),
+    "sparsegpt-paper": partial(SparseGPT, block_size=128, damping="mean", across_rows=True),
 }

@@ -1,14 +1,14 @@
 """SparseGPT: prune column by column and let the columns to the right make up for it."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from secateurs.layer import LayerProblem, LayerSolution
 from secateurs.linalg import inverse_factor
-from secateurs.patterns import NM, Unstructured
+from secateurs.patterns import NM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +20,15 @@ class SparseGPT:
 
     Differs from the published code: exact counts (its `<=` threshold prunes one weight too many a block); relative damping
     damp·diag(G) and blocks of 32 by default, where it has the mean diagonal and 128; inputs that are zero on every token are
-    pruned first and count. `damping="mean"`, `block_size=128` and `scope="layer"` give the published arithmetic.
-    Cost: 4/3 d_in³ + d_out d_in². The factor is the Gram's scale times nothing else, so 2/N never enters.
+    pruned first and count. `damping="mean"`, `block_size=128` and `across_rows` give the published arithmetic.
+    The published factor 2/N of the Gram cancels and is left out. Cost: 4/3 d_in³ + d_out d_in².
     """
 
     block_size: int = 32
     damp: float = 0.01
     damping: Literal["relative", "mean"] = "relative"
-    scope: Literal["pattern", "layer"] = "pattern"
-    """"layer" compares over all rows of a block whatever the pattern's own scope, as the paper does."""
+    across_rows: bool = False
+    """Compare over all rows of a block whatever the pattern's scope, as the published code does."""
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -44,8 +44,6 @@ class SparseGPT:
         pattern, block_size = problem.pattern, self.block_size
         if isinstance(pattern, NM):
             block_size = -(-block_size // pattern.m) * pattern.m
-        elif isinstance(pattern, Unstructured) and self.scope == "layer":
-            pattern = replace(pattern, scope="layer")
         dead = problem.dead
         gram = problem.gram.xtx.clone()
         gram.diagonal()[dead] = gram.diagonal().mean().clamp(min=1e-30)
@@ -61,7 +59,8 @@ class SparseGPT:
             diagonal = local.diagonal()
             errors = torch.zeros_like(block)
             if not isinstance(pattern, NM):
-                kept = pattern.block_mask((block / diagonal[:, None]).square().T, start, d_in).T
+                scores = (block / diagonal[:, None]).square().T
+                kept = pattern.block_mask(scores, start, d_in, self.across_rows).T
             else:
                 kept = torch.empty_like(mask[start:stop])
             for i in range(stop - start):
