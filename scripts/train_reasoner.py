@@ -37,7 +37,7 @@ library_name: transformers
 # The bundled reasoner
 
 A {parameters:,}-parameter Qwen3 ({layers} layers, width {width}, {size:.1f} MB) that thinks before it answers. It is
-here so that `secateurs` can be run and tested end to end in seconds on a CPU; it knows nothing but the `tiny` questions.
+here so that `secateurs` can be run and tested end to end on a CPU; it knows nothing but the `tiny` questions.
 
 Made by `python scripts/train_reasoner.py` (seed {seed}, {steps} steps of {batch} samples, {minutes:.0f} minutes on 2
 CPU cores), from random weights, on the `train` split of `secateurs.questions.tiny` and, for one sample in
@@ -183,8 +183,6 @@ def table(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, number: i
     for question, reply in zip(questions, replies(model, tokenizer, questions), strict=True):
         thought, _, answer = reply.partition("</think>")
         correct = tiny.check(question, answer.partition(tokenizer.eos_token)[0])
-        if not correct:
-            log.info("wrong: %s %s", question.prompt, reply)
         for family in (question.family, "all"):
             asked[family] += 1
             right[family] += correct

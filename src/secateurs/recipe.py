@@ -208,7 +208,7 @@ def _build(kind: str, table: Mapping[str, Any], spec: Mapping[str, Any]) -> Any:
         if key not in known:
             raise ValueError(unknown_name(f"key of {kind} `{name}`", key, known))
     try:
-        return TypeAdapter(factory).validate_python(fixed | options, strict=True)
+        return TypeAdapter(factory).validate_python(fixed | options)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error":

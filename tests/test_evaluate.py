@@ -1,0 +1,74 @@
+"""Figures computed by hand, intervals that behave, and the drift of hidden states."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_model
+
+from secateurs.calibration import CODES, Document, batches
+from secateurs.evaluate import drift, mean_interval, measure, reference_states, share_interval
+from secateurs.traces import Trace
+
+
+def trace(question, sample, reward, length, think, finish="eos", closed=True):
+    return Trace(question_id=question, sample=sample, prompt_ids=(1, 2, 3), completion_ids=tuple(range(10, 10 + length)),
+                 think_tokens=think, think_closed=closed, finish=finish, reward=reward, seed=0)  # fmt: skip
+
+
+DENSE = [trace("a", 0, 1.0, 10, 8), trace("a", 1, 1.0, 10, 8), trace("b", 0, 1.0, 20, 18), trace("b", 1, 0.0, 20, 18)]
+PRUNED = [
+    trace("a", 0, 1.0, 20, 18),
+    trace("a", 1, 0.0, 40, 40, "length", False),
+    trace("b", 0, 0.0, 40, 38),
+    trace("b", 1, 0.0, 20, 18),
+]
+
+
+def test_figures_by_hand():
+    m = measure(PRUNED, {"a": "sum", "b": "loop"}, question_set="q", seconds=4.0, dense=DENSE)
+    assert (m["questions"], m["samples"], m["pass_at_1"]) == (2, 2, 0.25)
+    assert m["by_family"] == {"sum": 0.5, "loop": 0.0}
+    assert m["difference"]["mean"] == -0.5
+    assert m["completion_tokens"] == 30 and m["length_ratio"] == 2.0
+    assert m["think_tokens"] == 28.5 and m["answer_tokens"] == 1.5
+    assert m["truncated"] == 0.25 and m["unclosed_think"] == 0.25 and m["looping"] == 0
+    assert m["tokens_per_correct"] == 120 and m["tokens"] == 120 and m["tokens_per_second"] == 30
+    nothing = measure([trace("a", 0, 0.0, 5, 5)], {}, question_set="q", seconds=0.0)
+    assert nothing["tokens_per_correct"] is None and nothing["difference"] is None
+
+
+def test_unpaired_questions_are_refused():
+    with pytest.raises(ValueError, match="the dense model answered other questions"):
+        measure(PRUNED, {}, question_set="q", seconds=1.0, dense=DENSE[:2])
+
+
+def test_share_interval_is_wilsons_and_wider_when_samples_agree():
+    low, high = share_interval([1.0] * 50 + [0.0] * 50)
+    assert low == pytest.approx(0.4038, abs=2e-3) and high == pytest.approx(0.5962, abs=2e-3)
+    assert share_interval([1.0] * 20)[0] == pytest.approx(1 / (1 + 1.959964**2 / 20))
+    assert share_interval([1.0] * 20)[1] == 1.0
+    clustered, spread = share_interval([1.0, 0.0] * 10), share_interval([0.5, 0.5, 1.0, 0.0] * 5)
+    assert clustered[1] - clustered[0] > spread[1] - spread[0]
+
+
+def test_mean_interval():
+    low, high = mean_interval([0.0, 1.0, 1.0, 0.0])
+    half = 1.959964 * math.sqrt(1 / 3 / 4)
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
+
+
+def test_drift_is_zero_for_the_same_model_and_placed_where_the_damage_is():
+    codes = (CODES["prompt"],) * 3 + (CODES["think"],) * 10 + (CODES["answer"],) * 2
+    documents = [Document(tuple(range(3 + k, 18 + k)), codes) for k in range(4)]
+    model = make_model("qwen3")
+    reference = reference_states(model, list(batches(documents, 40)))
+    same = drift(model, reference)
+    assert same["prompt"] == same["early_think"] == same["answer"] == 0
+    assert sum(point["tokens"] for point in same["curve"]) == 40
+    with torch.no_grad():  # damage only what id 5, a prompt token of some documents, embeds to
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+        model.model.embed_tokens.weight[3] += 1.0
+    damaged = drift(model, reference)
+    assert damaged["prompt"] > 0 and 0 < damaged["late_think"]

@@ -1,0 +1,62 @@
+"""Exact prompt ids and the split of a completion, with a small tokenizer made here."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from secateurs.prompts import answer_text, render, think_split, trace_seed
+from secateurs.questions import PromptFormat, Question
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+
+
+def tokenizer(specials, template=None):
+    vocabulary = {t: i for i, t in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|eos|>", additional_special_tokens=specials[1:]
+    )
+    made.chat_template = template
+    return made
+
+
+MARKED = ["<|eos|>", "<think>", "</think>", "<|a|>"]
+QUESTION = Question(id="q", prompt="1+1?", answer="2")
+
+
+@pytest.mark.parametrize("specials", [MARKED, ["<|eos|>", "<|a|>"]], ids=["one token", "many tokens"])
+def test_thinking_ends_with_its_marker_however_it_is_cut_into_tokens(specials):
+    t = tokenizer(specials, TEMPLATE)
+    prompt = render(t, PromptFormat(prefill="<think>"), QUESTION)
+    assert t.decode(prompt).endswith("<|a|><think>")
+    done = tuple(t("one and one</think>2<|eos|>")["input_ids"])
+    think, closed = think_split(t, prompt, done)
+    assert closed and t.decode(done[:think]) == "one and one</think>"
+    assert answer_text(t, done, think, closed) == "2"
+    open_end = tuple(t("one and one and")["input_ids"])
+    assert think_split(t, prompt, open_end) == (len(open_end), False)
+    assert answer_text(t, open_end, len(open_end), False) == ""
+
+
+def test_a_model_without_markers_thinks_in_all_of_its_reply():
+    t = tokenizer(MARKED, TEMPLATE)
+    prompt, reply = render(t, PromptFormat(), QUESTION), tuple(t("it is 2<|eos|>")["input_ids"])
+    assert think_split(t, prompt, reply) == (len(reply), True)
+    assert answer_text(t, reply, len(reply), True) == "it is 2"
+
+
+def test_a_prefill_the_template_wrote_is_not_repeated_and_examples_become_turns():
+    t = tokenizer(MARKED, TEMPLATE.replace("<|a|>", "<|a|><think>"))
+    form = PromptFormat(system="be brief", examples=(("0+0?", "0"),), prefill="<think>\n")
+    text = t.decode(render(t, form, QUESTION))
+    assert text == "<|system|>be brief<|user|>0+0?<|assistant|>0<|user|>1+1?<|a|><think>"
+
+
+def test_seeds_depend_on_question_and_sample_only():
+    assert trace_seed(0, "q", 1) == trace_seed(0, "q", 1)
+    assert len({trace_seed(s, q, n) for s in (0, 1) for q in ("q", "r") for n in (0, 1)}) == 8
+    assert 0 <= trace_seed(0, "q", 0) < 2**62

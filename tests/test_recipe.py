@@ -1,0 +1,76 @@
+"""Strict recipes: every mistake is one sentence that says where, and shipped recipes parse."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from secateurs.calibration import region_weights
+from secateurs.recipe import build_pattern, build_solver, load_recipe
+from secateurs.solvers import SOLVERS, SparseGPT
+
+SHIPPED = [Path(entry.name).stem for entry in (files("secateurs") / "recipes").iterdir()]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_parse(name):
+    assert load_recipe(name).title
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("prune.patern.sparsity=0.5", "unknown key `prune.patern`. Did you mean `prune.pattern`?"),
+        ("sed=3", "unknown key `sed`. Did you mean `seed`?"),
+        ("prune.pattern.sparsity=1.5", "prune.pattern: sparsity must be at least 0 and below 1, found 1.5"),
+        ("sweep.sparsity=[1.5]", "sweep.sparsity: sparsity must be at least 0 and below 1, found 1.5"),
+        ("prune.solver.name=sparsegtp", "unknown solver `sparsegtp`. Did you mean `sparsegpt`?"),
+        ("prune.solver.dampp=1", "unknown key of solver `sparsegpt` `dampp`. Did you mean `damp`?"),
+        ("prune.solver.damp=x", "solver `sparsegpt`: damp: input should be a valid number, unable to parse string as a number, found 'x'"),
+        ("prune.solver.block_size=0", "sparsegpt: block_size must be 1 or more, found 0"),
+        ("calibration.arm=racc", "unknown calibration arm `racc`. Did you mean `rac`?"),
+        ("calibration.arm={thinks=1.0}", "calibration.arm: unknown region `thinks`. Did you mean `think`?"),
+        ("calibration.arm={think=-1.0}", "weight of region `think` must be 0 or more"),
+        ("traces.questions.name=tyny", "unknown question set `tyny`. Did you mean `tiny`?"),
+        ("traces.filters.corect=true", "unknown trace filter `corect`. Did you mean `correct`?"),
+        ("evaluate.num_questions=many", "evaluate.num_questions: input should be a valid integer, found 'many'"),
+        ("prune.propagate=layer", "prune.propagate: input should be 'dense', 'block' or 'group', found 'layer'"),
+        ("prune.pattern={name='nm', n=2, m=4}", "sweep.sparsity needs prune.pattern.name"),
+        ("nonsense", "--set nonsense: expected key=value"),
+        ("seed.a.b=1", "`seed` is a value, not a table"),
+    ],
+)
+def test_mistakes_teach(override, sentence):
+    with pytest.raises(ValueError) as error:
+        load_recipe("demo", ["seed=1", override])
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(ValueError, match="unknown recipe `dmo`. Did you mean `demo`?"):
+        load_recipe("dmo")
+    with pytest.raises(ValueError, match=r"nowhere\.toml: no such file"):
+        load_recipe("nowhere.toml")
+    (tmp_path / "broken.toml").write_text("seed = ")
+    with pytest.raises(ValueError, match="not valid TOML"):
+        load_recipe(str(tmp_path / "broken.toml"))
+
+
+def test_overrides_are_toml_values_or_text():
+    recipe = load_recipe("demo", ["prune.solver={name='wanda'}", "title=two words", "sweep.seed=[7]"])
+    assert recipe.prune.solver == {"name": "wanda"} and recipe.title == "two words" and recipe.seeds == [7]
+
+
+def test_tables_become_objects():
+    assert build_solver({"name": "sparsegpt", "damp": 0.1}) == SparseGPT(damp=0.1)
+    assert build_solver({"name": "sparsegpt-paper"}) == SparseGPT(block_size=128, damping="mean", across_rows=True)
+    assert str(build_pattern({"name": "nm", "n": 2, "m": 4})) == "2:4"
+    for name in SOLVERS:
+        build_solver({"name": name})
+
+
+def test_arms():
+    assert region_weights("rac") == {"prompt": 1.0, "think": 1.0, "answer": 1.0}
+    assert region_weights({"corpus": 0.5, "think": 2.0}) == {"corpus": 0.5, "think": 2.0}
+    with pytest.raises(ValueError, match="needs a region with a positive weight"):
+        region_weights({"think": 0.0})
