@@ -83,6 +83,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, width: int) -> Q
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=1024,
+        # A short base and a large start: what is to be looked up is near, and the width is small.
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        initializer_range=0.1,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -139,23 +142,29 @@ def batch_loss(model: Qwen3ForCausalLM, batch: list[Sample], pad: int) -> torch.
 
 
 def train(model: Qwen3ForCausalLM, stream: Iterator[list[Sample]], steps: int, rate: float, pad: int) -> None:
-    """AdamW, a short warm-up, then a cosine down to nothing."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(step / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
+    """Muon for the matrices, AdamW for the rest, a short warm-up, then a cosine down to nothing."""
+    # AdamW alone needs many times the steps before the heads that copy digits form.
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        )
+        for optimizer in optimizers
+    ]
     start = time.monotonic()
     model.train()
     for step, batch in enumerate(islice(stream, steps), 1):
         loss = batch_loss(model, batch, pad)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for part in (*optimizers, *schedules):
+            part.step()
         if step % 50 == 0:
             log.info("step %d loss %.4f %.0f s", step, loss.item(), time.monotonic() - start)
     model.eval()
@@ -198,9 +207,9 @@ def main() -> None:
     """Train, save, measure, write the card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ASSETS)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=2e-2, help="Muon's learning rate")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--corpus-every", type=int, default=16)

@@ -26,7 +26,10 @@ def test_shipped_recipes_parse(name):
         ("sweep.sparsity=[1.5]", "sweep.sparsity: sparsity must be at least 0 and below 1, found 1.5"),
         ("prune.solver.name=sparsegtp", "unknown solver `sparsegtp`. Did you mean `sparsegpt`?"),
         ("prune.solver.dampp=1", "unknown key of solver `sparsegpt` `dampp`. Did you mean `damp`?"),
-        ("prune.solver.damp=x", "solver `sparsegpt`: damp: input should be a valid number, unable to parse string as a number, found 'x'"),
+        (
+            "prune.solver.damp=x",
+            "solver `sparsegpt`: damp: input should be a valid number, unable to parse string as a number, found 'x'",
+        ),
         ("prune.solver.block_size=0", "sparsegpt: block_size must be 1 or more, found 0"),
         ("calibration.arm=racc", "unknown calibration arm `racc`. Did you mean `rac`?"),
         ("calibration.arm={thinks=1.0}", "calibration.arm: unknown region `thinks`. Did you mean `think`?"),

@@ -1,6 +1,8 @@
 """The command line: parsing, progress bars and error sentences. Each command is one call into `run` or `report`."""
 
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -83,7 +85,7 @@ def _finish(report: Any, out: Path, as_json: bool) -> None:
     if as_json:
         print(reports.to_json(report))
         return
-    screen = Console()
+    screen = Console(width=None if sys.stdout.isatty() else 120)  # a pipe or a log has no width of its own
     screen.print(reports.console_table(report))
     screen.print(reports.headline(report))
     screen.print(f"report: {out / 'report.html'}")
@@ -207,15 +209,20 @@ def show(recipe: RecipeName, overrides: Set = [], as_json: Json = False) -> None
 
 
 def main() -> None:
-    """Entry point. 0 done, 2 a user's mistake or a full disk (one sentence), 130 interrupted."""
+    """Entry point. 0 done, 2 a user's mistake or a machine's limit (one sentence), 130 interrupted."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    signal.signal(signal.SIGINT, _interrupt)
     try:
-        app(standalone_mode=True)
+        app()
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         console.print(f"[bold red]error:[/] {_sentence(error)}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("interrupted; run the same command again to go on", highlight=False)
-        sys.exit(130)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    console.print("interrupted; run the same command again to go on", highlight=False)
+    raise SystemExit(130)
 
 
 def _sentence(error: BaseException) -> str:

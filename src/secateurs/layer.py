@@ -1,86 +1,117 @@
-"""The layer-wise problem: a weight, the Gram of its inputs, a pattern; and its solution."""
+"""One matrix to prune: its inputs as a `Gram`, the `LayerProblem` a solver gets and the `LayerSolution` it returns."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float32, Shaped
 from torch import Tensor
 
 from secateurs.patterns import Pattern
 
-CHUNK = 2048  # tokens summed in one float32 product; short sums keep the rounding near 1e-6
+TOKENS_AT_ONCE = 8192
+COLUMNS_AT_ONCE = 1024
 
 
 @dataclass
 class Gram:
-    """Σ w x xᵀ over tokens: a sum that starts at zero, adds up in any order, and can be scaled and merged.
+    """The weighted sum of x x^T over tokens, and what went into it. All a solver ever knows of the inputs.
 
-    `tokens` counts tokens of positive weight, `weight_sum` adds their weights. Sums are raw; nothing is divided.
+    A commutative monoid: `+` merges shards, processes and regions, and `2.0 * gram` re-weights one, so
+    `w_p * prompt + w_t * think` needs no second pass over the data. Raw sums in float32, never a running mean (the
+    public `H *= n / (n + b)` rounds at every batch and depends on their order). Unit: squared activation x weight.
     """
 
-    xtx: Float[Tensor, "d_in d_in"]
+    xtx: Float32[Tensor, "d_in d_in"]
     weight_sum: float = 0.0
     tokens: int = 0
 
     @classmethod
     def zeros(cls, d_in: int, device: torch.device | str = "cpu") -> "Gram":
-        """The empty sum, float32."""
-        return cls(torch.zeros(d_in, d_in, dtype=torch.float32, device=device))
+        """The Gram of no tokens."""
+        return cls(torch.zeros(d_in, d_in, device=device))
 
-    def update(self, x: Float[Tensor, "*tokens d_in"], weight: Float[Tensor, "*tokens"] | None = None) -> None:
-        """Add tokens, weighted where `weight` is given; a token of weight 0 (padding) is not looked at, even if NaN.
+    @property
+    def d_in(self) -> int:
+        return self.xtx.shape[0]
 
-        Inputs are cast to float32 before they are multiplied, so bf16 products are exact. ValueError for negative weights.
+    def update(self, x: Float[Tensor, "*batch d_in"], weight: Shaped[Tensor, "*batch"] | None = None) -> None:
+        """Add the tokens of `x`, each with its `weight` (1 when None). Weight 0 is as if the token were not there.
+
+        Tokens of weight 0 are dropped before any arithmetic, so padding adds nothing even where it holds NaN. Exactly
+        symmetric: only the upper triangle is computed, then mirrored. ValueError if a weight is negative or not finite.
+        Cost: about d_in^2 flops a token, in chunks of 8192 tokens.
         """
-        flat = x.reshape(-1, x.shape[-1])
+        if x.shape[-1] != self.d_in:
+            raise ValueError(f"this Gram has {self.d_in} inputs, but the activations have {x.shape[-1]}.")
+        x = x.detach().reshape(-1, self.d_in)
+        weight = None if weight is None else weight.detach().reshape(-1).to(torch.float64)
         if weight is not None:
-            per_token = weight.reshape(-1)
-            if (per_token < 0).any():
-                raise ValueError("token weights must not be negative")
-            kept = per_token > 0
-            flat, per_token = flat[kept], per_token[kept].float()
-            self.weight_sum += float(per_token.double().sum())
-        else:
-            per_token = None
-            self.weight_sum += len(flat)
-        self.tokens += len(flat)
-        for start in range(0, len(flat), CHUNK):
-            part = flat[start : start + CHUNK].float()
-            left = part if per_token is None else part * per_token[start : start + CHUNK, None]
-            self.xtx += left.T @ part  # not addmm_: it may add token by token to the large sum, which rounds more
+            if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
+                raise ValueError(
+                    "a token weight is negative or not finite: weights must be 0 (ignore the token) or more."
+                )
+            counted = weight > 0
+            x, weight = x[counted], weight[counted]
+        for first in range(0, x.shape[0], TOKENS_AT_ONCE):
+            chunk = x[first : first + TOKENS_AT_ONCE].float()
+            if weight is not None:
+                chunk = chunk * weight[first : first + TOKENS_AT_ONCE].sqrt().float()[:, None]
+            for start, end in _column_blocks(self.d_in):
+                self.xtx[start:end, start:].addmm_(chunk[:, start:end].T, chunk[:, start:])
+        for start, end in _column_blocks(self.d_in):
+            corner = self.xtx[start:end, start:end]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+            self.xtx[end:, start:end] = self.xtx[start:end, end:].T
+        self.tokens += x.shape[0]
+        self.weight_sum += float(x.shape[0] if weight is None else weight.sum())
 
     def __add__(self, other: "Gram") -> "Gram":
+        if self.d_in != other.d_in:
+            raise ValueError(f"cannot add a Gram of {other.d_in} inputs to one of {self.d_in}.")
         return Gram(self.xtx + other.xtx, self.weight_sum + other.weight_sum, self.tokens + other.tokens)
 
-    def __mul__(self, factor: float | int) -> "Gram":
-        return Gram(self.xtx * factor, self.weight_sum * factor, self.tokens)
+    def __mul__(self, factor: float) -> "Gram":
+        """Every token's weight times `factor`. ValueError below 0. Factor 0 is the Gram of no tokens."""
+        if not 0 <= factor < float("inf"):
+            raise ValueError(f"a Gram can be weighted by 0 or more, not by {factor}.")
+        return Gram(self.xtx * factor, self.weight_sum * factor, self.tokens if factor else 0)
 
     __rmul__ = __mul__
 
 
-class Outcome(Enum):
-    """How a solve ended; the text says what it means and what to do about it."""
+class Outcome(StrEnum):
+    """How a solve went. When several apply, the one that appears last here is reported; `stats` has the figures."""
 
-    ok = "solved as asked"
-    damping_raised = (
-        "the Gram was not positive definite at the asked damping, so more was used; give more calibration tokens or raise "
-        "`damp` to make it explicit"
-    )
-    dead_inputs = (
-        "some inputs were zero on every calibration token; their weights were pruned first; use more varied documents if "
-        "that is not expected"
-    )
-    rank_deficient = (
-        "there are fewer calibration tokens than inputs, so the error on them says little; raise calibration.num_tokens"
-    )
+    OK = "ok"
+    DEAD_INPUTS = "dead_inputs"
+    RANK_DEFICIENT = "rank_deficient"
+    DAMPING_RAISED = "damping_raised"
+
+    @property
+    def text(self) -> str:
+        """Cause and remedy, in plain words."""
+        return _OUTCOME_TEXT[self]
 
 
-@dataclass(frozen=True, eq=False)
+_OUTCOME_TEXT = {
+    Outcome.OK: "Solved as asked.",
+    Outcome.DEAD_INPUTS: "Some inputs were zero on every calibration token, so their weights were pruned first. "
+    "Usual for padded or unused channels; if they are many, calibrate on more varied questions.",
+    Outcome.RANK_DEFICIENT: "There were fewer calibration tokens than live inputs, so damping alone decided between "
+    "many equally good answers and the fit will not generalise. Use more tokens, at least ten for each input.",
+    Outcome.DAMPING_RAISED: "The damped Gram could not be factored, so more damping was used than was asked for and "
+    "weights compensate for each other less. Check for huge or nearly identical activations; use more tokens.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerProblem:
-    """Find Ŵ with the pattern's zeros that minimises tr((T - Ŵ) G (T - Ŵ)ᵀ); T is `target`, or the weight itself.
+    """Find sparse What with tr((T - What) G (T - What)^T) small: T = `target`, or `weight` when there is none.
 
-    A target other than W carries corrections for the errors of earlier layers. ValueError for shapes that do not fit.
+    A target other than the weight is how an output to imitate, seen through other inputs than the ones this layer
+    now gets, enters (QEP, GPTAQ): every solver runs on (T, G) unchanged. ValueError when shapes or devices disagree,
+    a number is not finite, or the pattern does not fit the matrix; the message names the layer.
     """
 
     name: str
@@ -89,37 +120,35 @@ class LayerProblem:
     pattern: Pattern
     target: Float[Tensor, "d_out d_in"] | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         d_out, d_in = self.weight.shape
-        if tuple(self.gram.xtx.shape) != (d_in, d_in):
-            raise ValueError(f"{self.name}: the Gram is {tuple(self.gram.xtx.shape)}, the weight has {d_in} inputs")
+        if self.gram.d_in != d_in:
+            raise ValueError(f"{self.name}: the weight has {d_in} inputs, but its Gram has {self.gram.d_in}.")
         if self.target is not None and self.target.shape != self.weight.shape:
-            raise ValueError(f"{self.name}: the target is {tuple(self.target.shape)}, the weight {(d_out, d_in)}")
-        self.pattern.check(d_out, d_in)
+            raise ValueError(
+                f"{self.name}: the target is {tuple(self.target.shape)}, but the weight is {tuple(self.weight.shape)}."
+            )
+        for what, tensor in (("weight", self.weight), ("Gram", self.gram.xtx), ("target", self.target)):
+            if tensor is not None and tensor.device != self.weight.device:
+                raise ValueError(f"{self.name}: the {what} is on {tensor.device}, the weight on {self.weight.device}.")
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"{self.name}: the {what} holds NaN or infinity; find the layer or token that makes it."
+                )
+        try:
+            self.pattern.check(d_out, d_in)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
 
     @property
     def goal(self) -> Float[Tensor, "d_out d_in"]:
-        """T in float32."""
-        return (self.weight if self.target is None else self.target).float()
-
-    @property
-    def dead(self) -> Bool[Tensor, " d_in"]:
-        """Inputs that were (all but) zero on every token."""
-        diagonal = self.gram.xtx.diagonal()
-        return diagonal <= 1e-12 * diagonal.median()
-
-    def outcome(self, raised: bool = False) -> Outcome:
-        """What a solver reports, given whether it had to raise the damping."""
-        if raised:
-            return Outcome.damping_raised
-        if self.gram.tokens < self.weight.shape[1]:
-            return Outcome.rank_deficient
-        return Outcome.dead_inputs if bool(self.dead.any()) else Outcome.ok
+        """T: the dense weights to approximate."""
+        return self.weight if self.target is None else self.target
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class LayerSolution:
-    """The new weight (in the old one's dtype, exactly zero off the mask), its mask (True = kept), and figures."""
+    """New weights (same dtype as the old, exactly 0 off the mask), the mask (True = kept), how it went and figures."""
 
     weight: Float[Tensor, "d_out d_in"]
     mask: Bool[Tensor, "d_out d_in"]
@@ -127,11 +156,31 @@ class LayerSolution:
     stats: dict[str, float]
 
 
-def relative_error(weight: Tensor, reference: Tensor, gram: Gram) -> float:
-    """tr(D G Dᵀ) / tr(W G Wᵀ) with D = weight - reference and W = reference, in float64. 0/0 is 0."""
-    g = gram.xtx.double()
+def relative_error(
+    weight_hat: Float[Tensor, "d_out d_in"], reference: Float[Tensor, "d_out d_in"], gram: Gram
+) -> float:
+    """tr(D G D^T) / tr(W G W^T) with D = W - What: the fraction of output energy lost. 0 is perfect, 1 is all zeros.
+
+    In float64, so that errors of 1e-12 still count; 0 / 0 is 0 (no input, nothing lost). Cost: 2 d_out d_in^2 flops,
+    using the symmetry of G; a 1024-column float64 panel of G is all the extra memory that grows with d_in.
+    """
     dense = reference.double()
-    delta = weight.double() - dense
-    lost = float(((delta @ g) * delta).sum())
-    whole = float(((dense @ g) * dense).sum())
-    return lost / whole if whole > 0 else (0.0 if lost <= 0 else float("inf"))
+    lost = _energy(dense - weight_hat.double(), gram.xtx)
+    total = _energy(dense, gram.xtx)
+    if total == 0:
+        return 0.0 if lost == 0 else float("inf")
+    return lost / total
+
+
+def _energy(delta: Float[Tensor, "d_out d_in"], gram: Float[Tensor, "d_in d_in"]) -> float:
+    """tr(D G D^T), each pair of column blocks once."""
+    energy = delta.new_zeros(())
+    for start, end in _column_blocks(gram.shape[0]):
+        images = delta[:, start:end] @ gram[start:end, start:].double()
+        width = end - start
+        energy += (images[:, :width] * delta[:, start:end]).sum() + 2 * (images[:, width:] * delta[:, end:]).sum()
+    return max(float(energy), 0.0)
+
+
+def _column_blocks(d_in: int) -> list[tuple[int, int]]:
+    return [(start, min(start + COLUMNS_AT_ONCE, d_in)) for start in range(0, d_in, COLUMNS_AT_ONCE)]

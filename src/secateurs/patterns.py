@@ -1,115 +1,181 @@
-"""Which weights may stay: exact masks and exact budgets. A mask is True where a weight is kept.
+"""Which weights may stay: `Unstructured(sparsity, scope)` and `NM(n, m)`. Exact budgets, exact masks, no randomness.
 
-Higher scores stay, and among equal scores the lower index stays. `block_mask` serves solvers that go through a matrix a
-block of columns at a time: the blocks' zeros always add up to `num_zeros`.
+A pattern turns scores into a mask (True = kept) with exactly the number of zeros that was asked for, whether the matrix
+is seen whole (`mask`) or a few columns at a time (`block_mask`). Among equal scores the lowest index is pruned first,
+counted row by row, as a stable ascending sort would do.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from fractions import Fraction
+from math import floor
+from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@runtime_checkable
+class Pattern(Protocol):
+    """What a solver may ask of a pattern. Scores are any real numbers: the higher, the more worth keeping."""
+
+    def check(self, d_out: int, d_in: int) -> None:
+        """ValueError, in one sentence, if a `d_out` x `d_in` matrix cannot have this pattern."""
+        ...
+
+    def num_zeros(self, d_out: int, d_in: int) -> int:
+        """The exact number of zeros in a `d_out` x `d_in` matrix."""
+        ...
+
+    def mask(self, scores: Float[Tensor, "d_out d_in"]) -> Bool[Tensor, "d_out d_in"]:
+        """True where the weight is kept. ValueError if a score is NaN."""
+        ...
+
+    def block_mask(self, scores: Float[Tensor, "d_out block"], start: int) -> Bool[Tensor, "d_out block"]:
+        """The mask of columns `start, start + 1, ...` alone; blocks that tile the matrix sum to `num_zeros`."""
+        ...
+
+    def columns_at_once(self, block_size: int) -> int:
+        """How many columns a solver that sweeps `block_size` columns at a time should choose together."""
+        ...
+
+
+@dataclass(frozen=True)
 class Unstructured:
-    """A fraction `sparsity` of the weights is zero, the same in every row (scope "row") or in the matrix as a whole."""
+    """Any `sparsity` of the weights is zero: the same count in every row, or wherever the scores say in the layer.
+
+    The budget is floor(sparsity * d_in) zeros a row (scope "row"), or floor(sparsity * d_out * d_in) a layer (scope
+    "layer"). `sparsity` is read as the decimal that was written, so 0.29 of 100 is 29 (in binary it would be 28).
+    Columns [start, end) get floor(end * s) - floor(start * s) of it, so blocks of any sizes sum to the budget; with
+    scope "layer" a block's quota is over its d_out x (end - start) weights. The public SparseGPT code takes
+    int(numel * s) + 1 in every block instead. Cost: one selection (no sort).
+    """
 
     sparsity: float
     scope: Literal["row", "layer"] = "row"
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.sparsity, int | float) or not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must be at least 0 and below 1, found {self.sparsity!r}")
+    def __post_init__(self):
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"sparsity is {self.sparsity}, but it must be in [0, 1): the fraction set to zero (0.5 = half)."
+            )
         if self.scope not in ("row", "layer"):
-            raise ValueError(f"scope must be `row` or `layer`, found {self.scope!r}")
+            raise ValueError(
+                f"scope is {self.scope!r}, but it must be 'row' (each row has the same count) or 'layer' (one count)."
+            )
 
     def __str__(self) -> str:
-        return f"{100 * self.sparsity:g}%"
+        return f"{100 * self.sparsity:g}%" + (" per layer" if self.scope == "layer" else "")
 
     def check(self, d_out: int, d_in: int) -> None:
-        """Fits every shape."""
+        """Every matrix that is not empty can have this pattern; ValueError for an empty one."""
+        _check_shape(d_out, d_in)
 
     def num_zeros(self, d_out: int, d_in: int) -> int:
-        """floor(sparsity · size), of a row times the rows or of the matrix, by scope."""
-        return d_out * self._quota(d_in) if self.scope == "row" else self._quota(d_out * d_in)
+        """The exact number of zeros in a `d_out` x `d_in` matrix."""
+        return self._zeros_before(d_in, d_out) * (d_out if self.scope == "row" else 1)
 
-    def _quota(self, count: int) -> int:
-        return int(count * self.sparsity + 1e-9)  # 0.6 · 5 is 2.9999999999999996 in floating point
+    def mask(self, scores: Float[Tensor, "d_out d_in"]) -> Bool[Tensor, "d_out d_in"]:
+        """True where the weight is kept. ValueError if a score is NaN."""
+        return self.block_mask(scores, 0)
 
-    def block_mask(
-        self, scores: Float[Tensor, "d_out width"], start: int, d_in: int, across_rows: bool = False
-    ) -> Bool[Tensor, "d_out width"]:
-        """The block's share of the budget is what the columns up to its end owe minus what those before it paid.
-
-        `across_rows` spends the same budget wherever the scores of the block are lowest, whatever the scope.
-        """
+    def block_mask(self, scores: Float[Tensor, "d_out block"], start: int) -> Bool[Tensor, "d_out block"]:
+        """The mask of columns [start, start + block) alone, with the block's share of the budget as its quota."""
         d_out, width = scores.shape
-        _finite(scores)
-        zeros = self.num_zeros(d_out, start + width) - self.num_zeros(d_out, start)
-        if self.scope == "row" and not across_rows:
-            return _drop_lowest(scores, zeros // d_out)
-        return _drop_lowest(scores.reshape(1, -1), zeros).reshape(d_out, width)
+        quota = self._zeros_before(start + width, d_out) - self._zeros_before(start, d_out)
+        pools = scores if self.scope == "row" else scores.reshape(1, -1)
+        return ~_lowest(pools, quota).view(d_out, width)
+
+    def columns_at_once(self, block_size: int) -> int:
+        """The whole block: the wider it is, the freer the choice."""
+        return block_size
+
+    def _zeros_before(self, column: int, d_out: int) -> int:
+        """Zeros in the first `column` columns: of one row, or of all `d_out` rows together with scope "layer"."""
+        return floor(Fraction(str(float(self.sparsity))) * column * (1 if self.scope == "row" else d_out))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class NM:
-    """Of every `m` neighbouring inputs of a row, `n` weights are KEPT (2:4 keeps two of four)."""
+    """KEEPS `n` of every `m` neighbouring inputs, in every row: `NM(2, 4)` is what sparse tensor cores run.
+
+    `prunen` in the public SparseGPT code counts the pruned ones; the two readings agree only when n = m / 2.
+    """
 
     n: int
     m: int
 
-    def __post_init__(self) -> None:
-        if not (isinstance(self.n, int) and isinstance(self.m, int) and 1 <= self.n <= self.m):
-            raise ValueError(f"an N:M pattern keeps n of m with 1 <= n <= m, found {self.n}:{self.m}")
+    def __post_init__(self):
+        if not 1 <= self.n <= self.m:
+            raise ValueError(
+                f"the pattern {self.n}:{self.m} keeps {self.n} of every {self.m} weights, but n must be in 1..m "
+                f"(2:4 keeps two of four)."
+            )
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
-    @property
-    def sparsity(self) -> float:
-        """The fraction of zeros."""
-        return 1 - self.n / self.m
-
     def check(self, d_out: int, d_in: int) -> None:
-        """ValueError if a row is not made of whole groups."""
+        """ValueError unless every row is a whole number of groups."""
+        _check_shape(d_out, d_in)
         if d_in % self.m:
-            raise ValueError(f"pattern {self}: {d_in} inputs do not divide into groups of {self.m}")
+            raise ValueError(
+                f"{self} needs a number of inputs that {self.m} divides, but this layer has {d_in}: "
+                f"leave it out, or prune it with an unstructured pattern."
+            )
 
     def num_zeros(self, d_out: int, d_in: int) -> int:
-        """m - n of every group."""
+        """The exact number of zeros in a `d_out` x `d_in` matrix."""
         return d_out * (d_in // self.m) * (self.m - self.n)
 
-    def block_mask(self, scores: Float[Tensor, "d_out width"], start: int, d_in: int) -> Bool[Tensor, "d_out width"]:
-        """Every group on its own; blocks must begin and end between groups."""
-        _finite(scores)
-        if start % self.m or scores.shape[1] % self.m:
-            raise ValueError(f"pattern {self}: a block of columns must hold whole groups of {self.m}")
-        return _drop_lowest(scores.reshape(-1, self.m), self.m - self.n).reshape(scores.shape)
+    def mask(self, scores: Float[Tensor, "d_out d_in"]) -> Bool[Tensor, "d_out d_in"]:
+        """True where the weight is kept. ValueError if a score is NaN or a group is cut."""
+        return self.block_mask(scores, 0)
+
+    def block_mask(self, scores: Float[Tensor, "d_out block"], start: int) -> Bool[Tensor, "d_out block"]:
+        """The mask of columns [start, start + block) alone. ValueError if the block cuts a group."""
+        d_out, width = scores.shape
+        if start % self.m or width % self.m:
+            raise ValueError(
+                f"columns {start}..{start + width} cut a group of {self}: both ends must be multiples of m."
+            )
+        return ~_lowest(scores.reshape(-1, self.m), self.m - self.n).view(d_out, width)
+
+    def columns_at_once(self, block_size: int) -> int:
+        """One group: the later it is chosen, the more is known about the weights before it."""
+        return self.m
 
 
-Pattern = Unstructured | NM
-PATTERNS: dict[str, type] = {"unstructured": Unstructured, "nm": NM}
+PATTERNS: dict[str, type[Pattern]] = {"unstructured": Unstructured, "nm": NM}
 
 
-def _finite(scores: Tensor) -> None:
-    if scores.isnan().any():
-        raise ValueError("scores contain NaN: the weights or the calibration activations are not finite")
+def _check_shape(d_out: int, d_in: int) -> None:
+    if d_out < 1 or d_in < 1:
+        raise ValueError(f"a layer of {d_out} x {d_in} weights is empty: there is nothing to prune.")
 
 
-def _drop_lowest(scores: Float[Tensor, "rows width"], count: int) -> Bool[Tensor, "rows width"]:
-    """False at the `count` lowest scores of each row. Exact under ties: of equal scores the last ones go first.
+def _lowest(scores: Float[Tensor, "pools size"], count: int) -> Bool[Tensor, "pools size"]:
+    """True at exactly the `count` lowest scores of every pool; among equals the lowest index wins.
 
-    A threshold by kthvalue, then the ties at it are counted off: cheaper than a stable sort of everything.
+    A selection finds the threshold; only when the threshold is tied does a second pass count along the ties.
     """
+    if torch.isnan(scores).any():
+        raise ValueError(
+            "a score is NaN, so there is no order to prune by: check the weights and the Gram for overflow."
+        )
     if count == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    if count == scores.shape[1]:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
-    below = scores < threshold
-    ties = scores == threshold
-    missing = count - below.sum(1, keepdim=True)
-    rank = ties.flip(1).cumsum(1).flip(1)  # 1 for the last tie of a row, 2 for the one before
-    return ~(below | (ties & (rank <= missing)))
+    threshold = _kth_smallest(scores, count)
+    chosen = scores <= threshold
+    if int(chosen.sum()) == count * scores.shape[0]:
+        return chosen
+    below, tied = scores < threshold, scores == threshold
+    return below | (tied & (tied.cumsum(1) <= count - below.sum(1, keepdim=True)))
+
+
+def _kth_smallest(scores: Float[Tensor, "pools size"], k: int) -> Float[Tensor, "pools 1"]:
+    """The k-th smallest score (k = 1 is the minimum) of every pool. On CPU numpy selects 3-9x faster than torch."""
+    if scores.device.type == "cpu" and scores.dtype != torch.bfloat16:
+        return torch.from_numpy(np.partition(scores.detach().numpy(), k - 1, axis=1)[:, k - 1 : k])
+    return scores.kthvalue(k, dim=1, keepdim=True).values

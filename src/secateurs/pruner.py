@@ -172,7 +172,7 @@ def _prune_block(
                     name=matrix.name,
                     block=index,
                     shape=(d_out, d_in),
-                    pattern=str(plan.pattern),
+                    pattern=plan.pattern.name,
                     zeros_asked=plan.pattern.num_zeros(d_out, d_in),
                     zeros=int((~solution.mask).sum()),
                     error_train=relative_error(matrix.weight, dense, gram),

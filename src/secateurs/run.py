@@ -356,7 +356,7 @@ def prune(
     clock = time.perf_counter()
     layers = tuple(asdict(result) | {"shape": list(result.shape)} for result in results)
     facts = {
-        "arm": label, "pattern": str(pattern), "sparsity": float(pattern.sparsity), "solver": recipe.prune.solver["name"],
+        "arm": label, "pattern": pattern.name, "sparsity": float(pattern.sparsity), "solver": recipe.prune.solver["name"],
         "seed": seed, "calibration_tokens": calibration.tokens,
     }  # fmt: skip
     export(
@@ -443,7 +443,7 @@ def run(recipe: Recipe, out: Path, progress: Progress = silent) -> Report:
                 folders.append(pruned.folder / "model")
                 if baseline is not None:
                     number = f"{len(folders)}/{total}"
-                    stage = f"evaluate {pruned.arm} {pruned.pattern} ({number})"
+                    stage = f"evaluate {pruned.arm} {build_pattern(pattern)} ({number})"
                     model = load_model(str(pruned.folder / "model"), device=recipe.resources.device)
                     key = pruned.folder.name
                     answers = answer(recipe, pruned.folder / "answers", model, key, seed, dense, stage, progress)

@@ -1,25 +1,42 @@
-"""Score and cut, with no change to the weights that stay: magnitude and Wanda."""
+"""Prune by a score and leave the surviving weights alone: magnitude and Wanda."""
 
 import time
 from dataclasses import dataclass
 
-from secateurs.layer import LayerProblem, LayerSolution
-from secateurs.scores import SCORES
+from secateurs.layer import LayerProblem, LayerSolution, Outcome
+from secateurs.linalg import dead_inputs
+from secateurs.scores import SCORES, dead_first
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreMask:
-    """Keep the highest-scoring weights as they are.
+class Masking:
+    """What = T where `score` ranks high enough for the pattern, 0 elsewhere. No survivor moves.
 
-    Wanda compares within a row (Sun et al. 2024, sec. 3), which is a pattern of scope "row". Cost: d_out d_in log d_in.
+    With score "wanda" this is Wanda (Sun et al. 2024, arXiv 2306.11695). Weights of dead inputs go first, whatever the
+    score: pruning them costs nothing. Cost: one selection over the matrix.
     """
 
-    score: str = "wanda"
+    score: str
+
+    def __post_init__(self):
+        if self.score not in SCORES:
+            raise ValueError(f"unknown score `{self.score}`. Known: {', '.join(sorted(SCORES))}.")
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
-        """Exact zeros by score; the kept weights are the target's."""
-        clock = time.perf_counter()
-        d_in = problem.weight.shape[1]
-        mask = problem.pattern.block_mask(SCORES[self.score](problem.goal, problem.gram), 0, d_in)
-        weight = (problem.goal * mask).to(problem.weight.dtype)
-        return LayerSolution(weight, mask, problem.outcome(), {"seconds": time.perf_counter() - clock})
+        """See `Solver.solve`."""
+        started = time.perf_counter()
+        scores = SCORES[self.score](problem.goal, problem.gram)
+        dead = dead_inputs(problem.gram.xtx)
+        num_dead = int(dead.sum())
+        mask = problem.pattern.mask(dead_first(scores, problem.goal, dead))
+        weight = problem.goal.detach().masked_fill(~mask, 0).to(problem.weight.dtype)
+        return LayerSolution(
+            weight=weight,
+            mask=mask,
+            outcome=Outcome.DEAD_INPUTS if num_dead else Outcome.OK,
+            stats={
+                "zeros": float((~mask).sum()),
+                "dead_inputs": float(num_dead),
+                "seconds": time.perf_counter() - started,
+            },
+        )

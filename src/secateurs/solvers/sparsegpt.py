@@ -1,80 +1,97 @@
-"""SparseGPT: prune column by column and let the columns to the right make up for it."""
+"""SparseGPT: one sweep over the columns; what pruning breaks, the weights still to come repair."""
 
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
+from torch import Tensor
 
-from secateurs.layer import LayerProblem, LayerSolution
-from secateurs.linalg import inverse_factor
-from secateurs.patterns import NM
+from secateurs.layer import LayerProblem, LayerSolution, Outcome
+from secateurs.linalg import Damping, NotPositiveDefiniteError, damped_inverse_factor, dead_inputs
+from secateurs.scores import dead_first
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseGPT:
-    """Approximate optimal-brain-surgeon pruning with one shared factor (Frantar & Alistarh 2023, arXiv:2301.00774, alg. 1).
+    """Choose a block's mask by the optimal-brain-surgeon score, prune column by column, push each error to the right.
 
-    For columns i in order: e = (w_i - ŵ_i) / U_ii, then w_j -= e U_ij for all j > i, with Uᵀ U = (G + damping)⁻¹. Masks are
-    chosen a block of columns at a time by w² / U_jj².
+    With U upper, U^T U = (G + damping)^-1, and i the column (Frantar & Alistarh 2023, arXiv 2301.00774, alg. 1):
+        score_i = (w_i / U_ii)^2,    e = w_i / U_ii where pruned,    W[:, i:] -= e U[i, i:]
+    A block's errors reach the columns after it in one product. N:M patterns choose each group of m when the sweep gets
+    there, from weights that already carry the errors before it.
 
-    Differs from the published code: exact counts (its `<=` threshold prunes one weight too many a block); relative damping
-    damp·diag(G) and blocks of 32 by default, where it has the mean diagonal and 128; inputs that are zero on every token are
-    pruned first and count. `damping="mean"`, `block_size=128` and `across_rows` give the published arithmetic.
-    The published factor 2/N of the Gram cancels and is left out. Cost: 4/3 d_in³ + d_out d_in².
+    Defaults differ from the paper's (`sparsegpt-reference` has those: block 128, mean damping): relative damping is not
+    spoilt by massive activations, and a block of 32 chooses from fresher weights, fits better and is faster on CPU.
+    Differs from the public code in five ways. Counts are exact (there a block loses int(k) + 1 weights). The pattern's
+    scope says whether a block's quota is per row or over all rows (there always over all rows: scope "layer"). Weights
+    of dead inputs go first, within the budget (there all are zeroed). Mean damping takes the mean over live inputs
+    (there dead ones count as 1). Damping is raised threefold where the factorisation fails (there: an error).
+
+    Cost: 4/3 d_in^3 + d_out d_in^2 flops and two small kernels a column. The default for speed.
     """
 
     block_size: int = 32
+    """Columns whose mask is chosen together, rounded down to whole groups for N:M."""
     damp: float = 0.01
-    damping: Literal["relative", "mean"] = "relative"
-    across_rows: bool = False
-    """Compare over all rows of a block whatever the pattern's scope, as the published code does."""
+    """Added to the diagonal of the Gram, as a fraction of what `damping` names."""
+    damping: Damping = "relative"
+    """"relative": of each diagonal element. "mean": of the mean of the diagonal."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         if self.block_size < 1:
-            raise ValueError(f"sparsegpt: block_size must be 1 or more, found {self.block_size}")
-        if not 0 <= self.damp < 10:
-            raise ValueError(f"sparsegpt: damp must be in [0, 10), found {self.damp}")
+            raise ValueError(f"block_size is {self.block_size}, but a block needs at least 1 column (32 is good).")
+        if not self.damp > 0:
+            raise ValueError(f"damp is {self.damp}, but it must be above 0 (0.01 is a good value).")
         if self.damping not in ("relative", "mean"):
-            raise ValueError(f"sparsegpt: damping must be `relative` or `mean`, found {self.damping!r}")
+            raise ValueError(f"damping is {self.damping!r}, but it must be 'relative' or 'mean'.")
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
-        """Exact zeros, kept weights re-fitted on the way. NotPositiveDefinite if no damping helps."""
-        clock = time.perf_counter()
-        pattern, block_size = problem.pattern, self.block_size
-        if isinstance(pattern, NM):
-            block_size = -(-block_size // pattern.m) * pattern.m
-        dead = problem.dead
-        gram = problem.gram.xtx.clone()
-        gram.diagonal()[dead] = gram.diagonal().mean().clamp(min=1e-30)
-        factor = inverse_factor(gram, self.damp, self.damping)
-        upper = factor.upper
-        weight = problem.goal.T.contiguous()  # columns are rows here: each step works on contiguous memory
-        weight[dead] = 0.0
-        mask = torch.empty_like(weight, dtype=torch.bool)
-        d_in = len(weight)
+        """See `Solver.solve`. Raises NotPositiveDefiniteError, with the layer's name, if no damping helps."""
+        started = time.perf_counter()
+        gram = problem.gram.xtx
+        dead = dead_inputs(gram)
+        num_dead = int(dead.sum())
+        try:
+            inverse = damped_inverse_factor(gram, self.damp, self.damping)
+        except NotPositiveDefiniteError as error:
+            raise NotPositiveDefiniteError(f"{problem.name}: {error}") from None
+        solved, pruned = self._sweep(problem, inverse.factor, dead)
+        weight = solved.masked_fill_(pruned, 0).T.to(problem.weight.dtype).contiguous()
+        mask = ~pruned.T.contiguous()
+
+        outcome = Outcome.OK
+        if num_dead:
+            outcome = Outcome.DEAD_INPUTS
+        if problem.gram.tokens < gram.shape[0] - num_dead:
+            outcome = Outcome.RANK_DEFICIENT
+        if inverse.raised:
+            outcome = Outcome.DAMPING_RAISED
+        stats = {"damp": inverse.damp, "dead_inputs": float(num_dead), "zeros": float((~mask).sum())}
+        return LayerSolution(
+            weight=weight, mask=mask, outcome=outcome, stats=stats | {"seconds": time.perf_counter() - started}
+        )
+
+    def _sweep(self, problem: LayerProblem, u: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
+        """The solved weights and what was pruned, both transposed [d_in, d_out], so that a column is contiguous."""
+        pattern = problem.pattern
+        w = problem.goal.detach().float().T.clone(memory_format=torch.contiguous_format)
+        pruned = torch.empty_like(w, dtype=torch.bool)
+        strength = 1 / u.diagonal()[:, None]  # 1 / U_ii
+        d_in = w.shape[0]
+        step = pattern.columns_at_once(self.block_size)
+        block_size = max(step, self.block_size // step * step)
+        errors = torch.empty_like(w[:block_size])
+
         for start in range(0, d_in, block_size):
-            stop = min(start + block_size, d_in)
-            block, local = weight[start:stop], upper[start:stop, start:stop]
-            diagonal = local.diagonal()
-            errors = torch.zeros_like(block)
-            if not isinstance(pattern, NM):
-                scores = (block / diagonal[:, None]).square().T
-                kept = pattern.block_mask(scores, start, d_in, self.across_rows).T
-            else:
-                kept = torch.empty_like(mask[start:stop])
-            for i in range(stop - start):
-                if isinstance(pattern, NM) and i % pattern.m == 0:
-                    group = slice(i, i + pattern.m)
-                    scores = (block[group] / diagonal[group, None]).square().T
-                    kept[group] = pattern.block_mask(scores, start + i, d_in).T
-                torch.div(block[i] * ~kept[i], diagonal[i], out=errors[i])
-                block[i] *= kept[i]
-                if i + 1 < stop - start:
-                    block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
-            mask[start:stop] = kept
-            weight[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-        keep = mask.T.contiguous()
-        result = (weight.T * keep).to(problem.weight.dtype).contiguous()
-        stats = {"seconds": time.perf_counter() - clock, "damp": factor.damp, "dead_inputs": float(dead.sum())}
-        return LayerSolution(result, keep, problem.outcome(factor.raised), stats)
+            end = min(start + block_size, d_in)
+            for first in range(start, end, step):
+                last = min(first + step, end)
+                group = slice(first, last)
+                scores = dead_first((w[group] * strength[group]).abs_().T, w[group].T, dead[group])
+                pruned[group] = ~pattern.block_mask(scores.contiguous(), first).T
+                push = pruned[group] * strength[group]
+                for i in range(first, last):
+                    error = torch.mul(w[i], push[i - first], out=errors[i - start])
+                    w[i:end].addr_(u[i, i:end], error, alpha=-1)
+            w[end:].addmm_(u[start:end, end:].T, errors[: end - start], alpha=-1)
+        return w, pruned

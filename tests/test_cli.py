@@ -1,0 +1,236 @@
+"""The commands as a user types them: the whole pipeline small, mistakes, a kill, Ctrl-C, and equal results twice."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from secateurs import cli
+from secateurs.traces import read_traces
+
+SMALL = [
+    "sweep.arm=['prompt', 'rac']", "sweep.sparsity=[0.5]", "sweep.seed=[0]", "calibration.num_tokens=1500",
+    "calibration.held_out_tokens=600", "evaluate.num_questions=6", "traces.sampling.max_new_tokens=160",
+]  # fmt: skip
+
+
+def arguments(*words: str, sets=SMALL) -> list[str]:
+    return [*words, *(part for item in sets for part in ("--set", item))]
+
+
+def call(monkeypatch, *words: str) -> int:
+    """Run a command in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["secateurs", *words])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    return 0
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """What a run leaves that must not depend on when it was stopped: sealed traces and exported weights."""
+    found = [*out.rglob("*.parquet"), *out.rglob("model/model.safetensors")]
+    return {str(path.relative_to(out)): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(patch, *arguments("run", "demo", "--out", str(out))) == 0
+    return out
+
+
+def test_a_run_leaves_reports_traces_and_models_that_load(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert report["schema"] == "secateurs.report" and report["version"] == 1
+    assert [cell["arm"] for cell in report["cells"]] == ["dense", "prompt", "rac"]
+    for cell in report["cells"][1:]:
+        assert cell["evaluation"]["questions"] == 6
+        assert all(layer["zeros"] == layer["zeros_asked"] for layer in cell["layers"])
+        assert 1500 <= cell["calibration_tokens"] < 1500 + 260
+        folder = Path(cell["path"]) / "model"
+        config = json.loads((folder / "config.json").read_text())
+        assert "quantization_config" not in config and "sparsity_config" not in config
+        assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "secateurs.json", "README.md"} <= {
+            path.name for path in folder.iterdir()
+        }
+        side = json.loads((folder / "secateurs.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+        for layer in side["layers"]:
+            zeros = int((weights[layer["name"] + ".weight"] == 0).sum())
+            assert zeros == layer["zeros"] and len(layer["mask_sha256"]) == 64
+    html = (finished / "report.html").read_text()
+    assert "<svg" in html and "prompt" in html and (finished / "report.md").exists()
+
+
+def test_embeddings_and_norms_do_not_change_by_a_bit(finished):
+    dense = load_file(str(files("secateurs") / "assets" / "reasoner" / "model.safetensors"))
+    for path in finished.rglob("model/model.safetensors"):
+        pruned = load_file(path)
+        assert set(pruned) == set(dense)
+        for name in dense:
+            if "_proj" not in name:
+                assert torch.equal(dense[name], pruned[name]), name
+
+
+def test_repeating_a_finished_run_does_nothing_twice(finished, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")}
+    before |= {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    assert call(monkeypatch, *arguments("run", "demo", "--out", str(finished))) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_another_batch_size_and_another_folder_give_the_same_files(finished, tmp_path, monkeypatch):
+    sets = [*SMALL, "resources.batch_size=7", "resources.batch_tokens=700"]
+    assert call(monkeypatch, *arguments("run", "demo", "--out", str(tmp_path / "out"), sets=sets)) == 0
+    ours, theirs = results(tmp_path / "out"), results(finished)
+    assert set(ours) == set(theirs)
+    for name in ours:
+        if name.endswith(".safetensors"):
+            (tmp_path / "a").write_bytes(ours[name])
+            (tmp_path / "b").write_bytes(theirs[name])
+            a, b = load_file(tmp_path / "a"), load_file(tmp_path / "b")
+            assert all(torch.equal(a[k] == 0, b[k] == 0) for k in a), "masks differ"
+            assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+        elif not name.startswith("cells"):  # a pruned model's answers may turn on the last bits of its weights
+            assert ours[name] == theirs[name], name
+
+
+def test_a_run_killed_again_and_again_ends_the_same(finished, tmp_path):
+    """kill -9 at random moments of a real process, then run to the end: equal files byte for byte."""
+    out, moments = tmp_path / "out", random.Random(0)
+    command = [sys.executable, "-m", "secateurs.cli", *arguments("run", "demo", "--out", str(out))]
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait = time.monotonic() + 60
+        while not out.exists() and time.monotonic() < wait:  # importing torch takes most of a short life
+            time.sleep(0.05)
+        time.sleep(moments.uniform(0.2, 4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    assert results(out) == results(finished)
+    assert not [path for path in out.rglob(".*tmp*")], "temporary files were left"
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "secateurs.cli", *arguments("trace", "demo", "--out", str(tmp_path / "out"))]
+    big = ["--set", "calibration.num_tokens=200000"]
+    process = subprocess.Popen([*command, *big], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait = time.monotonic() + 60
+    while not list(tmp_path.rglob("active.jsonl")) and time.monotonic() < wait:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "run the same command again" in errors and "Traceback" not in errors
+    (store,) = (tmp_path / "out" / "traces").iterdir()
+    assert len(read_traces(store)) > 0
+
+
+def test_mixtures_nm_and_the_other_solvers_run_too(tmp_path, monkeypatch):
+    sets = [
+        *SMALL[2:5], "sweep.arm=[{corpus=0.5, prompt=1.0, think=2.0}]", "sweep.sparsity=[]",
+        "prune.pattern={name='nm', n=2, m=4}", "prune.solver={name='wanda'}", "prune.propagate='dense'",
+    ]  # fmt: skip
+    assert call(monkeypatch, *arguments("prune", "demo", "--out", str(tmp_path / "out"), sets=sets)) == 0
+    (weights,) = (tmp_path / "out").rglob("model/model.safetensors")
+    for name, weight in load_file(weights).items():
+        if "_proj" in name:
+            assert ((weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
+
+
+def test_trace_prints_the_store_and_a_plan_runs_nothing(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert call(monkeypatch, *arguments("run", "demo", "--out", str(out), "--dry-run", "--json")) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["cells"] == 2 and plan["trace_tokens_per_seed"] == 2100 and plan["memory_bytes"] > 0
+    assert call(monkeypatch, *arguments("run", "demo", "--out", str(out), "--dry-run")) == 0
+    assert "nothing was run" in capsys.readouterr().out and not out.exists()
+    assert call(monkeypatch, *arguments("trace", "demo", "--out", str(out), "--json")) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert len(read_traces(line["store"])) == line["traces"] and line["tokens"] >= 2100
+
+
+def test_list_show_and_report(finished, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, "list", "solvers") == 0
+    assert "sparsegpt" in capsys.readouterr().out.split()
+    assert call(monkeypatch, "show", "demo", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "bundled"
+    assert call(monkeypatch, "report", str(finished), "--out", str(tmp_path / "r"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["cells"]
+    assert (tmp_path / "r" / "report.html").exists()
+
+
+def damaged(tmp_path: Path, cut: bool) -> Path:
+    """A copy of the bundled reasoner whose weights file is cut short, or whose config says it is quantised."""
+    folder = tmp_path / "model"
+    shutil.copytree(str(files("secateurs") / "assets" / "reasoner"), folder)
+    if cut:
+        os.truncate(folder / "model.safetensors", 5000)
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    return folder
+
+
+MISTAKES = [
+    (["run", "nowhere.toml"], "recipe nowhere.toml: no such file"),
+    (["run", "dmo"], "Did you mean `demo`?"),
+    (["run", "demo", "--set", "model='./nothing-here'"], "model `./nothing-here`: no such folder"),
+    (["run", "demo", "--set", "prune.pattern.sparsity=1.5"], "sparsity must be at least 0 and below 1, found 1.5"),
+    (["prune", "demo", "--set", "sweep.sparsity=[]", "--set", "prune.pattern={name='nm', n=2, m=5}"], "groups of 5"),
+    (["run", "demo", "--set", "prune.targets=['mlp.oops']"], "`mlp.oops` matches no prunable layer"),
+    (["run", "demo", "--set", "evaluate.num_questions=9999999"], "evaluate.num_questions is 9999999, the set has"),
+    (["list", "solver"], "Did you mean `solvers`?"),
+    (["report", "no/such/run"], "no/such/run"),
+    (["run", "demo", "--set", "traces.questions={name='jsonl', path='q.jsonl'}"], "q.jsonl: no such file"),
+    (["run", "demo", "--out", "/proc/nothing"], "/proc/nothing"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_code_2(words, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *words) == 2
+    errors = " ".join(capsys.readouterr().err.split())
+    assert sentence in errors and errors.count("error:") == 1 and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("cut", "sentence"), [(True, "cannot be loaded"), (False, "is quantised (gptq)")])
+def test_damaged_and_quantised_checkpoints(cut, sentence, tmp_path, monkeypatch, capsys):
+    folder = damaged(tmp_path, cut)
+    assert call(monkeypatch, "run", "demo", "--out", str(tmp_path / "out"), "--set", f"model='{folder}'") == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_full_disk_is_one_sentence_and_a_rerun_goes_on(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    real, written = os.write, [0]
+
+    def full(descriptor, content):
+        written[0] += len(content)
+        if written[0] > 6000:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        assert call(patch, *arguments("trace", "demo", "--out", str(out))) == 2
+    assert "no space left on device" in " ".join(capsys.readouterr().err.split())
+    assert call(monkeypatch, *arguments("trace", "demo", "--out", str(out), "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] >= 2100
