@@ -192,8 +192,11 @@ MISTAKES = [
     (["run", "nowhere.toml"], "recipe nowhere.toml: no such file"),
     (["run", "dmo"], "Did you mean `demo`?"),
     (["run", "demo", "--set", "model='./nothing-here'"], "model `./nothing-here`: no such folder"),
-    (["run", "demo", "--set", "prune.pattern.sparsity=1.5"], "sparsity must be at least 0 and below 1, found 1.5"),
-    (["prune", "demo", "--set", "sweep.sparsity=[]", "--set", "prune.pattern={name='nm', n=2, m=5}"], "groups of 5"),
+    (["run", "demo", "--set", "prune.pattern.sparsity=1.5"], "sparsity is 1.5, but it must be in [0, 1)"),
+    (
+        ["prune", "demo", "--set", "sweep.sparsity=[]", "--set", "prune.pattern={name='nm', n=2, m=5}"],
+        "2:5 needs a number of inputs that 5 divides",
+    ),
     (["run", "demo", "--set", "prune.targets=['mlp.oops']"], "`mlp.oops` matches no prunable layer"),
     (["run", "demo", "--set", "evaluate.num_questions=9999999"], "evaluate.num_questions is 9999999, the set has"),
     (["list", "solver"], "Did you mean `solvers`?"),

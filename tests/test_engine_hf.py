@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_model
+from families import family, make_model, tiny_model  # noqa: F401
 
 from secateurs.calibration import batches, trace_document
 from secateurs.engines import Request, Sampling, default_sampling

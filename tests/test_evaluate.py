@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_model
+from families import make_model
 
 from secateurs.calibration import CODES, Document, batches
 from secateurs.evaluate import drift, mean_interval, measure, reference_states, share_interval

@@ -1,58 +1,124 @@
-"""Exact counts under any scores, ties included; blocks add up; N:M keeps n of m."""
+"""A pattern gives exactly the zeros that were asked for, whole or in blocks, with ties decided by position."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from secateurs.patterns import NM, Unstructured
+from secateurs.patterns import NM, PATTERNS, Pattern, Unstructured
 
-sparsities = st.floats(0, 0.999)
-shapes = st.tuples(st.integers(1, 9), st.integers(1, 40))
-
-
-def scores_of(shape, levels, seed):
-    """Random scores with many ties."""
-    return torch.randint(0, levels, shape, generator=torch.Generator().manual_seed(seed)).float()
+SCOPES = st.sampled_from(["row", "layer"])
+SPARSITIES = st.integers(0, 99).map(lambda percent: percent / 100) | st.floats(0, 0.999)
 
 
-@settings(max_examples=60, deadline=None)
-@given(shapes, sparsities, st.sampled_from(["row", "layer"]), st.integers(1, 6), st.integers(0, 99), st.integers(1, 40))
-def test_unstructured_is_exact_in_one_piece_and_in_blocks(shape, sparsity, scope, levels, seed, width):
-    pattern, scores = Unstructured(sparsity=sparsity, scope=scope), scores_of(shape, levels, seed)
-    d_out, d_in = shape
-    whole = pattern.block_mask(scores, 0, d_in)
-    assert int((~whole).sum()) == pattern.num_zeros(d_out, d_in)
-    kept_least, dropped_most = scores[whole], scores[~whole]
-    if scope == "layer" and len(kept_least) and len(dropped_most):
-        assert kept_least.min() >= dropped_most.max()
-    blocks = [pattern.block_mask(scores[:, i : i + width], i, d_in) for i in range(0, d_in, width)]
-    assert int((~torch.cat(blocks, 1)).sum()) == pattern.num_zeros(d_out, d_in)
-    again = pattern.block_mask(whole.float(), 0, d_in)
-    assert torch.equal(again, whole), "a mask's own scores give the mask back"
+@st.composite
+def scores(draw, d_out=st.integers(1, 9), d_in=st.integers(1, 40)):
+    """Score matrices, half of them full of ties."""
+    rows, columns, seed = draw(d_out), draw(d_in), draw(st.integers(0, 10**6))
+    values = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return (3 * values).round() if draw(st.booleans()) else values
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 8), st.integers(1, 4), st.integers(0, 99))
-def test_nm_keeps_n_of_every_m(d_out, groups, m, levels, seed):
-    for n in range(1, m + 1):
-        pattern, scores = NM(n=n, m=m), scores_of((d_out, groups * m), levels, seed)
-        mask = pattern.block_mask(scores, 0, groups * m)
-        assert (mask.reshape(-1, m).sum(1) == n).all()
-        assert int((~mask).sum()) == pattern.num_zeros(d_out, groups * m)
+@st.composite
+def groups(draw):
+    """A pattern n:m and scores for a whole number of its groups."""
+    m = draw(st.integers(1, 8))
+    n = draw(st.integers(1, m))
+    return NM(n, m), draw(scores(d_in=st.integers(1, 6).map(lambda count: count * m)))
 
 
-def test_of_equal_scores_the_last_go_first():
-    assert Unstructured(sparsity=0.5).block_mask(torch.zeros(1, 4), 0, 4).tolist() == [[True, True, False, False]]
+@given(SPARSITIES, SCOPES, scores())
+def test_unstructured_count_is_exact(sparsity, scope, s):
+    pattern = Unstructured(sparsity, scope)
+    mask = pattern.mask(s)
+    assert int((~mask).sum()) == pattern.num_zeros(*s.shape)
+    if scope == "row":
+        assert (~mask).sum(1).unique().numel() == 1
 
 
-def test_bad_patterns_teach():
-    with pytest.raises(ValueError, match="sparsity must be at least 0 and below 1, found 1.5"):
-        Unstructured(sparsity=1.5)
-    with pytest.raises(ValueError, match="keeps n of m with 1 <= n <= m, found 3:2"):
-        NM(n=3, m=2)
-    with pytest.raises(ValueError, match="10 inputs do not divide into groups of 4"):
-        NM(n=2, m=4).check(3, 10)
+@pytest.mark.parametrize(("sparsity", "d_in", "zeros"), [(0.29, 100, 29), (0.57, 100, 57), (0.5, 3, 1), (0.7, 10, 7)])
+def test_sparsity_is_the_decimal_that_was_written(sparsity, d_in, zeros):
+    assert Unstructured(sparsity).num_zeros(1, d_in) == zeros
+    assert Unstructured(sparsity, "layer").num_zeros(1, d_in) == zeros
+
+
+@given(SPARSITIES, SCOPES, scores())
+def test_unstructured_prunes_the_lowest_and_the_first_among_equals(sparsity, scope, s):
+    mask = Unstructured(sparsity, scope).mask(s)
+    pools = s if scope == "row" else s.reshape(1, -1)
+    for pool, kept in zip(pools, mask.view(pools.shape), strict=True):
+        order = pool.argsort(stable=True)
+        count = int((~kept).sum())
+        assert not kept[order[:count]].any()
+        assert kept[order[count:]].all()
+
+
+@given(SPARSITIES, SCOPES, scores(), st.lists(st.integers(0, 40), max_size=6))
+def test_blocks_sum_to_the_budget(sparsity, scope, s, cuts):
+    pattern, (d_out, d_in) = Unstructured(sparsity, scope), s.shape
+    edges = sorted({0, d_in, *(cut for cut in cuts if cut < d_in)})
+    blocks = [pattern.block_mask(s[:, a:b], a) for a, b in zip(edges, edges[1:], strict=False)]
+    zeros = (~torch.cat(blocks, dim=1)).sum(1)
+    assert int(zeros.sum()) == pattern.num_zeros(d_out, d_in)
+    if scope == "row":
+        assert (zeros == pattern.num_zeros(1, d_in)).all()
+
+
+@given(groups())
+def test_nm_keeps_the_n_highest_of_every_m(pattern_and_scores):
+    pattern, s = pattern_and_scores
+    mask = pattern.mask(s)
+    assert (mask.view(-1, pattern.m).sum(1) == pattern.n).all()
+    assert int((~mask).sum()) == pattern.num_zeros(*s.shape)
+    for group, kept in zip(s.view(-1, pattern.m), mask.view(-1, pattern.m), strict=True):
+        assert kept[group.argsort(stable=True)[pattern.m - pattern.n :]].all()
+
+
+@given(groups())
+def test_nm_blocks_are_the_whole(pattern_and_scores):
+    pattern, s = pattern_and_scores
+    pieces = [pattern.block_mask(s[:, i : i + pattern.m], i) for i in range(0, s.shape[1], pattern.m)]
+    assert torch.equal(torch.cat(pieces, dim=1), pattern.mask(s))
+
+
+@given(scores(), st.sampled_from([Unstructured(0.5), Unstructured(0.3, "layer"), Unstructured(0.0), NM(1, 1)]))
+def test_masking_twice_is_masking_once(s, pattern):
+    mask = pattern.mask(s + 1)
+    assert torch.equal(pattern.mask((s + 1) * mask), mask)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, "layer"), NM(2, 4)])
+def test_infinite_scores_are_ordered_and_nan_is_refused(pattern):
+    s = torch.tensor([[1.0, float("inf"), -float("inf"), 2.0]])
+    assert pattern.mask(s).tolist() == [[False, True, False, True]]
+    s[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        Unstructured(sparsity=0.5).block_mask(torch.full((1, 4), float("nan")), 0, 4)
-    assert str(Unstructured(sparsity=0.5)) == "50%" and str(NM(n=2, m=4)) == "2:4"
+        pattern.mask(s)
+
+
+@pytest.mark.parametrize(
+    ("make", "lesson"),
+    [
+        (lambda: Unstructured(1.0), r"\[0, 1\)"),
+        (lambda: Unstructured(-0.1), r"\[0, 1\)"),
+        (lambda: Unstructured(float("nan")), r"\[0, 1\)"),
+        (lambda: NM(5, 4), r"1\.\.m"),
+        (lambda: NM(0, 4), r"1\.\.m"),
+        (lambda: NM(2, 4).check(3, 10), "4 divides|divides"),
+        (lambda: NM(2, 4).block_mask(torch.rand(1, 4), 2), "cut a group"),
+        (lambda: Unstructured(0.5).check(0, 4), "empty"),
+    ],
+)
+def test_errors_teach(make, lesson):
+    with pytest.raises(ValueError, match=lesson):
+        make()
+
+
+def test_labels_and_table():
+    assert [str(p) for p in (Unstructured(0.5), Unstructured(0.625, "layer"), NM(2, 4))] == [
+        "50%",
+        "62.5% per layer",
+        "2:4",
+    ]
+    assert isinstance(PATTERNS["unstructured"](sparsity=0.5), Pattern)
+    assert isinstance(PATTERNS["nm"](n=2, m=4), Pattern)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from secateurs.artifacts import atomic_write, read_json, write_json
 from secateurs.calibration import CODES, REGIONS, Batch, CalibrationSet, batches
-from secateurs.layer import Gram, LayerProblem, relative_error
+from secateurs.layer import Gram, LayerProblem, Outcome, relative_error
 from secateurs.models import Matrix, chosen, decoder, decoder_blocks, linears, packed_experts
 from secateurs.patterns import Pattern
 from secateurs.solvers import Solver
@@ -164,7 +164,7 @@ def _prune_block(
         held_gram = _mix(held[group.name], dict.fromkeys(HELD_OUT_REGIONS, 1.0))
         for matrix in group.matrices:
             dense = matrix.weight.clone()
-            solution = plan.solver.solve(LayerProblem(matrix.name, dense, gram, plan.pattern))
+            solution = plan.solver.solve(LayerProblem(name=matrix.name, weight=dense, gram=gram, pattern=plan.pattern))
             matrix.weight.copy_(solution.weight)
             d_out, d_in = dense.shape
             results.append(
@@ -172,7 +172,7 @@ def _prune_block(
                     name=matrix.name,
                     block=index,
                     shape=(d_out, d_in),
-                    pattern=plan.pattern.name,
+                    pattern=str(plan.pattern),
                     zeros_asked=plan.pattern.num_zeros(d_out, d_in),
                     zeros=int((~solution.mask).sum()),
                     error_train=relative_error(matrix.weight, dense, gram),
@@ -184,8 +184,8 @@ def _prune_block(
                     },
                     damp=solution.stats.get("damp", 0.0),
                     seconds=solution.stats.get("seconds", 0.0),
-                    outcome=solution.outcome.name,
-                    note=note,
+                    outcome=solution.outcome.value,
+                    note=note or ("" if solution.outcome == Outcome.OK else solution.outcome.text),
                 )
             )
             progress(done + len(results), total, matrix.name)

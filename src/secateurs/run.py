@@ -355,8 +355,10 @@ def prune(
     seconds["hidden error"] = time.perf_counter() - clock
     clock = time.perf_counter()
     layers = tuple(asdict(result) | {"shape": list(result.shape)} for result in results)
+    shapes = [result.shape for result in results]
+    sparsity = sum(result.zeros for result in results) / sum(d_out * d_in for d_out, d_in in shapes)
     facts = {
-        "arm": label, "pattern": pattern.name, "sparsity": float(pattern.sparsity), "solver": recipe.prune.solver["name"],
+        "arm": label, "pattern": "unstructured" if pattern_spec["name"] == "unstructured" else str(pattern), "sparsity": pattern_spec.get("sparsity", sparsity), "solver": recipe.prune.solver["name"],
         "seed": seed, "calibration_tokens": calibration.tokens,
     }  # fmt: skip
     export(

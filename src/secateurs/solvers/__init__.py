@@ -1,7 +1,6 @@
 """Solvers: a `LayerProblem` in, a `LayerSolution` out, nothing else touched. A file and a line in SOLVERS each."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 from typing import Protocol
 
@@ -24,15 +23,3 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "sparsegpt": SparseGPT,
     "sparsegpt-reference": partial(SparseGPT, block_size=128, damping="mean"),
 }
-
-
-def solver(name: str, **options) -> Solver:
-    """The solver called `name`, with `options` over its defaults. ValueError for an unknown one says what is known."""
-    if name not in SOLVERS:
-        near = get_close_matches(name, SOLVERS, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        raise ValueError(f"unknown solver `{name}`.{hint} Known: {', '.join(sorted(SOLVERS))}.")
-    try:
-        return SOLVERS[name](**options)
-    except TypeError as error:
-        raise ValueError(f"solver `{name}`: {error}") from None

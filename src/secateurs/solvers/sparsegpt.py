@@ -21,7 +21,8 @@ class SparseGPT:
     there, from weights that already carry the errors before it.
 
     Defaults differ from the paper's (`sparsegpt-reference` has those: block 128, mean damping): relative damping is not
-    spoilt by massive activations, and a block of 32 chooses from fresher weights, fits better and is faster on CPU.
+    spoilt by massive activations. A narrow block chooses from fresher weights, a wide one has a freer choice: on synthetic
+    layers 32 is best with scope "layer" and 128 with scope "row"; 64 is within 1.5 % of the best in both.
     Differs from the public code in five ways. Counts are exact (there a block loses int(k) + 1 weights). The pattern's
     scope says whether a block's quota is per row or over all rows (there always over all rows: scope "layer"). Weights
     of dead inputs go first, within the budget (there all are zeroed). Mean damping takes the mean over live inputs
@@ -30,7 +31,7 @@ class SparseGPT:
     Cost: 4/3 d_in^3 + d_out d_in^2 flops and two small kernels a column. The default for speed.
     """
 
-    block_size: int = 32
+    block_size: int = 64
     """Columns whose mask is chosen together, rounded down to whole groups for N:M."""
     damp: float = 0.01
     """Added to the diagonal of the Gram, as a fraction of what `damping` names."""
@@ -39,7 +40,7 @@ class SparseGPT:
 
     def __post_init__(self):
         if self.block_size < 1:
-            raise ValueError(f"block_size is {self.block_size}, but a block needs at least 1 column (32 is good).")
+            raise ValueError(f"block_size is {self.block_size}, but a block needs at least 1 column (64 is good).")
         if not self.damp > 0:
             raise ValueError(f"damp is {self.damp}, but it must be above 0 (0.01 is a good value).")
         if self.damping not in ("relative", "mean"):

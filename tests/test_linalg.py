@@ -1,0 +1,124 @@
+"""Linear algebra against float64."""
+
+import pytest
+import torch
+
+from secateurs.linalg import (
+    NotPositiveDefiniteError,
+    damped_inverse_factor,
+    damping_diagonal,
+    dead_inputs,
+    masked_cg,
+    masked_refit,
+)
+
+
+def gram_like(d_in, tokens, spread=1.0):
+    x = torch.randn(tokens, d_in) @ torch.randn(d_in, d_in) * torch.exp(spread * torch.randn(d_in))
+    return x.T @ x
+
+
+def row_losses(weight, target, gram):
+    delta = target.double() - weight.double()
+    return ((delta @ gram.double()) * delta).sum(1)
+
+
+@pytest.mark.parametrize("damping", ["relative", "mean"])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_factor_is_the_inverse_of_the_damped_gram(damping, scale):
+    gram = gram_like(24, 200) * scale
+    result = damped_inverse_factor(gram, 0.01, damping)
+    u = result.factor.double()
+    diagonal = gram.diagonal().double()
+    added = 0.01 * (diagonal if damping == "relative" else diagonal.mean().expand(24))
+    inverse = torch.linalg.inv(gram.double() + torch.diag(added))
+    unit = (diagonal + added).sqrt()
+    torch.testing.assert_close(u.T @ u * unit * unit[:, None], inverse * unit * unit[:, None], rtol=1e-3, atol=1e-3)
+    assert torch.equal(u, u.triu())
+    assert (result.damp, result.raised) == (0.01, False)
+
+
+def test_massive_activations_cost_no_digits():
+    channels = torch.ones(24)
+    channels[[3, 17]] = 1e4
+    plain = gram_like(24, 200)
+    u = damped_inverse_factor(plain).factor
+    massive = damped_inverse_factor(plain * channels * channels[:, None])
+    torch.testing.assert_close(massive.factor * channels, u, rtol=1e-3, atol=1e-3 * float(u.abs().max()))
+    assert not massive.raised
+
+
+def test_dead_inputs_are_cut_off():
+    gram = gram_like(12, 100)
+    gram[[2, 7]] = 0
+    gram[:, [2, 7]] = 0
+    gram[7, 7] = 1e-20
+    assert dead_inputs(gram).nonzero().flatten().tolist() == [2, 7]
+    assert dead_inputs(torch.zeros(4, 4)).all()
+    live = [i for i in range(12) if i not in (2, 7)]
+    for damping in ("relative", "mean"):
+        u = damped_inverse_factor(gram, 0.01, damping).factor
+        alone = damped_inverse_factor(gram[live][:, live], 0.01, damping).factor
+        torch.testing.assert_close(u[live][:, live], alone, rtol=1e-4, atol=1e-6)
+        assert u[2, 2] == u[7, 7] == 1 and u[[2, 7]].count_nonzero() == 2 and u[:, [2, 7]].count_nonzero() == 2
+    assert torch.equal(damped_inverse_factor(torch.zeros(4, 4)).factor, torch.eye(4))
+
+
+def test_ladder_raises_damping_and_says_so():
+    indefinite = torch.eye(2) + 1.05 * (1 - torch.eye(2))
+    result = damped_inverse_factor(indefinite, 0.01)
+    assert result.raised and result.damp == pytest.approx(0.09)
+    torch.testing.assert_close(
+        result.factor.T @ result.factor,
+        torch.linalg.inv(indefinite + torch.diag(damping_diagonal(indefinite, 0.09, "relative"))),
+    )
+
+
+def test_ladder_ends_in_an_error_never_in_the_identity():
+    with pytest.raises(NotPositiveDefiniteError, match=r"damping 0\.01 raised to 0\.81"):
+        damped_inverse_factor(torch.eye(2) + 5 * (1 - torch.eye(2)), 0.01)
+    with pytest.raises(ValueError, match="above 0"):
+        damped_inverse_factor(torch.eye(2), 0.0)
+
+
+def test_refit_is_least_squares_on_the_support():
+    x, target, mask = torch.randn(60, 9), torch.randn(5, 9), torch.rand(5, 9) > 0.4
+    mask[0] = False
+    refit = masked_refit(target, x.T @ x, mask)
+    for row in range(5):
+        columns = x[:, mask[row]].double()
+        expected = torch.linalg.lstsq(columns, x.double() @ target[row].double()).solution
+        torch.testing.assert_close(refit[row, mask[row]], expected, rtol=1e-4, atol=1e-5)
+    assert (refit[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("tokens", [200, 10])
+def test_cg_only_descends_and_reaches_the_refit(tokens):
+    gram, target, mask = gram_like(16, tokens, spread=0.3), torch.randn(6, 16), torch.rand(6, 16) > 0.5
+    start = target * mask
+    best = row_losses(masked_refit(target, gram, mask), target, gram)
+    losses = [row_losses(masked_cg(target, start, gram, mask, steps), target, gram) for steps in (0, 1, 2, 4, 60)]
+    slack = 1e-5 * losses[0]
+    for before, after in zip(losses, losses[1:], strict=False):
+        assert (after <= before + slack).all()
+    assert (losses[-1] <= best + 1e-3 * (losses[0] - best) + slack).all()
+
+
+def test_cg_freezes_rows_with_nothing_to_do():
+    gram, target = gram_like(8, 100), torch.randn(4, 8)
+    mask = torch.rand(4, 8) > 0.5
+    mask[0], mask[1] = False, True  # empty support; already exact
+    start = target * mask
+    solution = masked_cg(target, start, gram, mask, 50)
+    assert torch.isfinite(solution).all()
+    assert torch.equal(solution[:2], start[:2])
+    assert (solution[~mask] == 0).all()
+    assert torch.equal(start, target * mask)
+
+
+def test_cg_stops_at_negative_curvature_and_skips_dead_inputs():
+    gram = torch.diag(torch.tensor([1.0, 1.0, 0.0]))
+    gram[0, 1] = gram[1, 0] = -3.0
+    start = torch.tensor([[0.0, 0.0, 7.0]])
+    solution = masked_cg(torch.ones(1, 3), start, gram, torch.ones(1, 3, dtype=torch.bool), 10)
+    assert solution.tolist() == start.tolist()
