@@ -1,5 +1,6 @@
 """Seeds, threads, and run-time checks of every tensor shape in the mathematics modules."""
 
+import os
 import random
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 MATHEMATICS = ["patterns", "linalg", "layer", "scores", "solvers"]
 install_import_hook([f"secateurs.{module}" for module in MATHEMATICS], "beartype.beartype")

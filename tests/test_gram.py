@@ -63,6 +63,11 @@ def test_padding_never_leaks(poison, kind):
     assert (padded.tokens, padded.weight_sum) == (clean.tokens, clean.weight_sum) == (13, 13.0)
 
 
+def test_long_sums_stay_accurate():
+    x = torch.randn(9 * layer.TOKENS_AT_ONCE + 100, 8).bfloat16()
+    assert (gram_of(x).xtx.double() - dense(x)).norm() / dense(x).norm() < 5e-6
+
+
 def test_weights_of_regions_are_weights_of_tokens():
     prompt, think = torch.randn(9, 5), torch.randn(21, 5)
     mixed = 2.0 * gram_of(prompt) + gram_of(think) * 0.5
@@ -119,7 +124,6 @@ def test_relative_error_of_bfloat16_weights_sees_small_errors():
     ("change", "lesson"),
     [
         ({"gram": Gram.zeros(4)}, "q_proj: .*8 inputs.* 4"),
-        ({"target": torch.zeros(2, 8)}, "q_proj: the target"),
         ({"pattern": NM(2, 3)}, "q_proj: 2:3"),
         ({"weight": torch.full((3, 8), float("nan"))}, "q_proj: the weight holds NaN"),
         ({"gram": Gram(torch.full((8, 8), float("inf")))}, "q_proj: the Gram holds NaN"),

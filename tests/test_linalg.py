@@ -1,5 +1,7 @@
 """Linear algebra against float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -99,7 +101,7 @@ def test_cg_only_descends_and_reaches_the_refit(tokens):
     best = row_losses(masked_refit(target, gram, mask), target, gram)
     losses = [row_losses(masked_cg(target, start, gram, mask, steps), target, gram) for steps in (0, 1, 2, 4, 60)]
     slack = 1e-5 * losses[0]
-    for before, after in zip(losses, losses[1:], strict=False):
+    for before, after in pairwise(losses):
         assert (after <= before + slack).all()
     assert (losses[-1] <= best + 1e-3 * (losses[0] - best) + slack).all()
 

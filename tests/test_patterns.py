@@ -1,5 +1,7 @@
 """A pattern gives exactly the zeros that were asked for, whole or in blocks, with ties decided by position."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,10 +13,13 @@ SCOPES = st.sampled_from(["row", "layer"])
 SPARSITIES = st.integers(0, 99).map(lambda percent: percent / 100) | st.floats(0, 0.999)
 
 
+HEIGHTS, WIDTHS = st.integers(1, 9), st.integers(1, 40)
+
+
 @st.composite
-def scores(draw, d_out=st.integers(1, 9), d_in=st.integers(1, 40)):
+def scores(draw, d_in=WIDTHS):
     """Score matrices, half of them full of ties."""
-    rows, columns, seed = draw(d_out), draw(d_in), draw(st.integers(0, 10**6))
+    rows, columns, seed = draw(HEIGHTS), draw(d_in), draw(st.integers(0, 10**6))
     values = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed))
     return (3 * values).round() if draw(st.booleans()) else values
 
@@ -57,7 +62,7 @@ def test_unstructured_prunes_the_lowest_and_the_first_among_equals(sparsity, sco
 def test_blocks_sum_to_the_budget(sparsity, scope, s, cuts):
     pattern, (d_out, d_in) = Unstructured(sparsity, scope), s.shape
     edges = sorted({0, d_in, *(cut for cut in cuts if cut < d_in)})
-    blocks = [pattern.block_mask(s[:, a:b], a) for a, b in zip(edges, edges[1:], strict=False)]
+    blocks = [pattern.block_mask(s[:, a:b], a) for a, b in pairwise(edges)]
     zeros = (~torch.cat(blocks, dim=1)).sum(1)
     assert int(zeros.sum()) == pattern.num_zeros(d_out, d_in)
     if scope == "row":
@@ -104,7 +109,7 @@ def test_infinite_scores_are_ordered_and_nan_is_refused(pattern):
         (lambda: Unstructured(float("nan")), r"\[0, 1\)"),
         (lambda: NM(5, 4), r"1\.\.m"),
         (lambda: NM(0, 4), r"1\.\.m"),
-        (lambda: NM(2, 4).check(3, 10), "4 divides|divides"),
+        (lambda: NM(2, 4).check(3, 10), "that 4 divides"),
         (lambda: NM(2, 4).block_mask(torch.rand(1, 4), 2), "cut a group"),
         (lambda: Unstructured(0.5).check(0, 4), "empty"),
     ],

@@ -7,13 +7,14 @@ import torch
 from jaxtyping import Bool, Float, Float32, Shaped
 from torch import Tensor
 
+from secateurs.linalg import dead_inputs
 from secateurs.patterns import Pattern
 
-TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = 2048
 COLUMNS_AT_ONCE = 1024
 
 
-@dataclass
+@dataclass(eq=False)
 class Gram:
     """The weighted sum of x x^T over tokens, and what went into it. All a solver ever knows of the inputs.
 
@@ -40,7 +41,8 @@ class Gram:
 
         Tokens of weight 0 are dropped before any arithmetic, so padding adds nothing even where it holds NaN. Exactly
         symmetric: only the upper triangle is computed, then mirrored. ValueError if a weight is negative or not finite.
-        Cost: about d_in^2 flops a token, in chunks of 8192 tokens.
+        Cost: about d_in^2 flops a token, in chunks of 2048 tokens: a short sum added
+        to the long one rounds less than a token at a time.
         """
         if x.shape[-1] != self.d_in:
             raise ValueError(f"this Gram has {self.d_in} inputs, but the activations have {x.shape[-1]}.")
@@ -58,7 +60,7 @@ class Gram:
             if weight is not None:
                 chunk = chunk * weight[first : first + TOKENS_AT_ONCE].sqrt().float()[:, None]
             for start, end in _column_blocks(self.d_in):
-                self.xtx[start:end, start:].addmm_(chunk[:, start:end].T, chunk[:, start:])
+                self.xtx[start:end, start:] += chunk[:, start:end].T @ chunk[:, start:]
         for start, end in _column_blocks(self.d_in):
             corner = self.xtx[start:end, start:end]
             corner.copy_(corner.triu() + corner.triu(1).T)
@@ -71,7 +73,7 @@ class Gram:
             raise ValueError(f"cannot add a Gram of {other.d_in} inputs to one of {self.d_in}.")
         return Gram(self.xtx + other.xtx, self.weight_sum + other.weight_sum, self.tokens + other.tokens)
 
-    def __mul__(self, factor: float) -> "Gram":
+    def __mul__(self, factor: float | int) -> "Gram":
         """Every token's weight times `factor`. ValueError below 0. Factor 0 is the Gram of no tokens."""
         if not 0 <= factor < float("inf"):
             raise ValueError(f"a Gram can be weighted by 0 or more, not by {factor}.")
@@ -98,14 +100,14 @@ _OUTCOME_TEXT = {
     Outcome.OK: "Solved as asked.",
     Outcome.DEAD_INPUTS: "Some inputs were zero on every calibration token, so their weights were pruned first. "
     "Usual for padded or unused channels; if they are many, calibrate on more varied questions.",
-    Outcome.RANK_DEFICIENT: "There were fewer calibration tokens than live inputs, so damping alone decided between "
-    "many equally good answers and the fit will not generalise. Use more tokens, at least ten for each input.",
+    Outcome.RANK_DEFICIENT: "There were fewer calibration tokens than live inputs, so the layer was fitted to "
+    "very little and its error on them says nothing about others. Use more tokens, at least ten for each input.",
     Outcome.DAMPING_RAISED: "The damped Gram could not be factored, so more damping was used than was asked for and "
     "weights compensate for each other less. Check for huge or nearly identical activations; use more tokens.",
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LayerProblem:
     """Find sparse What with tr((T - What) G (T - What)^T) small: T = `target`, or `weight` when there is none.
 
@@ -145,8 +147,22 @@ class LayerProblem:
         """T: the dense weights to approximate."""
         return self.weight if self.target is None else self.target
 
+    @property
+    def dead(self) -> Bool[Tensor, " d_in"]:
+        """Inputs that were never active, see `linalg.dead_inputs`."""
+        return dead_inputs(self.gram.xtx)
 
-@dataclass(frozen=True, kw_only=True)
+    def outcome(self, damping_raised: bool = False) -> Outcome:
+        """What a solver reports that has kept to its algorithm, given whether it had to raise the damping."""
+        num_dead = int(self.dead.sum())
+        if damping_raised:
+            return Outcome.DAMPING_RAISED
+        if self.gram.tokens < self.gram.d_in - num_dead:
+            return Outcome.RANK_DEFICIENT
+        return Outcome.DEAD_INPUTS if num_dead else Outcome.OK
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LayerSolution:
     """New weights (same dtype as the old, exactly 0 off the mask), the mask (True = kept), how it went and figures."""
 

@@ -20,7 +20,7 @@ class NotPositiveDefiniteError(ArithmeticError):
     """The Gram could not be factored even with the most damping that still means something."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InverseFactor:
     """Upper `factor` U with U^T U = (G + damping)^-1, the `damp` it took, and whether that is more than was asked."""
 
@@ -29,13 +29,13 @@ class InverseFactor:
     raised: bool
 
 
-def dead_inputs(gram: Float[Tensor, "d_in d_in"]) -> Bool[Tensor, "d_in"]:  # noqa: F821
+def dead_inputs(gram: Float[Tensor, "d_in d_in"]) -> Bool[Tensor, " d_in"]:
     """Inputs that were never active: G_jj <= 1e-12 median(diag G), or zero. What they multiply cannot be judged."""
     energy = gram.diagonal()
     return energy <= 1e-12 * energy.median()
 
 
-def damping_diagonal(gram: Float[Tensor, "d_in d_in"], damp: float, damping: Damping) -> Float[Tensor, "d_in"]:  # noqa: F821
+def damping_diagonal(gram: Float[Tensor, "d_in d_in"], damp: float, damping: Damping) -> Float[Tensor, " d_in"]:
     """What to add to diag(G): `damp` * diag(G) ("relative") or `damp` * mean of diag(G) over live inputs ("mean").
 
     Relative damping treats every input alike. The mean, as in the SparseGPT code, is set by a handful of massive

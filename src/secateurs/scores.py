@@ -26,7 +26,7 @@ def wanda(weight: Float[Tensor, "d_out d_in"], gram: Gram) -> Float32[Tensor, "d
 def dead_first(
     scores: Float32[Tensor, "d_out d_in"],
     weight: Float[Tensor, "d_out d_in"],
-    dead: Bool[Tensor, "d_in"],  # noqa: F821
+    dead: Bool[Tensor, " d_in"],
 ) -> Float32[Tensor, "d_out d_in"]:
     """`scores` (none negative) with the weights of `dead` inputs below all others, the smallest of them lowest.
 

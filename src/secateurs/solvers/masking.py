@@ -3,8 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from secateurs.layer import LayerProblem, LayerSolution, Outcome
-from secateurs.linalg import dead_inputs
+from secateurs.layer import LayerProblem, LayerSolution
 from secateurs.scores import SCORES, dead_first
 
 
@@ -26,17 +25,16 @@ class Masking:
         """See `Solver.solve`."""
         started = time.perf_counter()
         scores = SCORES[self.score](problem.goal, problem.gram)
-        dead = dead_inputs(problem.gram.xtx)
-        num_dead = int(dead.sum())
+        dead = problem.dead
         mask = problem.pattern.mask(dead_first(scores, problem.goal, dead))
         weight = problem.goal.detach().masked_fill(~mask, 0).to(problem.weight.dtype)
         return LayerSolution(
             weight=weight,
             mask=mask,
-            outcome=Outcome.DEAD_INPUTS if num_dead else Outcome.OK,
+            outcome=problem.outcome(),
             stats={
                 "zeros": float((~mask).sum()),
-                "dead_inputs": float(num_dead),
+                "dead_inputs": float(dead.sum()),
                 "seconds": time.perf_counter() - started,
             },
         )
