@@ -9,6 +9,8 @@ import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+from families import family, tiny_model  # noqa: F401
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 MATHEMATICS = ["patterns", "linalg", "layer", "scores", "solvers"]
@@ -16,7 +18,7 @@ install_import_hook([f"secateurs.{module}" for module in MATHEMATICS], "beartype
 
 settings.register_profile("secateurs", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("secateurs")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # matrices this small lose more to a second thread, on a busy machine ten times more
 
 
 @pytest.fixture(autouse=True)

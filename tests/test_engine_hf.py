@@ -4,8 +4,8 @@ import random
 
 import pytest
 import torch
-from families import family, make_model, tiny_model  # noqa: F401
 
+from families import make_model
 from secateurs.calibration import batches, trace_document
 from secateurs.engines import Request, Sampling, default_sampling
 from secateurs.engines.hf import HF, sample_tokens
@@ -122,7 +122,7 @@ def test_a_stored_trace_reproduces_the_activations_of_its_generation(tiny_model)
     for request in asked:
         completion = done[request.question_id].ids
         trace = Trace(question_id="q", sample=0, prompt_ids=request.prompt_ids, completion_ids=completion,
-                      think_tokens=len(completion), think_closed=True, finish="length", reward=None, seed=0)  # fmt: skip
+                      think_tokens=len(completion), think_closed=True, finish="eos", reward=None, seed=0)  # fmt: skip
         (batch,) = batches([trace_document(trace)], 1024)
         states = hidden_states(tiny_model, batch.ids)[0]
         generated = torch.stack(seen[int(request.question_id)])

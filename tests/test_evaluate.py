@@ -4,15 +4,16 @@ import math
 
 import pytest
 import torch
-from families import make_model
 
+from families import make_model
 from secateurs.calibration import CODES, Document, batches
 from secateurs.evaluate import drift, mean_interval, measure, reference_states, share_interval
 from secateurs.traces import Trace
 
 
 def trace(question, sample, reward, length, think, finish="eos", closed=True):
-    return Trace(question_id=question, sample=sample, prompt_ids=(1, 2, 3), completion_ids=tuple(range(10, 10 + length)),
+    ids = tuple(range(10, 10 + length))
+    return Trace(question_id=question, sample=sample, prompt_ids=(1, 2, 3), completion_ids=ids,
                  think_tokens=think, think_closed=closed, finish=finish, reward=reward, seed=0)  # fmt: skip
 
 
@@ -71,4 +72,4 @@ def test_drift_is_zero_for_the_same_model_and_placed_where_the_damage_is():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
         model.model.embed_tokens.weight[3] += 1.0
     damaged = drift(model, reference)
-    assert damaged["prompt"] > 0 and 0 < damaged["late_think"]
+    assert damaged["prompt"] > 0 and damaged["late_think"] > 0

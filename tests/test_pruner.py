@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import family, make_model, tiny_model  # noqa: F401
 from torch import nn
 
+from families import make_model
 from secateurs import pruner
 from secateurs.calibration import CODES, CalibrationSet, Document, region_weights
 from secateurs.models import decoder_blocks
@@ -157,7 +157,7 @@ def test_targets_and_ignore():
     plan = replace(PLAN, targets=("mlp.*",), ignore=("re:down_proj$",))
     names = [m.name for block in pruner.prunable(make_model("qwen3"), plan) for m in block]
     assert len(names) == 4 and all(name.endswith(("gate_proj", "up_proj")) for name in names)
-    with pytest.raises(ValueError, match="`mpl.\\*` matches no prunable layer; names look like"):
+    with pytest.raises(ValueError, match=r"`mpl\.\*` matches no prunable layer; names look like"):
         pruner.prunable(make_model("qwen3"), replace(PLAN, targets=("mpl.*",)))
 
 

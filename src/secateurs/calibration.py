@@ -36,7 +36,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents side by side, padded on the right. Causal attention never looks at padding, and its region code is 0."""
+    """Documents side by side, padded on the right, where causal attention never looks; region 0 is padding."""
 
     ids: Int[Tensor, "batch seq"]
     regions: Int[Tensor, "batch seq"]
@@ -49,7 +49,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """The documents an arm calibrates on, the weight of each region, and the held-out documents that judge the result."""
+    """The documents an arm calibrates on, the weight of each region, and the held-out documents that judge it."""
 
     documents: tuple[Document, ...]
     held_out: tuple[Document, ...]
@@ -62,7 +62,7 @@ class CalibrationSet:
 
 
 def region_weights(arm: str | Mapping[str, float]) -> dict[str, float]:
-    """The weight of each region: of a named arm, or of a free mixture as it stands. ValueError for bad names or weights."""
+    """The weight of each region: of a named arm, or of a free mixture as it stands. ValueError for bad ones."""
     if isinstance(arm, str):
         if arm not in ARMS:
             raise ValueError(unknown_name("calibration arm", arm, list(ARMS)))
@@ -108,7 +108,8 @@ def take(documents: Iterable[Document], num_tokens: int, weights: Mapping[str, f
             total += counted
     if total < num_tokens:
         raise ValueError(
-            f"calibration.num_tokens asks for {num_tokens:,} tokens, but the {what} hold only {total:,}; lower it or add more"
+            f"calibration.num_tokens asks for {num_tokens:,} tokens, but the {what} hold only {total:,}: "
+            "lower it or add more"
         )
     return taken
 

@@ -105,7 +105,7 @@ def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: boo
 
 
 @app.command()
-def demo(out: Out = Path("runs/demo"), overrides: Set = [], as_json: Json = False, dry_run: DryRun = False) -> None:  # noqa: B006
+def demo(out: Out = Path("runs/demo"), overrides: Set = [], as_json: Json = False, dry_run: DryRun = False) -> None:
     """Reproduce the paper's finding on the bundled reasoner: dense against corpus, prompt and rac. No network."""
     clock = time.monotonic()
     _run("demo", out, overrides, as_json, dry_run)
@@ -115,7 +115,7 @@ def demo(out: Out = Path("runs/demo"), overrides: Set = [], as_json: Json = Fals
 @app.command(name="run")
 def run_(
     recipe: RecipeName, out: Out = Path("runs/run"), overrides: Set = [], as_json: Json = False, dry_run: DryRun = False
-) -> None:  # noqa: B006
+) -> None:
     """Everything a recipe asks for: trace, prune, export, evaluate, report. Run it again to go on after a stop."""
     _run(recipe, out, overrides, as_json, dry_run)
 
@@ -123,7 +123,7 @@ def run_(
 @app.command()
 def trace(
     recipe: RecipeName, out: Out = Path("runs/run"), overrides: Set = [], as_json: Json = False, dry_run: DryRun = False
-) -> None:  # noqa: B006
+) -> None:
     """Only sample the dense model's chains of thought."""
     from secateurs.recipe import load_recipe
     from secateurs.run import Dense
@@ -148,7 +148,7 @@ def trace(
 @app.command()
 def prune(
     recipe: RecipeName, out: Out = Path("runs/run"), overrides: Set = [], as_json: Json = False, dry_run: DryRun = False
-) -> None:  # noqa: B006
+) -> None:
     """Trace, prune and export, without asking any question."""
     _run(recipe, out, [*overrides, "evaluate.num_questions=0"], as_json, dry_run)
 
@@ -156,7 +156,7 @@ def prune(
 @app.command(name="eval")
 def eval_(
     recipe: RecipeName, out: Out = Path("runs/run"), overrides: Set = [], as_json: Json = False, dry_run: DryRun = False
-) -> None:  # noqa: B006
+) -> None:
     """Evaluate dense and pruned models of a recipe; stages that are missing are done first."""
     _run(recipe, out, overrides, as_json, dry_run)
 
@@ -200,7 +200,7 @@ def list_(
 
 
 @app.command()
-def show(recipe: RecipeName, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
+def show(recipe: RecipeName, overrides: Set = [], as_json: Json = False) -> None:
     """A recipe with every default filled in."""
     from secateurs.recipe import load_recipe
 

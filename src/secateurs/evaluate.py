@@ -30,8 +30,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 def share_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % Wilson interval of a mean of shares in [0, 1], one a question.
 
-    Several samples of one question are not independent, so the count that enters is the effective one, p(1-p)/SE², with SE
-    over questions; at 0 or 1, where no spread is seen, it is the number of questions. Never leaves [0, 1].
+    Several samples of one question are not independent, so the count that enters is the effective one, p(1-p)/SE²,
+    with SE over questions; at 0 or 1, where no spread is seen, it is the number of questions. Never leaves [0, 1].
     """
     n = len(values)
     p = sum(values) / n
@@ -60,8 +60,8 @@ def measure(
 ) -> dict[str, Any]:
     """The fields of a report's `Evaluation` from scored traces.
 
-    `families` maps question ids to their family. `dense` holds the dense model's traces on the same questions, for the paired
-    difference and the length ratio. ValueError if it answered other questions: then nothing is paired.
+    `families` maps question ids to their family. `dense` holds the dense model's traces on the same questions, for the
+    paired difference and the length ratio. ValueError if it answered other questions: then nothing is paired.
     """
     scores = by_question(traces)
     values = list(scores.values())
@@ -122,8 +122,8 @@ def reference_states(model: PreTrainedModel, batches: Sequence[Batch]) -> Refere
 def drift(model: PreTrainedModel, reference: Reference) -> dict[str, Any]:
     """The fields of a report's `HiddenError`: Σ‖h - h_dense‖² / Σ‖h_dense‖² by place in the trace.
 
-    The cheap proxy of the RAC paper's figure 2: no generation, the same documents for every arm. `curve` is by the relative
-    position within the thinking, in twenty buckets.
+    The cheap proxy of the RAC paper's figure 2: no generation, the same documents for every arm. `curve` is by the
+    relative position within the thinking, in twenty buckets.
     """
     error, size, count = (torch.zeros(3 + CURVE_BUCKETS, dtype=torch.float64) for _ in range(3))
     prompt, answer = 0, 1  # then the curve's buckets

@@ -8,8 +8,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from jinja2 import Environment, PackageLoader
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from secateurs.artifacts import atomic_folder, write_json
@@ -47,11 +49,10 @@ def export(
 ) -> None:
     """Write `out`: safetensors with exact zeros, config without any sparsity or quantisation entry, tokenizer, card.
 
-    `secateurs.json` holds, for every pruned matrix, its figures and the sha256 of its mask's bits (row-major, packed eight to
-    a byte), so that anyone can check later that the zeros are still where they were. The folder appears whole or not at all.
+    `secateurs.json` holds, for every pruned matrix, its figures and the sha256 of its mask's bits (row-major, packed
+    eight to a byte), so that anyone can check later that the zeros are still where they were. The folder appears whole
+    or not at all.
     """
-    from safetensors.torch import save_file
-
     for key in ("quantization_config", "sparsity_config"):
         if getattr(model.config, key, None) is not None:
             raise ValueError(f"the model's config has a `{key}`; serving engines would refuse the pruned model")
@@ -76,16 +77,14 @@ def export(
 
 def mask_hash(weight: torch.Tensor) -> str:
     """sha256 of the kept/zero bits of a weight, row-major, packed eight to a byte."""
-    import numpy
-
     return sha256(numpy.packbits((weight != 0).cpu().numpy()).tobytes()).hexdigest()
 
 
 def verify(folders: Sequence[Path], tolerance: float = 1e-2) -> dict[str, float]:
     """Reload every folder with only transformers in one clean process and compare logits with those at export.
 
-    Returns the largest difference relative to the largest logit, by folder. RuntimeError if one does not load or differs by
-    more than `tolerance` (bf16 kernels may differ between devices; equal machines give 0).
+    Returns the largest difference relative to the largest logit, by folder. RuntimeError if one does not load or
+    differs by more than `tolerance` (bf16 kernels may differ between devices; equal machines give 0).
     """
     command = [sys.executable, "-c", RELOAD]
     done = subprocess.run(command, input=json.dumps([str(f) for f in folders]), capture_output=True, text=True)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 BUNDLED = "bundled"  # the name of the tiny reasoner that ships with the package
 
-# Submodules of a decoder block whose weights are never pruned unless asked for by name: they route, they do not compute.
+# Submodules of a decoder block whose weights are never pruned: they route, they do not compute.
 ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 
 
@@ -41,7 +41,7 @@ def model_path(name: str) -> str:
 def load_model(name: str, *, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model `name` in its checkpoint's dtype, in eval mode. Safetensors only.
 
-    ValueError in one sentence for a missing folder, a damaged checkpoint, a quantised one, or a class without a decoder.
+    ValueError in one sentence for a missing folder, a damaged checkpoint or a quantised one.
     """
     path = model_path(name)
     _check_folder(name, path)
@@ -102,7 +102,7 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
 
 
 def packed_experts(block: nn.Module) -> dict[str, nn.Module]:
-    """Modules of a block that hold all experts in 3-D parameters gate_up_proj [E, 2 d_ff, d] and down_proj [E, d, d_ff].
+    """Modules of a block that hold all experts in 3-D gate_up_proj [E, 2 d_ff, d] and down_proj [E, d, d_ff].
 
     ValueError for a packed layout with other shapes: it would be left dense without a word.
     """

@@ -1,7 +1,7 @@
 """The block loop, where the two lanes meet: hooks, devices, one Gram per distinct input and region, solve, go on.
 
-For every decoder block: run the calibration documents through it and add up x xᵀ for each group of matrices that receive
-the same tensor (q/k/v, gate/up), one Gram a region; solve each matrix; write the block's result down; pass on.
+For every decoder block: run the calibration documents through it and add up x xᵀ for each group of matrices that
+receive the same tensor (q/k/v, gate/up), one Gram a region; solve each matrix; write the block's result down; pass on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,7 +60,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class _Group:
-    """Matrices that receive the same input, and the module whose input that is; for experts, which one and which part."""
+    """Matrices that receive the same input, and the module whose input it is; for experts, which one and part."""
 
     name: str
     matrices: tuple[Matrix, ...]
@@ -85,7 +85,7 @@ class _Stream:
 
 
 def prunable(model: PreTrainedModel, plan: Plan) -> list[list[Matrix]]:
-    """The matrices the plan touches, by block; the pattern is checked against every shape. ValueError if there are none."""
+    """The matrices the plan touches, by block, each checked against the pattern. ValueError if there are none."""
     prefix, blocks = decoder_blocks(model)
     per_block = [
         [matrix for _, found in _matrices(block, f"{prefix}.{i}") for matrix in found] for i, block in enumerate(blocks)
@@ -115,9 +115,9 @@ def prune(
 ) -> list[LayerResult]:
     """Prune `model` in place and return one result a matrix, in the order they were solved.
 
-    Every finished block is written to `folder`; a second call with the same folder takes those blocks from there and goes
-    on (the folder must belong to this model, calibration and plan: `run` names it by their hash). `batch_tokens` bounds
-    the padded tokens a forward pass sees and changes results by float rounding only.
+    Every finished block is written to `folder`; a second call with the same folder takes those blocks from there and
+    goes on (the folder must belong to this model, calibration and plan: `run` names it by their hash). `batch_tokens`
+    bounds the padded tokens a forward pass sees and changes results by float rounding only.
     """
     selected = prunable(model, plan)
     total = sum(map(len, selected))

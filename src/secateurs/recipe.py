@@ -1,4 +1,4 @@
-"""Recipes: strict TOML to frozen models. An unknown key, a wrong type or a bad value is one sentence that says where."""
+"""Recipes: strict TOML to frozen models. An unknown key, a wrong type, a bad value: one sentence that says where."""
 
 import tomllib
 from collections.abc import Mapping, Sequence

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
@@ -227,7 +228,7 @@ def schema_markdown() -> str:
     lines = [
         "# The report schema",
         "",
-        f"`report.json` is one JSON object, `{SCHEMA}` version {VERSION}. Unknown keys are refused, numbers are finite,",
+        f"`report.json` is one JSON object, `{SCHEMA}` version {VERSION}. Unknown keys are refused, numbers finite,",
         "and what was not measured is `null`. `secateurs.report.read` checks all of it.",
         "",
         "**Versioning.** Any change to a field (added, removed, renamed, new meaning or unit) raises `version` by one;",
@@ -823,8 +824,8 @@ def _plot(
     if direct:
         for line, place in zip(lines, _spread([s["marks"][-1]["y"] for s in lines], 15, 36, height - 46), strict=True):
             line["at"] = round(place, 1)
-    x_marks = xs if names or len(xs) <= 6 and all(not 0 < b - a < pad for a, b in zip(xs, xs[1:], strict=False)) else (
-        x.ticks(5 if direct else 4))  # fmt: skip
+    spaced = len(xs) <= 6 and all(not 0 < b - a < pad for a, b in pairwise(xs))
+    x_marks = xs if names or spaced else x.ticks(5 if direct else 4)
     return {
         "title": title,
         "x_label": x_label,

@@ -174,7 +174,7 @@ def _trace(completion: Completion, tokenizer: Any, questions: QuestionSet, quest
 
 
 def trace(recipe: Recipe, out: Path, seed: int, dense: Dense, progress: Progress = silent) -> Traced:
-    """Sample the dense model's own chains of thought until every arm of the recipe has its tokens, held-out ones included."""
+    """Sample the dense model's own chains of thought until every arm has its tokens, held-out ones included."""
     questions = build_questions(recipe.traces.questions)
     sampling = _sampling(dense, recipe.traces.sampling)
     provenance = _provenance(dense, questions, recipe.traces.questions, "calibration", sampling, seed)
@@ -257,7 +257,7 @@ def _split(documents: Sequence[Document], held_out_tokens: int) -> tuple[list[Do
 def calibration_set(recipe: Recipe, arm: Arm, seed: int, traced: Traced, dense: Dense) -> CalibrationSet:
     """The documents of one arm, all arms with the same token budget and the same held-out traces.
 
-    Prompts come from the traces' own question stream, distinct and never a held-out one; a corpus is cut into the pieces it
+    Prompts come from the traces' own question stream, distinct and never a held-out one; a corpus comes in the pieces it
     is stored in. A mixture with a corpus gives it half of the budget.
     """
     weights = region_weights(arm)
@@ -319,7 +319,8 @@ def prune(
     label = arm_label(arm)
     key = canonical_hash(
         {
-            "traces": traced.key, "filters": recipe.traces.filters, "calibration": recipe.calibration.model_dump() | {"arm": arm},
+            "traces": traced.key, "filters": recipe.traces.filters,
+            "calibration": recipe.calibration.model_dump() | {"arm": arm},
             "prune": recipe.prune.model_dump() | {"pattern": pattern_spec}, "seed": seed, **dense.key,
         }
     )[:12]  # fmt: skip
@@ -358,9 +359,13 @@ def prune(
     shapes = [result.shape for result in results]
     sparsity = sum(result.zeros for result in results) / sum(d_out * d_in for d_out, d_in in shapes)
     facts = {
-        "arm": label, "pattern": "unstructured" if pattern_spec["name"] == "unstructured" else str(pattern), "sparsity": pattern_spec.get("sparsity", sparsity), "solver": recipe.prune.solver["name"],
-        "seed": seed, "calibration_tokens": calibration.tokens,
-    }  # fmt: skip
+        "arm": label,
+        "pattern": "unstructured" if pattern_spec["name"] == "unstructured" else str(pattern),
+        "sparsity": pattern_spec.get("sparsity", sparsity),
+        "solver": recipe.prune.solver["name"],
+        "seed": seed,
+        "calibration_tokens": calibration.tokens,
+    }
     export(
         model,
         dense.tokenizer,
@@ -392,7 +397,7 @@ class Answers:
 def answer(
     recipe: Recipe, folder: Path, model: Any, model_key: str, seed: int, dense: Dense, stage: str, progress: Progress
 ) -> Answers:
-    """Ask a model the recipe's evaluation questions; every finished sample is kept, so a rerun asks only what is missing."""
+    """Ask a model the recipe's evaluation questions; a rerun asks only what is missing."""
     spec = recipe.evaluate.questions or recipe.traces.questions
     questions = build_questions(spec)
     sampling = _sampling(dense, recipe.evaluate.sampling or recipe.traces.sampling)
@@ -520,7 +525,7 @@ def _cell(pruned: Pruned | None, answers: Answers, baseline: Answers, seed: int,
 
 
 def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
-    """What a run will do, without doing it: sizes, tokens, memory and time estimates. ValueError for what cannot work."""
+    """What a run will do, without doing it: sizes, tokens, memory. ValueError for what cannot work."""
     counts: dict[str, Any] = {}
     for spec in recipe.patterns:
         plan = pruner.Plan(

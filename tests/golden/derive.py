@@ -1,8 +1,8 @@
 """Derives published.json: SparseGPT and Wanda from their papers' formulas, in float64 numpy, without secateurs.
 
 SparseGPT (arXiv:2301.00774, algorithm 1) with the published code's choices: H = 2/N Σ x xᵀ, damping .01 · mean(diag H),
-mask over the whole block by w² / U_jj². One deliberate difference: exactly floor(s · size) weights of a block are pruned,
-where the published `<=` prunes one more. Wanda (arXiv:2306.11695, eq. 1): |W| ‖X_j‖₂ within each row.
+mask over the whole block by w² / U_jj². One deliberate difference: exactly floor(s · size) weights of a block are
+pruned, where the published `<=` prunes one more. Wanda (arXiv:2306.11695, eq. 1): |W| ‖X_j‖₂ within each row.
 """
 
 import json

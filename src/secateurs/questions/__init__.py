@@ -1,4 +1,4 @@
-"""What a model is asked: question sets with stable ids, disjoint splits, a prompt format and an answer check. No torch."""
+"""What a model is asked: question sets with stable ids, disjoint splits, a prompt format, an answer check. No torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One thing to ask. `id` is stable and unique within its set; `answer` is what `QuestionSet.check` compares with."""
+    """One thing to ask. `id` is stable and unique in its set; `answer` is what `QuestionSet.check` compares with."""
 
     id: str
     prompt: str
@@ -19,7 +19,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFormat:
-    """How a set is put to a model: system text, worked examples as (user, assistant) turns, text the reply starts with."""
+    """How a set is put to a model: system text, worked examples as (user, assistant) turns, start of the reply."""
 
     system: str = ""
     examples: tuple[tuple[str, str], ...] = ()

@@ -19,7 +19,7 @@ STEP_BY_STEP = PromptFormat(
 
 
 def last_number(text: str) -> str | None:
-    """The number a reply ends on: the last in a `\\boxed{}`, else the last of all; without commas and trailing zeros."""
+    """The number a reply ends on: the last in a `\\boxed{}`, else the last of all; without commas or `.0`."""
     boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
     found = NUMBER.findall(boxed[-1] if boxed else text)
     if not found:
@@ -30,9 +30,10 @@ def last_number(text: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Jsonl:
-    """One JSON object a line with a question and a numeric answer. `calibration` and `eval` split by the question's hash:
+    """One JSON object a line with a question and a numeric answer.
 
-    residue 0 to 6 of 10 calibrates, 7 to 9 evaluates; a file that has its own test half is given as `eval_path`.
+    The hash of a question decides its split: residue 0 to 6 of 10 calibrates, 7 to 9 evaluates. A set that comes with
+    a test file of its own names it as `eval_path`, and then nothing is split.
     """
 
     path: str
@@ -51,7 +52,7 @@ class Jsonl:
         return PromptFormat(system=self.system, examples=self.examples, prefill=self.prefill)
 
     def questions(self, split: str, seed: int) -> Iterator[Question]:
-        """Distinct questions of `split` in an order fixed by `seed`. ValueError names the file and line that is wrong."""
+        """Distinct questions of `split` in an order fixed by `seed`. ValueError names the line that is wrong."""
         source = Path(self.eval_path if split == "eval" and self.eval_path else self.path)
         if not source.is_file():
             raise ValueError(f"question file {source}: no such file")
