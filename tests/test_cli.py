@@ -158,7 +158,12 @@ def test_trace_prints_the_store_and_a_plan_runs_nothing(tmp_path, monkeypatch, c
     out = tmp_path / "out"
     assert call(monkeypatch, *arguments("run", "demo", "--out", str(out), "--dry-run", "--json")) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["cells"] == 2 and plan["trace_tokens_per_seed"] == 2100 and plan["memory_bytes"] > 0
+    assert (
+        plan["cells"] == 2
+        and plan["trace_tokens_per_seed"] == 2100
+        and plan["memory_bytes"] > 0
+        and plan["seconds_estimate"]["trace"] > 0
+    )
     assert call(monkeypatch, *arguments("run", "demo", "--out", str(out), "--dry-run")) == 0
     assert "nothing was run" in capsys.readouterr().out and not out.exists()
     assert call(monkeypatch, *arguments("trace", "demo", "--out", str(out), "--json")) == 0
@@ -198,7 +203,7 @@ MISTAKES = [
         "2:5 needs a number of inputs that 5 divides",
     ),
     (["run", "demo", "--set", "prune.targets=['mlp.oops']"], "`mlp.oops` matches no prunable layer"),
-    (["run", "demo", "--set", "evaluate.num_questions=9999999"], "evaluate.num_questions is 9999999, the set has"),
+    (["run", "demo", "--set", "evaluate.num_questions=9999999"], "evaluate.num_questions is 9,999,999, the set has"),
     (["list", "solver"], "Did you mean `solvers`?"),
     (["report", "no/such/run"], "no/such/run"),
     (["run", "demo", "--set", "traces.questions={name='jsonl', path='q.jsonl'}"], "q.jsonl: no such file"),

@@ -33,11 +33,17 @@ def gram_of(x: torch.Tensor) -> Gram:
     return gram
 
 
+def correlated(tokens, d_in, generator=None) -> torch.Tensor:
+    """Inputs whose energy lies in few directions, as in real layers: a power-law spectrum, mixed, unequal channels."""
+    spectrum = torch.arange(1, d_in + 1) ** -0.5
+    mixed = torch.randn(tokens, d_in, generator=generator) * spectrum @ torch.randn(d_in, d_in, generator=generator)
+    return mixed * torch.exp(0.5 * torch.randn(d_in, generator=generator))
+
+
 def problem(pattern, d_out=24, d_in=68, tokens=400, seed=0, **changes) -> LayerProblem:
-    """A correlated layer with channels of unequal size. Of 68 inputs the last block of every solver is a short one."""
+    """A correlated layer. 68 inputs make a whole block and a short one for SparseGPT, one block for its reference."""
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.eye(d_in) + torch.randn(d_in, d_in, generator=generator) / d_in**0.5
-    x = torch.randn(tokens, d_in, generator=generator) @ mix * torch.exp(torch.randn(d_in, generator=generator))
+    x = correlated(tokens, d_in, generator)
     weight = torch.randn(d_out, d_in, generator=generator)
     return LayerProblem(**({"name": "layer", "weight": weight, "gram": gram_of(x), "pattern": pattern} | changes))
 
@@ -132,7 +138,7 @@ def test_dtype_of_the_weight_is_kept(make, pattern, dtype):
 @EVERY_SOLVER
 @EVERY_PATTERN
 def test_dead_inputs_go_first_are_counted_and_reported(make, pattern):
-    x = torch.randn(400, 68) @ (torch.eye(68) + torch.randn(68, 68) / 8)
+    x = correlated(400, 68)
     x[:, [3, 40, 65]] = 0
     p = problem(pattern, gram=gram_of(x), weight=torch.randn(24, 68) + 10 * torch.eye(68)[3])
     s = make().solve(p)
@@ -166,7 +172,7 @@ def test_fewer_tokens_than_inputs_are_solved_and_reported(make, pattern, tokens)
 @EVERY_SOLVER
 @EVERY_PATTERN
 def test_massive_activations_stay_finite(make, pattern):
-    x = torch.randn(400, 68)
+    x = correlated(400, 68)
     x[:, 5] *= 3000
     s = solved(make, pattern, gram=gram_of(x))
     assert s.outcome is Outcome.OK and s.weight.isfinite().all()
@@ -229,7 +235,7 @@ def test_repair_is_worth_having():
 
 
 def test_relative_damping_protects_ordinary_inputs_from_massive_ones():
-    x = torch.randn(2000, 64) @ (torch.eye(64) + torch.randn(64, 64) / 8)
+    x = correlated(2000, 64)
     x[:, :2] *= 500
     p = problem(Unstructured(0.5), weight=torch.randn(32, 64), gram=gram_of(x))
     ordinary = gram_of(x[:, 2:])
@@ -246,7 +252,7 @@ def test_damping_is_raised_and_said_or_the_layer_is_named():
     s = solved(SparseGPT, Unstructured(0.5), weight=torch.randn(4, 8), gram=Gram(indefinite, 100.0, 100))
     assert s.outcome is Outcome.DAMPING_RAISED and s.stats["damp"] == pytest.approx(0.03)
     indefinite[0, 1] = indefinite[1, 0] = 9.0
-    with pytest.raises(NotPositiveDefiniteError, match="layer: .*not positive semi-definite"):
+    with pytest.raises(NotPositiveDefiniteError, match=r"layer: .*not positive semi-definite"):
         solved(SparseGPT, Unstructured(0.5), weight=torch.randn(4, 8), gram=Gram(indefinite, 100.0, 100))
 
 
@@ -261,7 +267,7 @@ def test_the_block_size_is_made_of_whole_groups():
     [
         (lambda: SparseGPT(block_size=0), "block_size is 0"),
         (lambda: SparseGPT(damp=0.0), "damp is 0"),
-        (lambda: SparseGPT(damping="median"), "'relative' or 'mean'"),
+        (lambda: SparseGPT(damping="median"), "relative.*mean"),
         (lambda: Masking(score="wander"), "unknown score `wander`. Known: magnitude, wanda"),
     ],
 )

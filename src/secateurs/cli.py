@@ -59,9 +59,11 @@ def _bars() -> Iterator[Bars]:
 
 
 def _plan(recipe: Any, as_json: bool) -> None:
-    from secateurs.run import Dense, plan_check
+    from secateurs.run import Dense, estimate, plan_check
 
-    plan = plan_check(recipe, Dense(recipe))
+    dense = Dense(recipe)
+    plan = plan_check(recipe, dense)
+    plan["seconds_estimate"] = {stage: round(seconds, 1) for stage, seconds in estimate(recipe, dense, plan).items()}
     if as_json:
         print(json.dumps(plan, indent=2))
         return

@@ -37,6 +37,7 @@ from secateurs.calibration import (
 from secateurs.engines import Completion, Request, Sampling, default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.export import export, verify
+from secateurs.layer import Gram, LayerProblem
 from secateurs.models import load_model, load_tokenizer, model_path
 from secateurs.prompts import answer_text, render, think_split, trace_seed
 from secateurs.questions import Question, QuestionSet
@@ -257,8 +258,8 @@ def _split(documents: Sequence[Document], held_out_tokens: int) -> tuple[list[Do
 def calibration_set(recipe: Recipe, arm: Arm, seed: int, traced: Traced, dense: Dense) -> CalibrationSet:
     """The documents of one arm, all arms with the same token budget and the same held-out traces.
 
-    Prompts come from the traces' own question stream, distinct and never a held-out one; a corpus comes in the pieces it
-    is stored in. A mixture with a corpus gives it half of the budget.
+    Prompts come from the traces' own question stream, distinct and never a held-out one; a corpus comes in the pieces
+    it is stored in. A mixture with a corpus gives it half of the budget.
     """
     weights = region_weights(arm)
     budget = recipe.calibration.num_tokens
@@ -404,10 +405,6 @@ def answer(
     provenance = _provenance(dense, questions, spec, "eval", sampling, seed)
     provenance |= {"samples": recipe.evaluate.samples, "weights": model_key}
     wanted = list(islice(questions.questions("eval", seed), recipe.evaluate.num_questions))
-    if len(wanted) < recipe.evaluate.num_questions:
-        raise ValueError(
-            f"evaluate.num_questions is {recipe.evaluate.num_questions}, the set has {len(wanted)} to evaluate on"
-        )
     asked = [(question, number) for question in wanted for number in range(recipe.evaluate.samples)]
     with TraceStore(folder / canonical_hash(provenance)[:12], provenance) as store:
 
@@ -537,6 +534,10 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
         matrices = [matrix for block in pruner.prunable(dense.model, plan) for matrix in block]
         shapes = [tuple(matrix.weight.shape) for matrix in matrices]
         counts[str(plan.pattern)] = sum(plan.pattern.num_zeros(*shape) for shape in shapes)
+    questions = build_questions(recipe.evaluate.questions or recipe.traces.questions)
+    found = sum(1 for _ in islice(questions.questions("eval", recipe.seeds[0]), recipe.evaluate.num_questions))
+    if found < recipe.evaluate.num_questions:
+        raise ValueError(f"evaluate.num_questions is {recipe.evaluate.num_questions:,}, the set has {found:,}")
     parameters = dense.model.num_parameters()
     tokens = recipe.calibration.num_tokens + recipe.calibration.held_out_tokens
     hidden = dense.model.config.get_text_config(decoder=True).hidden_size
@@ -555,6 +556,37 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
         * len(recipe.seeds) * (1 + len(recipe.arms) * len(recipe.patterns)),
         "memory_bytes": 2 * parameters * size + tokens * hidden * size + grams,
     }  # fmt: skip
+
+
+def estimate(recipe: Recipe, dense: Dense, plan: dict[str, Any]) -> dict[str, float]:
+    """Seconds a run will take, by stage, from short probes here: a batch of short replies, a forward pass and one
+    solve. Assumes that replies are half as long as they may be; a model that rambles takes up to twice as long."""
+    questions = build_questions(recipe.traces.questions)
+    size = recipe.resources.batch_size
+    asked = list(islice(questions.questions("calibration", recipe.seeds[0]), size))
+    prompts = [render(dense.tokenizer, questions.format, question) for question in asked]
+    requests = [Request(question_id=str(i), sample=0, prompt_ids=ids, seed=i) for i, ids in enumerate(prompts)]
+    sampling = Sampling(max_new_tokens=16)
+    made = list(hf_engine(dense.model, dense.tokenizer, size).generate(requests, sampling))
+    per_token = sum(completion.seconds for completion in made) / sum(len(completion.ids) for completion in made)
+    batch = next(batches([plain_document(ids, "prompt") for ids in prompts], recipe.resources.batch_tokens))
+    clock = time.perf_counter()
+    evaluate.reference_states(dense.model, [batch])
+    forward = (time.perf_counter() - clock) / batch.tokens
+    spec = pruner.Plan(pattern=build_pattern(recipe.patterns[0]), solver=build_solver(recipe.prune.solver))
+    matrices = [matrix for block in pruner.prunable(dense.model, spec) for matrix in block]
+    weight = sorted((matrix.weight for matrix in matrices), key=lambda w: w.numel())[len(matrices) // 2]
+    gram = Gram(torch.eye(weight.shape[1], device=weight.device), 1e6, 10**6)
+    clock = time.perf_counter()
+    spec.solver.solve(LayerProblem(name="probe", weight=weight, gram=gram, pattern=spec.pattern))
+    solve = (time.perf_counter() - clock) * len(matrices)
+    tokens = recipe.calibration.num_tokens + recipe.calibration.held_out_tokens
+    length = (recipe.evaluate.sampling or recipe.traces.sampling).max_new_tokens / 2
+    return {
+        "trace": plan["trace_tokens_per_seed"] * len(recipe.seeds) * per_token,
+        "prune": plan["cells"] * (3 * tokens * forward + solve),
+        "evaluate": plan["answers"] * length * per_token,
+    }
 
 
 def hardware(device: str) -> dict[str, Any]:
