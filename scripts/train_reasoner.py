@@ -228,6 +228,7 @@ def main() -> None:
     minutes = (time.monotonic() - start) / 60
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
+    torch.manual_seed(options.seed)  # so that the card can be measured again without training
     rows = table(model, tokenizer, options.evaluate, options.seed)
     log.info("%.1f minutes\n%s", minutes, rows)
     card = CARD.format(

@@ -1,15 +1,19 @@
-"""The report: a strict schema, summaries by hand, a page that loads nothing and escapes everything, an honest headline."""
+"""The report: a strict schema, summaries by hand, a page that loads nothing and escapes all, an honest headline."""
 
+import io
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from secateurs import report as reports
-from secateurs.report import Cell, Evaluation, HiddenError, LayerReport, Report, summarise
+from secateurs.report import Cell, Evaluation, HiddenError, LayerReport, Report, Stage, TraceSummary, summarise
 
 
-def cell(arm, sparsity, seed, correct, tokens) -> Cell:
+def cell(arm, sparsity, seed, correct, tokens, budget=1000) -> Cell:
     """A made-up cell: 100 questions, of which a share `correct` is right, `tokens` each."""
     half = 1.96 * (correct * (1 - correct) / 100) ** 0.5
     evaluation = Evaluation(
@@ -25,20 +29,31 @@ def cell(arm, sparsity, seed, correct, tokens) -> Cell:
         name="layer.0", block=0, shape=(4, 4), pattern="unstructured", zeros_asked=8, zeros=8, error_train=0.01,
         error_held_out=0.02, error_by_region={"think": 0.02}, damp=0.01, seconds=0.1, outcome="ok",
     )  # fmt: skip
-    hidden = HiddenError(prompt=0.1, early_think=0.2, late_think=0.3, answer=0.2, curve=[])
+    hidden = HiddenError(
+        prompt=0.1, early_think=0.2, late_think=0.3, answer=None,
+        curve=[{"position": 10.0, "error": 0.2, "tokens": 50}, {"position": 30.0, "error": 0.3, "tokens": 40}],
+    )  # fmt: skip
     pruned = arm != "dense"
     return Cell(
         arm=arm, sparsity=sparsity, pattern="unstructured" if pruned else "dense", solver="sparsegpt" if pruned else "none",
-        seed=seed, calibration_tokens=1000 if pruned else 0, evaluation=evaluation,
+        seed=seed, calibration_tokens=budget if pruned else 0, evaluation=evaluation,
         hidden_error=hidden if pruned else None, layers=[layer] if pruned else [], seconds={"evaluate": 1.0}, path="x",
     )  # fmt: skip
 
 
-def report_of(cells, name="made up") -> Report:
-    return Report(
-        title="Made up", created="2026-01-01T00:00:00+00:00", secateurs="0", versions={}, hardware={},
-        model={"name": name}, recipe={}, recipe_key="0", stages=[], traces=None, cells=cells, summary=summarise(cells),
-    )  # fmt: skip
+def report_of(cells, name="made up", **parts) -> Report:
+    return Report(**{
+        "title": "Made up", "created": "2026-01-01T00:00:00+00:00", "secateurs": "0", "versions": {}, "hardware": {},
+        "model": {"name": name}, "recipe": {}, "recipe_key": "0", "stages": [], "traces": None, "cells": cells,
+        "summary": summarise(cells),
+    } | parts)  # fmt: skip
+
+
+STAGES = [Stage(name="trace", seconds=30.0, detail="made up"), Stage(name="evaluate", seconds=90.0)]
+TRACES = TraceSummary(
+    traces=10, tokens=900, by_region={"prompt": 100, "think": 800}, pass_at_1=0.9, mean_think_tokens=80.0,
+    truncated=0.1, dropped={"truncated": 1}, seconds=30.0,
+)  # fmt: skip
 
 
 HELPS = [
@@ -56,7 +71,39 @@ def test_summary_by_hand():
     assert prompt.points_lost == pytest.approx(70) and prompt.length_ratio == pytest.approx(4)
     assert prompt.time_ratio == pytest.approx(4) and prompt.held_out_error == pytest.approx(0.02)
     assert prompt.hidden_error == pytest.approx(0.25)
-    assert prompt.interval[0] < 0.1 + 0.1 and prompt.interval[1] > 0.2
+    assert prompt.tokens_per_correct == pytest.approx(80_000 / 40)
+    # Own half-widths 0.0588 and 0.0898; the seeds' variance is 0.02, over 2 seeds 0.01:
+    # sqrt((0.0588^2 + 0.0898^2) / 2 + 1.96^2 * 0.01) = 0.2101, cut at 0 below.
+    assert prompt.interval == pytest.approx((0.0, 0.4101), abs=2e-4)
+    same = rows["rac"]  # seeds that agree exactly: the question-level interval, no narrower
+    assert same.interval == pytest.approx(HELPS[4].evaluation.interval)
+    assert summarise(HELPS[2:3])[0].interval == HELPS[2].evaluation.interval
+
+
+def test_rows_come_dense_first_then_by_sparsity_then_arm():
+    arms = ["mixture", "think", "rac", "prompt", "corpus"]
+    cells = [cell(arm, s, 0, 0.5, 100.0) for s in (0.6, 0.4) for arm in arms] + [cell("dense", 0.0, 0, 0.9, 100.0)]
+    order = [(row.sparsity, row.arm) for row in summarise(cells)]
+    assert order == [(0.0, "dense")] + [(s, arm) for s in (0.4, 0.6) for arm in reversed(arms)]
+
+
+def test_a_little_overshoot_is_one_budget_and_a_double_is_another():
+    cells = [cell("rac", 0.5, 0, 0.8, 100.0, 30_002), cell("rac", 0.5, 1, 0.8, 100.0, 30_367)]
+    assert [row.seeds for row in summarise(cells)] == [2]
+    rows = summarise([*cells, cell("rac", 0.5, 0, 0.8, 100.0, 60_010)])
+    assert [(row.seeds, row.calibration_tokens) for row in rows] == [(2, 30_184), (1, 60_010)]
+    page = reports.to_html(report_of([*cells, cell("rac", 0.5, 0, 0.8, 100.0, 60_010)]))
+    assert "rac, 30k tokens" in page and "rac, 60k tokens" in page
+
+
+def test_two_results_for_one_seed_are_refused():
+    with pytest.raises(ValueError, match=r"two results for rac at 50 % with seed 0"):
+        summarise([cell("rac", 0.5, 0, 0.8, 100.0), cell("rac", 0.5, 0, 0.7, 100.0)])
+
+
+def test_without_the_dense_model_the_paired_difference_speaks():
+    row = summarise(HELPS[2:3])[0]
+    assert row.points_lost == pytest.approx(80) and row.length_ratio == pytest.approx(3) and row.time_ratio is None
 
 
 def test_the_files_read_back_and_the_schema_is_strict(tmp_path):
@@ -75,22 +122,130 @@ def test_the_files_read_back_and_the_schema_is_strict(tmp_path):
         reports.read(tmp_path / "nothing.json")
 
 
-@pytest.mark.parametrize("cells", [HELPS, HELPS[:1], HELPS[2:3], HELPS[:4]], ids=["all", "dense", "one", "one arm"])
-def test_the_page_loads_nothing_and_escapes_everything(cells):
-    page = reports.to_html(report_of(cells, name="<script>alert(1)</script>"))
-    assert "<script>alert(1)" not in page and "<html" in page
-    assert not [
-        part for part in page.split('"') if part.startswith(("http://", "https://")) and part.endswith((".js", ".css"))
-    ]
-    assert 'src="http' not in page and "@import" not in page
-    assert "Made up" in reports.to_markdown(report_of(cells))
+def test_a_report_of_another_version_is_named(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({"schema": "secateurs.report", "version": 7}))
+    with pytest.raises(ValueError, match=r"report version 7 found, this secateurs reads version 1"):
+        reports.read(tmp_path)
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a secateurs report"):
+        reports.read(tmp_path)
 
 
-def test_the_headline_is_honest_in_both_directions():
-    assert "70.0 points" in reports.headline(report_of(HELPS))
-    worse = [*HELPS[:4], cell("rac", 0.5, 0, 0.05, 600.0), cell("rac", 0.5, 1, 0.05, 600.0)]
-    sentence = reports.headline(report_of(worse))
-    assert "not" in sentence and "rac" in sentence.lower()
+def test_what_is_not_a_number_is_refused():
+    with pytest.raises(ValueError, match="finite"):
+        Stage(name="trace", seconds=float("nan"))
+
+
+PARTS = {
+    "all": (HELPS, {"stages": STAGES, "traces": TRACES}),
+    "nothing": ([], {}),
+    "dense": (HELPS[:1], {}),
+    "one cell": (HELPS[2:3], {}),
+    "one arm": (HELPS[:4], {"stages": STAGES}),
+    "no hidden error": ([c.model_copy(update={"hidden_error": None}) for c in HELPS], {}),
+    "no layers": ([c.model_copy(update={"layers": []}) for c in HELPS], {"traces": TRACES}),
+    "two patterns": ([*HELPS, HELPS[4].model_copy(update={"pattern": "2:4"})], {}),
+    "no time": (HELPS, {"stages": [Stage(name="trace", seconds=0.0)]}),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_page_is_whole_loads_nothing_and_escapes_everything(part):
+    cells, extra = PARTS[part]
+    evil = "<script>alert('1')</script>|`x`"
+    cells = [c if c.arm in reports.ARMS[:4] and c.seed == 0 else c.model_copy(update={"path": evil}) for c in cells]
+    report = report_of(cells, name=evil, title=evil, recipe={"deep": {evil: [evil]}}, **extra)
+    page, text = reports.to_html(report), reports.to_markdown(report)
+    assert "<script" not in page and "<script" not in text and "&lt;script&gt;" in page
+    loads = r"(?:src|href|xlink:href|srcset|action|data)\s*=|url\(|@import|<(?:link|iframe|img|object|embed)"
+    assert not re.findall(loads, page, re.IGNORECASE), "the page must open offline"
+    assert _open_tags(page) == [], "every tag is closed"
+    assert page.count("<svg") == page.count('role="img"') + page.count('aria-hidden="true"') - page.count(
+        'class="stack"'
+    )
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def _open_tags(page: str) -> list[str]:
+    """Tags still open at the end of the page, or the first one closed out of turn."""
+    void, stack = {"meta", "path", "rect", "circle", "br"}, []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag not in void:
+                stack.append(tag)
+
+        def handle_endtag(self, tag):
+            if tag not in void and stack and stack[-1] == tag:
+                stack.pop()
+
+    Parser().feed(page)
+    return stack
+
+
+def test_what_was_measured_is_on_the_page():
+    page = reports.to_html(report_of(HELPS, stages=STAGES, traces=TRACES))
+    for words in ("Accuracy", "Length of an answer", "Along the chain of thought", "Layer outputs, by region",
+                  "What it cost: 2.0 min", "Calibration traces", "How the intervals are computed"):  # fmt: skip
+        assert words in page
+    assert "prefers-color-scheme: dark" in page and "rac, 50 %: 85 % (" in page
+
+
+def test_small_plots_of_layers_share_one_scale():
+    layers = [HELPS[4].layers[0].model_copy(update={"name": f"layer.{i}.k{i}", "error_held_out": e})
+              for i, e in enumerate((0.001, 0.1))]  # fmt: skip
+    small, large = reports._layer_plots({"rac": [HELPS[4].model_copy(update={"layers": layers})]})
+    assert small["y_ticks"] == large["y_ticks"]
+    assert small["lines"][0]["marks"][0]["y"] > large["lines"][0]["marks"][0]["y"]
+
+
+def test_the_terminal_gets_the_same_numbers():
+    screen = Console(width=140, file=io.StringIO(), color_system=None)
+    screen.print(reports.console_table(report_of(HELPS)))
+    line = next(line for line in screen.file.getvalue().splitlines() if "prompt" in line)  # pyright: ignore
+    assert [part.strip() for part in line.strip("│").split("│")][:8] == [
+        "prompt", "50 %", "20.0 %", "0.0–41.0", "−70.0", "400", "4.00×", "4.00×",
+    ]  # fmt: skip
+
+
+def test_the_headline_says_what_rac_saves():
+    assert reports.headline(report_of(HELPS)) == (
+        "At 50 % sparsity prompt-only calibration loses 70.0 points and writes 4.0x the dense model's tokens; "
+        "rac loses 5.0 points at 1.1x."
+    )
+
+
+def test_the_headline_says_when_rac_does_not_help():
+    worse = [*HELPS[:2], cell("prompt", 0.5, 0, 0.8, 100.0), cell("rac", 0.5, 0, 0.05, 600.0)]
+    assert reports.headline(report_of(worse)).startswith("rac does not help: at 50 % sparsity prompt-only calibration")
+    close = [*HELPS[:2], cell("prompt", 0.5, 0, 0.82, 100.0), cell("rac", 0.5, 0, 0.85, 100.0)]
+    sentence = reports.headline(report_of(close))
+    assert sentence.startswith("rac does not clearly help") and "within its 95 % interval" in sentence
+
+
+def test_the_headline_takes_the_better_rival_and_names_the_settings_rac_does_not_win():
+    cells = [
+        *HELPS, cell("corpus", 0.5, 0, 0.4, 100.0),
+        cell("prompt", 0.2, 0, 0.89, 100.0), cell("rac", 0.2, 0, 0.9, 100.0),
+        cell("prompt", 0.3, 0, 0.9, 100.0), cell("rac", 0.3, 0, 0.6, 100.0),
+    ]  # fmt: skip
+    sentence = reports.headline(report_of(cells))
+    assert sentence.startswith("At 50 % sparsity corpus calibration loses 50.0 points")
+    assert sentence.endswith("at 20 % the gap is within its 95 % interval; at 30 % rac is behind.")
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        ([], "Nothing was measured yet."),
+        (HELPS[:1], "Only the dense model was measured: it scores 90.0 %."),
+        (HELPS[:4], "rac was not measured"),
+        ([*HELPS[:2], *HELPS[4:]], "no corpus or prompt-only calibration was measured beside it"),
+    ],
+)
+def test_the_headline_says_what_is_missing(cells, words):
+    assert words in reports.headline(report_of(cells))
 
 
 def test_runs_merge():
@@ -98,6 +253,28 @@ def test_runs_merge():
     merged = reports.merge([report_of(HELPS), report_of(other)])
     assert len(merged.cells) == 8
     assert {row.arm: row.seeds for row in merged.summary}["rac"] == 3
+    assert reports.merge([report_of(HELPS)]) == report_of(HELPS)
+
+
+def test_a_cell_two_runs_share_counts_once_and_times_add_up():
+    again = HELPS[0].model_copy(update={"path": "elsewhere", "seconds": {"evaluate": 9.0}})
+    runs = [
+        report_of(HELPS, stages=STAGES, traces=TRACES, recipe={"a": 1}),
+        report_of([again], stages=STAGES, traces=TRACES.model_copy(update={"seconds": 50.0}), recipe={"a": 2},
+                  recipe_key="1"),
+    ]  # fmt: skip
+    merged = reports.merge(runs)
+    assert merged.cells == HELPS
+    assert [stage.seconds for stage in merged.stages] == [60.0, 180.0]
+    assert merged.traces and merged.traces.traces == 20 and merged.traces.pass_at_1 == pytest.approx(0.9)
+    assert merged.recipe == {"run 1, 0": {"a": 1}, "run 2, 1": {"a": 2}}
+
+
+def test_runs_that_cannot_be_compared_do_not_merge():
+    with pytest.raises(ValueError, match="different models cannot be merged: a and b"):
+        reports.merge([report_of(HELPS, name="a"), report_of(HELPS, name="b")])
+    with pytest.raises(ValueError, match="no report"):
+        reports.merge([])
 
 
 def test_the_schema_page_is_what_the_code_says():

@@ -46,7 +46,7 @@ def load_model(name: str, *, device: str = "cpu", trust_remote_code: bool = Fals
     path = model_path(name)
     _check_folder(name, path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
         )
     except Exception as error:  # transformers and safetensors raise many types for the same user mistake

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file, save
@@ -289,7 +289,7 @@ def _hooks(groups: Sequence[_Group], regions: Tensor, sums: dict[str, Grams]) ->
 def _matrices(block: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, list[Matrix]]]:
     """Every module of a block with prunable weights, and those weights under their full names."""
     for name, module in linears(block).items():
-        yield module, [Matrix(f"{prefix}.{name}", module.weight)]
+        yield module, [Matrix(f"{prefix}.{name}", cast(nn.Parameter, module.weight))]
     for name, module in packed_experts(block).items():
         packed: Any = module
         for expert in range(packed.down_proj.shape[0]):

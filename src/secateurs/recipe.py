@@ -25,17 +25,17 @@ class _Table(BaseModel):
 class Sampling(_Table):
     """Overrides of the model's generation_config."""
 
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
-    max_new_tokens: int = Field(1024, ge=1)
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    max_new_tokens: int = Field(default=1024, ge=1)
 
 
 class Traces(_Table):
     """What the dense model is asked for its own chains of thought, and which of them are kept."""
 
     questions: dict[str, Any] = {"name": "tiny"}
-    samples: int = Field(1, ge=1)
+    samples: int = Field(default=1, ge=1)
     sampling: Sampling = Sampling()
     filters: dict[str, bool | int] = {}
 
@@ -56,8 +56,8 @@ class Calibration(_Table):
     """Which tokens the solver sees: an arm (corpus, prompt, rac, think) or weights by region, and how many."""
 
     arm: Arm = "rac"
-    num_tokens: int = Field(30_000, ge=1)
-    held_out_tokens: int = Field(6_000, ge=1)
+    num_tokens: int = Field(default=30_000, ge=1)
+    held_out_tokens: int = Field(default=6_000, ge=1)
 
     @field_validator("arm")
     @classmethod
@@ -92,8 +92,8 @@ class Evaluate(_Table):
     """What dense and pruned models are asked; the question set defaults to the one the traces come from."""
 
     questions: dict[str, Any] | None = None
-    num_questions: int = Field(200, ge=0)
-    samples: int = Field(1, ge=1)
+    num_questions: int = Field(default=200, ge=0)
+    samples: int = Field(default=1, ge=1)
     sampling: Sampling | None = None
 
     @field_validator("questions")
@@ -130,8 +130,8 @@ class Resources(_Table):
     """How the work is done. Changes results by float rounding only, and is in no key."""
 
     device: str = "cpu"
-    batch_size: int = Field(64, ge=1)
-    batch_tokens: int = Field(16_384, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    batch_tokens: int = Field(default=16_384, ge=1)
     trust_remote_code: bool = False
 
 
@@ -185,7 +185,7 @@ def build_solver(spec: Mapping[str, Any]) -> Solver:
 
 def build_questions(spec: Mapping[str, Any]) -> QuestionSet:
     """The question set a table describes. ValueError for an unknown name, key or value."""
-    options = {
+    options: dict[str, Any] = {
         key: tuple(map(tuple, v)) if key == "examples" else tuple(v) if isinstance(v, list) else v
         for key, v in spec.items()
     }
@@ -201,16 +201,17 @@ def _build(kind: str, table: Mapping[str, Any], spec: Mapping[str, Any]) -> Any:
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in table:
         raise ValueError(unknown_name(kind, str(name), list(table)))
-    entry = table[name]
-    factory, fixed = (entry.func, entry.keywords) if isinstance(entry, partial) else (entry, {})
+    entry: Any = table[name]
+    fixed: dict[str, Any] = entry.keywords if isinstance(entry, partial) else {}
+    factory: Any = entry.func if isinstance(entry, partial) else entry
     known = [key for key in factory.__dataclass_fields__ if key not in fixed]
     for key in options:
         if key not in known:
             raise ValueError(unknown_name(f"key of {kind} `{name}`", key, known))
     try:
-        return TypeAdapter(factory).validate_python(fixed | options)
+        return TypeAdapter[Any](factory).validate_python(fixed | options)
     except ValidationError as error:
-        first = error.errors()[0]
+        first: Any = error.errors()[0]
         if first["type"] == "value_error":
             raise ValueError(first["ctx"]["error"]) from None
         place = ".".join(map(str, first["loc"]))
@@ -267,7 +268,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _first_error(error: ValidationError) -> str:
-    first = error.errors()[0]
+    first: Any = error.errors()[0]
     place = [str(part) for part in first["loc"]]
     where = ".".join(place)
     if first["type"] == "extra_forbidden":

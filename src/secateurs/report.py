@@ -24,6 +24,7 @@ SCHEMA = "secateurs.report"
 VERSION = 1
 ARMS = ("dense", "corpus", "prompt", "rac", "think")
 Z95 = 1.959964
+SAME_BUDGET = 1.25  # calibration token counts within this ratio are one budget: whole traces overshoot it a little
 
 T = TypeVar("T")
 
@@ -134,9 +135,7 @@ class Cell(_Model):
     pattern: str = Field(description="`unstructured`, `2:4`, ...")
     solver: str = Field(description="Solver that chose and refitted the weights.")
     seed: int = Field(description="Seed of the calibration.")
-    calibration_tokens: TokenCount = Field(
-        description="Calibration token budget, the same for every seed of an arm; 0 for dense."
-    )
+    calibration_tokens: TokenCount = Field(description="Tokens it was calibrated on; 0 for dense.")
     evaluation: Evaluation = Field(description="What the model does on questions.")
     hidden_error: HiddenError | None = Field(description="Drift of the final hidden states.")
     layers: list[LayerReport] = Field(description="One entry per pruned matrix.")
@@ -173,7 +172,7 @@ class SummaryRow(_Model):
     pattern: str = Field(description="As in `Cell`.")
     solver: str = Field(description="As in `Cell`.")
     question_set: str = Field(description="As in `Evaluation`.")
-    calibration_tokens: TokenCount = Field(description="As in `Cell`.")
+    calibration_tokens: TokenCount = Field(description="Mean over the cells; counts within 25 % share a row.")
     seeds: Count = Field(description="Cells (one a seed) in this row; every mean below is over them.")
     pass_at_1: Fraction = Field(description="Mean pass@1.")
     interval: Interval = Field(description="95 % interval, see `summarise`.")
@@ -337,7 +336,7 @@ def _row(cells: Sequence[Cell], dense: Sequence[Cell]) -> SummaryRow:
         pattern=first.pattern,
         solver=first.solver,
         question_set=first.evaluation.question_set,
-        calibration_tokens=first.calibration_tokens,
+        calibration_tokens=round(math.fsum(c.calibration_tokens for c in cells) / len(cells)),
         seeds=len(cells),
         pass_at_1=score,
         interval=_interval(cells),
@@ -361,12 +360,35 @@ def _arm_rank(arm: str) -> tuple[int, str]:
     return (ARMS.index(arm) if arm in ARMS else len(ARMS), arm)
 
 
-def _group(cell: Cell) -> tuple[Any, ...]:
-    """Everything but the seed; sorts dense first, then by sparsity, setting and arm."""
-    if cell.arm == "dense":
-        return (0, 0.0, cell.evaluation.question_set)
-    setting = (cell.sparsity, cell.evaluation.question_set, cell.pattern, cell.solver)
-    return (1, *setting, _arm_rank(cell.arm), cell.calibration_tokens)
+def _cell_setting(cell: Cell) -> Setting:
+    return Setting(cell.sparsity, cell.evaluation.question_set, cell.pattern, cell.solver)
+
+
+def _groups(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that differ only by seed, group by group, in the order of the table. Raises ValueError for a clash."""
+
+    def key(cell: Cell) -> tuple[Any, ...]:
+        if cell.arm == "dense":
+            return (0, 0.0, cell.evaluation.question_set)
+        return (1, *_cell_setting(cell), _arm_rank(cell.arm))
+
+    groups: list[list[Cell]] = []
+    for cell in sorted(cells, key=lambda cell: (*key(cell), cell.calibration_tokens)):
+        first = groups[-1][0] if groups else None
+        if first and key(first) == key(cell) and cell.calibration_tokens <= SAME_BUDGET * first.calibration_tokens:
+            groups[-1].append(cell)
+        else:
+            groups.append([cell])
+    for group in groups:
+        by_seed: dict[int, Cell] = {}
+        for cell in group:
+            other = by_seed.setdefault(cell.seed, cell)
+            if other is not cell:
+                raise ValueError(
+                    f"two results for {cell.arm} at {_percent(cell.sparsity)} with seed {cell.seed} ({other.path} and "
+                    f"{cell.path}): keep one, or give each its own seed"
+                )
+    return groups
 
 
 def summarise(cells: Sequence[Cell]) -> list[SummaryRow]:
@@ -379,20 +401,9 @@ def summarise(cells: Sequence[Cell]) -> list[SummaryRow]:
 
     Raises ValueError when two cells claim the same arm, setting and seed.
     """
-    groups: dict[tuple[Any, ...], dict[int, Cell]] = defaultdict(dict)
-    for cell in cells:
-        other = groups[_group(cell)].setdefault(cell.seed, cell)
-        if other is not cell:
-            raise ValueError(
-                f"two results for {cell.arm} at {cell.sparsity:.0%} with seed {cell.seed} ({other.path} and "
-                f"{cell.path}): keep one, or give each its own seed"
-            )
-    rows = []
-    for key in sorted(groups):
-        group = list(groups[key].values())
-        dense = groups.get((0, 0.0, group[0].evaluation.question_set), {})
-        rows.append(_row(group, list(dense.values())))
-    return rows
+    groups = _groups(cells)
+    dense = {group[0].evaluation.question_set: group for group in groups if group[0].arm == "dense"}
+    return [_row(group, dense.get(group[0].evaluation.question_set, [])) for group in groups]
 
 
 def merge(reports: Sequence[Report]) -> Report:
@@ -645,7 +656,7 @@ def _count(value: float) -> str:
     """A number of things: 950, 12.3k, 1.20M."""
     if value < 10_000:
         return f"{value:.0f}"
-    return f"{value / 1e3:.1f}k" if value < 999_950 else f"{value / 1e6:.2f}M"
+    return f"{value / 1e3:.1f}".removesuffix(".0") + "k" if value < 999_950 else f"{value / 1e6:.2f}M"
 
 
 def _duration(seconds: float) -> str:
@@ -672,7 +683,7 @@ def _model_name(report: Report) -> str:
     return str(report.model.get("name", "model"))
 
 
-def _flat(value: JsonValue, name: str = "") -> list[tuple[str, str]]:
+def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Nested settings as (dotted name, text) pairs."""
     if isinstance(value, dict) and value:
         return [pair for key, part in value.items() for pair in _flat(part, f"{name}.{key}" if name else key)]
@@ -707,25 +718,40 @@ def console_table(report: Report) -> Table:
 def _label(row: SummaryRow, rows: Sequence[SummaryRow]) -> str:
     """The arm, and whatever else tells its rows of one sparsity apart."""
     same = [other for other in rows if other.arm == row.arm]
-    extra = [
-        _count(value) + " tokens" if name == "calibration_tokens" else str(value)
-        for name in ("question_set", "pattern", "solver", "calibration_tokens")
-        if len({getattr(other, name) for other in same}) > 1 and (value := getattr(row, name)) is not None
-    ]
+    names = ("question_set", "pattern", "solver")
+    extra = [getattr(row, name) for name in names if len({getattr(other, name) for other in same}) > 1]
+    if len(_budgets(other.calibration_tokens for other in same)) > 1:
+        extra.append(f"{_budgets([row.calibration_tokens])[0]} tokens")
     return ", ".join([row.arm, *extra])
+
+
+def _budgets(tokens: Iterable[int]) -> list[str]:
+    """The different budgets behind these token counts, to two digits."""
+    kept: list[int] = []
+    for count in sorted(tokens):
+        if not kept or count > SAME_BUDGET * kept[-1]:
+            kept.append(count)
+    return [_count(float(f"{count:.2g}")) for count in kept]
 
 
 # ---------------------------------------------------------------------------------------------------- plots
 
 
+Point = tuple[float, float, float, float]  # x, y, and the ends of its error bar, both y where there is none
+
+
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot: points (x, y, low, high), where low and high bound an error bar and may equal y."""
+    """One line of a plot."""
 
     label: str
     arm: str
-    points: list[tuple[float, float, float, float]]
+    points: list[Point]
     dash: int = 0
+
+
+def _point(x: float, y: float) -> Point:
+    return x, y, y, y
 
 
 @dataclass(frozen=True)
@@ -785,11 +811,12 @@ def _plot(
     log: bool = False,
     names: Sequence[str] = (),
     reference: tuple[float, float, float] | None = None,
-    size: tuple[int, int] = (420, 290),
+    size: tuple[int, int] = (420, 296),
     direct: bool = True,
 ) -> dict[str, Any]:
     """Pixel geometry of a line plot, drawn by the `plot` macro of report.html.j2.
 
+    `y_range` fixes the y axis, which otherwise runs from 0 to the largest value, and is needed where it is `log`;
     `names` makes x categorical; `reference` is (value, low, high) of a horizontal line for the dense model; `direct`
     writes each series' name at its end.
     """
@@ -800,11 +827,8 @@ def _plot(
     right = 14 + (7 * max(map(len, labels), default=0) if direct else 0)
     pad = 0.5 if len(xs) == 1 else (xs[-1] - xs[0]) * 0.05
     x = Axis(xs[0] - pad, xs[-1] + pad, 46 if direct else 40, width - right)
-    if log:
-        y_low, y_high = min(v for v in ys if v > 0) / 1.2, max(ys) * 1.2
-    else:
-        y_low, y_high = y_range or (0, max(ys) * 1.06 or 1)
-    y = Axis(y_low, y_high, height - 42, 30, log)
+    y_low, y_high = y_range or (0, max(ys) * 1.06 or 1)
+    y = Axis(y_low, y_high, height - 42, 36 if direct else 24, log)
     lines = []
     for i, s in enumerate(series):
         shift = (i - (len(series) - 1) / 2) * (14 if len(xs) == 1 else 3 if direct and not names else 0)
@@ -822,7 +846,7 @@ def _plot(
         path = "M" + "L".join(f"{m['x']},{m['y']}" for m in marks)
         lines.append({"marks": marks, "path": path, "arm": s.arm, "dash": s.dash, "label": labels[i]})
     if direct:
-        for line, place in zip(lines, _spread([s["marks"][-1]["y"] for s in lines], 15, 36, height - 46), strict=True):
+        for line, place in zip(lines, _spread([s["marks"][-1]["y"] for s in lines], 15, 40, height - 46), strict=True):
             line["at"] = round(place, 1)
     spaced = len(xs) <= 6 and all(not 0 < b - a < pad for a, b in pairwise(xs))
     x_marks = xs if names or spaced else x.ticks(5 if direct else 4)
@@ -840,15 +864,15 @@ def _plot(
         "y_ticks": [(y(v), y_text(v)) for v in y.ticks(6 if direct else 4)],
         "lines": lines,
         "reference": reference and [y(v) for v in reference],
+        "crowd_above": bool(reference)
+        and sum(p[1] > reference[0] for s in series for p in s.points) * 2 > sum(len(s.points) for s in series),
         "direct": direct,
         "log": log,
     }
 
 
-def _by_sparsity(
-    rows: Sequence[SummaryRow], point: Callable[[SummaryRow], tuple[float, float, float] | None]
-) -> list[Series]:
-    """One series per arm and variant over sparsity; `point` gives (y, low, high)."""
+def _by_sparsity(rows: Sequence[SummaryRow], point: Callable[[SummaryRow], Point | None]) -> list[Series]:
+    """One series per arm and variant over sparsity."""
     series: dict[str, Series] = {}
     variants: dict[str, int] = defaultdict(int)
     for row in rows:
@@ -859,7 +883,7 @@ def _by_sparsity(
         if label not in series:
             series[label] = Series(label, row.arm, [], variants[row.arm])
             variants[row.arm] += 1
-        series[label].points.append((row.sparsity, *shown))
+        series[label].points.append(shown)
     return list(series.values())
 
 
@@ -867,7 +891,7 @@ def _sparsity_plots(rows: Sequence[SummaryRow]) -> list[dict[str, Any]]:
     dense = [row for row in rows if row.arm == "dense"]
     reference = (dense[0].pass_at_1, *dense[0].interval) if len(dense) == 1 else None
     plots = []
-    if score := _by_sparsity(rows, lambda r: (r.pass_at_1, *r.interval)):
+    if score := _by_sparsity(rows, lambda r: (r.sparsity, r.pass_at_1, *r.interval)):
         plots.append(
             _plot(
                 score,
@@ -880,7 +904,7 @@ def _sparsity_plots(rows: Sequence[SummaryRow]) -> list[dict[str, Any]]:
                 reference=reference,
             )
         )
-    if length := _by_sparsity(rows, lambda r: r.length_ratio and (r.length_ratio,) * 3):
+    if length := _by_sparsity(rows, lambda r: _point(r.sparsity, r.length_ratio) if r.length_ratio else None):
         plots.append(
             _plot(
                 length,
@@ -904,7 +928,7 @@ def _layer_plots(arms: dict[str, list[Cell]]) -> list[dict[str, Any]]:
                 errors[layer.name.rsplit(".", 1)[-1]][label][layer.block].append(layer.error_held_out)
     means = {
         kind: [
-            Series(label, arms[label][0].arm, [(b, *(math.fsum(v) / len(v),) * 3) for b, v in sorted(blocks.items())])
+            Series(label, arms[label][0].arm, [_point(b, math.fsum(v) / len(v)) for b, v in sorted(blocks.items())])
             for label, blocks in by_arm.items()
         ]
         for kind, by_arm in errors.items()
@@ -919,7 +943,7 @@ def _layer_plots(arms: dict[str, list[Cell]]) -> list[dict[str, Any]]:
             y_label="relative error",
             log=log,
             y_range=(min(every) / 1.2, max(every) * 1.2) if log else (0, max(every) * 1.06),
-            size=(230, 170),
+            size=(230, 180),
             direct=False,
         )
         for kind, series in means.items()
@@ -951,7 +975,7 @@ def _trace_plots(arms: dict[str, list[Cell]]) -> list[dict[str, Any]]:
         for point in (point for error in errors for point in error.curve if point.tokens):
             buckets[point.position].append(point)
         points = [
-            (position, *(math.fsum(p.error * p.tokens for p in same) / sum(p.tokens for p in same),) * 3)
+            _point(position, math.fsum(p.error * p.tokens for p in same) / sum(p.tokens for p in same))
             for position, same in sorted(buckets.items())
         ]
         if points:
@@ -980,7 +1004,7 @@ def _profile(
     """A plot over named places, in a list; empty when no arm has a value."""
     series = []
     for label, values in means.items():
-        points = [(float(i), v, v, v) for i, v in enumerate(values) if v is not None]
+        points = [_point(i, v) for i, v in enumerate(values) if v is not None]
         if points:
             series.append(Series(label, arms[label][0].arm, points))
     return [_plot(series, title=title, x_label="", y_label=y_label, names=names)] if series else []
@@ -1019,18 +1043,17 @@ GLOSSARY = {
 
 def _arms_at(report: Report, focus: SummaryRow, has: Callable[[Cell], Any]) -> tuple[str, dict[str, list[Cell]]]:
     """Cells by arm in one setting, the focus if any cell there `has` the data, else the sparsest; and its name."""
-    cells = [cell for cell in sorted(report.cells, key=_group) if cell.arm != "dense" and has(cell)]
-    where = [Setting(c.sparsity, c.evaluation.question_set, c.pattern, c.solver) for c in cells]
-    if not cells:
+    rows, groups = summarise(report.cells), _groups(report.cells)
+    found = [
+        (row, group) for row, group in zip(rows, groups, strict=True) if row.arm != "dense" and any(map(has, group))
+    ]
+    if not found:
         return "", {}
-    setting = _setting(focus) if _setting(focus) in where else max(where)
-    rows = [row for row in report.summary if _setting(row) == setting and row.arm != "dense"]
-    labels = {(row.arm, row.calibration_tokens): _label(row, rows) for row in rows}
-    arms: dict[str, list[Cell]] = defaultdict(list)
-    for cell, place in zip(cells, where, strict=True):
-        if place == setting:
-            arms[labels[cell.arm, cell.calibration_tokens]].append(cell)
-    return _place(rows[0], report.summary), dict(arms)
+    settings = [_setting(row) for row, _ in found]
+    setting = _setting(focus) if _setting(focus) in settings else max(settings)
+    here = [(row, [cell for cell in group if has(cell)]) for row, group in found if _setting(row) == setting]
+    arms = {_label(row, [other for other, _ in here]): group for row, group in here}
+    return _place(here[0][0], rows), arms
 
 
 def _families(report: Report, focus: SummaryRow | None) -> tuple[list[str], list[tuple[str, str, list[float | None]]]]:
@@ -1059,9 +1082,9 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     facts = [("model", _model_name(report))]
     if first:
         facts.append(("questions", f"{first.questions} × {first.samples} samples, {first.question_set}"))
-    budgets = sorted({cell.calibration_tokens for cell in report.cells if cell.arm != "dense"})
+    budgets = _budgets(cell.calibration_tokens for cell in report.cells if cell.arm != "dense")
     if budgets:
-        facts.append(("calibration", " or ".join(f"{_count(b)} tokens" for b in budgets) + " per arm"))
+        facts.append(("calibration", f"{' or '.join(budgets)} tokens per arm"))
     for name in ("solver", "pattern"):
         values = _unique(getattr(cell, name) for cell in report.cells if cell.arm != "dense")
         if values:

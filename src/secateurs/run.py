@@ -230,7 +230,7 @@ def trace(recipe: Recipe, out: Path, seed: int, dense: Dense, progress: Progress
 
 
 def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: float) -> TraceSummary:
-    by_region = dict.fromkeys(("prompt", "think", "answer"), 0)
+    by_region: dict[str, int] = {"prompt": 0, "think": 0, "answer": 0}
     for one in kept:
         for region, start, stop in one.regions:
             by_region[region] += stop - start
@@ -293,7 +293,7 @@ class Pruned:
     solver: str
     seed: int
     calibration_tokens: int
-    layers: tuple[dict[str, Any], ...]
+    layers: list[dict[str, Any]]
     hidden_error: dict[str, Any]
     seconds: dict[str, float]
 
@@ -329,8 +329,8 @@ def prune(
     folder = out / "cells" / name
     record = folder / "prune.json"
     if record.exists() and (folder / "model" / "secateurs.json").exists():
-        data = read_json(record)
-        return Pruned(folder, **(data | {"layers": tuple(data["layers"])}))
+        data: dict[str, Any] = read_json(record)
+        return Pruned(folder, **data)
     clock = time.perf_counter()
     calibration = calibration_set(recipe, arm, seed, traced, dense)
     seconds = {"calibrate": time.perf_counter() - clock}
@@ -356,7 +356,7 @@ def prune(
     hidden = evaluate.drift(model, reference)
     seconds["hidden error"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    layers = tuple(asdict(result) | {"shape": list(result.shape)} for result in results)
+    layers = [asdict(result) | {"shape": list(result.shape)} for result in results]
     shapes = [result.shape for result in results]
     sparsity = sum(result.zeros for result in results) / sum(d_out * d_in for d_out, d_in in shapes)
     facts = {
@@ -380,9 +380,9 @@ def prune(
         probe_ids=(calibration.held_out or calibration.documents)[0].ids[:64],
     )  # fmt: skip
     seconds["export"] = time.perf_counter() - clock
-    data = {**facts, "layers": list(layers), "hidden_error": hidden, "seconds": seconds}
+    data = {**facts, "layers": layers, "hidden_error": hidden, "seconds": seconds}
     write_json(record, data)
-    return Pruned(folder, **(data | {"layers": layers}))
+    return Pruned(folder, **data)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ class _Batch:
         self.model, self.pad_id, self.device = model, pad_id, model.device
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self.buffers = [_Buffer() for _ in range(layers)]
-        self.cache = Cache(layers=self.buffers)
+        self.cache = Cache(layers=[*self.buffers])
         self.rows: list[_Row] = []
         self.starts = torch.zeros(0, dtype=torch.long, device=self.device)
         self.last = torch.zeros(0, dtype=torch.long, device=self.device)
@@ -160,9 +160,10 @@ class _Batch:
             input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=prefill, logits_to_keep=1
         )
         old = len(self.rows)
-        self._resize(torch.arange(old), len(rows), min(self.column - width, 0), prefill.layers)
+        filled: Any = prefill.layers  # a prefill leaves keys and values in every layer
+        self._resize(torch.arange(old), len(rows), min(self.column - width, 0), filled)
         column = self.column
-        for buffer, layer in zip(self.buffers, prefill.layers, strict=True):
+        for buffer, layer in zip(self.buffers, filled, strict=True):
             assert buffer.keys is not None and buffer.values is not None
             buffer.keys[old:, :, column - width : column] = layer.keys
             buffer.values[old:, :, column - width : column] = layer.values
@@ -170,7 +171,7 @@ class _Batch:
         self.starts = torch.cat([self.starts, column - lengths])
         tokens = self._draw(out.logits[:, -1], rows, sampling)
         self.last = torch.cat([self.last, tokens])
-        return [None] * old + tokens.tolist()
+        return [*([None] * old), *tokens.tolist()]
 
     def step(self, sampling: Sampling) -> list[int | None]:
         """One token for every row."""

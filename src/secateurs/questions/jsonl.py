@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from secateurs.questions import PromptFormat, Question
 
@@ -87,12 +88,12 @@ class Jsonl:
         return found is not None and found == last_number(question.answer)
 
 
-def gsm8k(**options) -> Jsonl:
+def gsm8k(**options: Any) -> Jsonl:
     """Grade School Math 8K (OpenAI, MIT): 2,000 training problems calibrate, the 1,319 test problems evaluate."""
-    paths = {"path": str(DATA / "gsm8k_train.jsonl.gz"), "eval_path": str(DATA / "gsm8k_test.jsonl.gz")}
-    return Jsonl(**({"name": "gsm8k"} | paths | options))
+    paths: dict[str, Any] = {"path": str(DATA / "gsm8k_train.jsonl.gz"), "eval_path": str(DATA / "gsm8k_test.jsonl.gz")}
+    return Jsonl(**{"name": "gsm8k", **paths, **options})
 
 
-def svamp(**options) -> Jsonl:
+def svamp(**options: Any) -> Jsonl:
     """SVAMP (MIT): 1,000 one-step word problems, split by hash."""
-    return Jsonl(**({"name": "svamp", "path": str(DATA / "svamp.jsonl.gz")} | options))
+    return Jsonl(**{"name": "svamp", "path": str(DATA / "svamp.jsonl.gz"), **options})
