@@ -35,7 +35,8 @@ def cell(arm, sparsity, seed, correct, tokens, budget=1000) -> Cell:
     )  # fmt: skip
     pruned = arm != "dense"
     return Cell(
-        arm=arm, sparsity=sparsity, pattern="unstructured" if pruned else "dense", solver="sparsegpt" if pruned else "none",
+        arm=arm, sparsity=sparsity, pattern="unstructured" if pruned else "dense",
+        solver="sparsegpt" if pruned else "none",
         seed=seed, calibration_tokens=budget if pruned else 0, evaluation=evaluation,
         hidden_error=hidden if pruned else None, layers=[layer] if pruned else [], seconds={"evaluate": 1.0}, path="x",
     )  # fmt: skip

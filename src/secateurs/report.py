@@ -551,7 +551,7 @@ def _arm_name(arm: str) -> str:
 
 def _fate(row: SummaryRow, whole: bool = True) -> str:
     """What became of one arm, in words."""
-    if row.points_lost is None:
+    if row.points_lost is None or row.arm == "dense":
         return f"scores {_percent(row.pass_at_1, 1)}"
     verb = "gains" if round(row.points_lost, 1) < 0 else "loses"
     words = f"{verb} {abs(row.points_lost):.1f} points"
