@@ -12,6 +12,7 @@ from jaxtyping import install_import_hook
 from families import family, tiny_model  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # for this process and those it starts: equal threads, equal rounding
 
 MATHEMATICS = ["patterns", "linalg", "layer", "scores", "solvers"]
 install_import_hook([f"secateurs.{module}" for module in MATHEMATICS], "beartype.beartype")
