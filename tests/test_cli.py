@@ -203,7 +203,10 @@ MISTAKES = [
         "2:5 needs a number of inputs that 5 divides",
     ),
     (["run", "demo", "--set", "prune.targets=['mlp.oops']"], "`mlp.oops` matches no prunable layer"),
-    (["run", "demo", "--set", "evaluate.num_questions=9999999"], "evaluate.num_questions is 9,999,999, the set has"),
+    (
+        ["run", "demo", "--set", "evaluate.num_questions=9999999", "--set", "traces.questions={name='svamp'}"],
+        "evaluate.num_questions is 9,999,999, the set has",
+    ),
     (["list", "solver"], "Did you mean `solvers`?"),
     (["report", "no/such/run"], "no/such/run"),
     (["run", "demo", "--set", "traces.questions={name='jsonl', path='q.jsonl'}"], "q.jsonl: no such file"),
