@@ -161,9 +161,7 @@ def test_the_page_is_whole_loads_nothing_and_escapes_everything(part):
     loads = r"(?:src|href|xlink:href|srcset|action|data)\s*=|url\(|@import|<(?:link|iframe|img|object|embed)"
     assert not re.findall(loads, page, re.IGNORECASE), "the page must open offline"
     assert _open_tags(page) == [], "every tag is closed"
-    assert page.count("<svg") == page.count('role="img"') + page.count('aria-hidden="true"') - page.count(
-        'class="stack"'
-    )
+    assert all("aria-label=" in svg or "aria-hidden=" in svg for svg in re.findall(r"<svg[^>]*>", page))
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
