@@ -77,7 +77,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, width: int) -> Q
     config = Qwen3Config(
         vocab_size=-(-len(tokenizer) // 8) * 8,
         hidden_size=width,
-        intermediate_size=256,
+        intermediate_size=3 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -207,11 +207,11 @@ def main() -> None:
     """Train, save, measure, write the card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ASSETS)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-2, help="Muon's learning rate")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--corpus-every", type=int, default=16)
     parser.add_argument("--evaluate", type=int, default=900, help="eval questions to sample")
     parser.add_argument("--seed", type=int, default=0)

@@ -96,19 +96,12 @@ def test_repeating_a_finished_run_does_nothing_twice(finished, monkeypatch):
 
 
 def test_another_batch_size_and_another_folder_give_the_same_files(finished, tmp_path, monkeypatch):
-    sets = [*SMALL, "resources.batch_size=7", "resources.batch_tokens=700"]
+    sets = [*SMALL, "resources.batch_size=7"]
     assert call(monkeypatch, *arguments("run", "demo", "--out", str(tmp_path / "out"), sets=sets)) == 0
     ours, theirs = results(tmp_path / "out"), results(finished)
     assert set(ours) == set(theirs)
     for name in ours:
-        if name.endswith(".safetensors"):
-            (tmp_path / "a").write_bytes(ours[name])
-            (tmp_path / "b").write_bytes(theirs[name])
-            a, b = load_file(tmp_path / "a"), load_file(tmp_path / "b")
-            assert all(torch.equal(a[k] == 0, b[k] == 0) for k in a), "masks differ"
-            assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
-        elif not name.startswith("cells"):  # a pruned model's answers may turn on the last bits of its weights
-            assert ours[name] == theirs[name], name
+        assert ours[name] == theirs[name], name
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])

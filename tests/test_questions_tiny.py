@@ -32,7 +32,9 @@ def right_answer(question: Question) -> str:
             for target, sign, source in body.split(","):
                 exec(f"{target} = ({target} {sign} {source}) % 100", {}, state)
         return f"{state['a']:02}{state['b']:02}"
-    target, digits = prompt.split(":")
+    target, places = prompt.split(":")
+    assert places[::2] == "abcdefg"[: len(places) // 2]
+    digits = places[1::2]
     fits = [
         places
         for size in range(len(digits) + 1)
@@ -82,7 +84,7 @@ def test_solutions_are_right_and_wrong_answers_are_not(family):
     tiny = Tiny()
     for question in first("train", 150, families=(family,)):
         opening, thought, answer = re.fullmatch(r"(<think>)(.*)</think>(.*)", tiny.solution(question), re.S).groups()
-        assert opening and 30 < len(thought) <= 400
+        assert opening and 30 < len(thought) <= 450
         assert answer == question.answer == right_answer(question)
         assert tiny.check(question, f" {answer}\n")
         for wrong in (

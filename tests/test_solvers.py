@@ -11,7 +11,7 @@ from secateurs.layer import Gram, LayerProblem, LayerSolution, Outcome, relative
 from secateurs.linalg import NotPositiveDefiniteError, masked_refit
 from secateurs.patterns import NM, Unstructured
 from secateurs.scores import SCORES
-from secateurs.solvers import SOLVERS, Solver, SparseGPT
+from secateurs.solvers import ALPS, SOLVERS, Solver, SparseGPT
 from secateurs.solvers.masking import Masking
 
 PATTERNS = [
@@ -23,6 +23,7 @@ PATTERNS = [
     NM(1, 4),
     NM(3, 4),
 ]
+ROUNDING = 1e-5  # of outputs: unfinished conjugate gradients blow rounding up along directions that hardly matter
 EVERY_SOLVER = pytest.mark.parametrize("make", SOLVERS.values(), ids=SOLVERS)
 EVERY_PATTERN = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
@@ -46,6 +47,10 @@ def problem(pattern, d_out=24, d_in=68, tokens=400, seed=0, **changes) -> LayerP
     x = correlated(tokens, d_in, generator)
     weight = torch.randn(d_out, d_in, generator=generator)
     return LayerProblem(**({"name": "layer", "weight": weight, "gram": gram_of(x), "pattern": pattern} | changes))
+
+
+def name_of(make: Callable[..., Solver]) -> str:
+    return next(name for name, entry in SOLVERS.items() if entry is make)
 
 
 def solved(make: Callable[..., Solver], pattern, **changes) -> LayerSolution:
@@ -94,7 +99,7 @@ def test_scale_of_weights_and_inputs_does_not_matter(make, pattern):
     base = make().solve(p)
     scaled = make().solve(problem(pattern, weight=8 * p.weight, gram=0.25 * p.gram))
     assert torch.equal(scaled.mask, base.mask)
-    torch.testing.assert_close(scaled.weight, 8 * base.weight, rtol=1e-4, atol=1e-5)
+    assert relative_error(scaled.weight, 8 * base.weight, p.gram) < ROUNDING
 
 
 @EVERY_SOLVER
@@ -104,15 +109,19 @@ def test_order_of_rows_does_not_matter(make, pattern):
     base = make().solve(p)
     moved = make().solve(problem(pattern, weight=p.weight[order]))
     assert torch.equal(moved.mask, base.mask[order])
-    torch.testing.assert_close(moved.weight, base.weight[order], rtol=1e-4, atol=1e-5)
+    assert relative_error(moved.weight, base.weight[order], p.gram) < ROUNDING
 
 
 @EVERY_SOLVER
 @pytest.mark.parametrize("pattern", [Unstructured(0.0), Unstructured(0.0, "layer"), NM(4, 4)], ids=str)
 def test_sparsity_zero_returns_the_target(make, pattern):
     target = torch.randn(24, 68)
-    assert torch.equal(solved(make, pattern).weight, problem(pattern).weight)
-    assert torch.equal(solved(make, pattern, target=target).weight, target)
+    for p in (problem(pattern), problem(pattern, target=target)):
+        weight = make().solve(p).weight
+        if make is ALPS:  # as published, it computes its way back to the weights
+            torch.testing.assert_close(weight, p.goal, rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(weight, p.goal)
 
 
 @EVERY_SOLVER
@@ -156,7 +165,7 @@ def test_without_any_token_the_smallest_go(make, pattern):
     s = make().solve(p)
     assert s.outcome is Outcome.DEAD_INPUTS
     assert torch.equal(s.weight, p.weight * s.mask)
-    if make is not SparseGPT:  # whose quota is a block's: all 68 columns are one block for the others
+    if name_of(make) not in ("sparsegpt", "sparsegpt+refit"):  # whose quota is a block's; for others 68 is one block
         assert torch.equal(s.mask, pattern.mask(p.weight.abs()))
 
 

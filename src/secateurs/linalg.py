@@ -3,14 +3,16 @@
 Notation: `gram` G = sum w x x^T is symmetric, positive semi-definite and in any unit; damping is always relative to it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 Damping = Literal["relative", "mean"]
+T = TypeVar("T")
 
 DAMP_STEP = 3.0
 DAMP_LIMIT = 1.0
@@ -18,6 +20,15 @@ DAMP_LIMIT = 1.0
 
 class NotPositiveDefiniteError(ArithmeticError):
     """The Gram could not be factored even with the most damping that still means something."""
+
+
+@dataclass(frozen=True, eq=False)
+class UnitGram:
+    """The damped Gram with unit diagonal: G + damping = scale_i * matrix_ij * scale_j. Dead inputs are cut off
+    (unit row and column). Massive activations cost no digits here."""
+
+    matrix: Float[Tensor, "d_in d_in"]
+    scale: Float[Tensor, " d_in"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,38 +61,70 @@ def damping_diagonal(gram: Float[Tensor, "d_in d_in"], damp: float, damping: Dam
     return torch.where(dead, torch.ones_like(extra), extra)
 
 
+def unit_gram(gram: Float[Tensor, "d_in d_in"], damp: float, damping: Damping) -> UnitGram:
+    """G + damping with unit diagonal, in a new matrix."""
+    dead = dead_inputs(gram)
+    scale = (torch.where(dead, 0, gram.diagonal()) + damping_diagonal(gram, damp, damping)).sqrt()
+    cutoff = torch.where(dead, 0, 1 / scale)
+    matrix = (gram * cutoff[:, None]).mul_(cutoff)
+    matrix.fill_diagonal_(1)
+    return UnitGram(matrix, scale)
+
+
+def raising_damp(factorise: Callable[[float], T], damp: float) -> tuple[T, float]:
+    """The first of `factorise(damp)`, `factorise(3 damp)`, ... that works, and the damping it took, at most 1.
+
+    Raises NotPositiveDefiniteError at the end of the ladder, ValueError if `damp` is not above 0.
+    """
+    if damp <= 0:
+        raise ValueError(f"damp is {damp}, but it must be above 0: a Gram of few tokens is singular without it.")
+    tried = damp
+    while True:
+        try:
+            return factorise(tried), tried
+        except NotPositiveDefiniteError as error:
+            if tried * DAMP_STEP > max(DAMP_LIMIT, damp):
+                raise NotPositiveDefiniteError(
+                    f"the Gram is not positive semi-definite: {error} with damping {damp:g} raised to {tried:g}. "
+                    f"Are the activations finite, and was it summed in float32?"
+                ) from None
+            tried *= DAMP_STEP
+
+
+def cholesky(matrix: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
+    """The lower Cholesky factor. Raises NotPositiveDefiniteError, saying at which pivot."""
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if int(info):
+        raise NotPositiveDefiniteError(f"Cholesky failed at pivot {int(info)} of {matrix.shape[0]}")
+    return lower
+
+
 def damped_inverse_factor(
     gram: Float[Tensor, "d_in d_in"], damp: float = 0.01, damping: Damping = "relative"
 ) -> InverseFactor:
     """U, upper triangular, with U^T U = H^-1, H = G + damping: all that SparseGPT needs (arXiv 2301.00774, sec. 3).
 
-    H is scaled to a unit diagonal before it is factored, so massive activations cost no digits. Dead inputs are cut
-    off from the rest (unit row and column). If the factorisation fails, damping is multiplied by 3, up to 1; the result
-    says so. Differs from the public code, which factors H, inverts, and factors again: here H = R R^T with R upper is
-    one Cholesky of the reversed matrix and U = R^-1 one triangular solve, so rounding in an inverse is never factored.
+    If the factorisation fails, damping is multiplied by 3, up to 1; the result says so. Differs from the public code,
+    which factors H, inverts, and factors again: here H = R R^T with R upper is one Cholesky of the reversed matrix and
+    U = R^-1 one triangular solve, so rounding in an inverse is never factored.
     Raises NotPositiveDefiniteError at the end of the ladder. Cost: 4/3 d_in^3 flops, three d_in x d_in matrices.
     """
-    if damp <= 0:
-        raise ValueError(f"damp is {damp}, but it must be above 0: a Gram of few tokens is singular without it.")
-    dead = dead_inputs(gram)
-    tried = damp
-    while True:
-        scale = (torch.where(dead, 0, gram.diagonal()) + damping_diagonal(gram, tried, damping)).sqrt()
-        cutoff = torch.where(dead, 0, 1 / scale)
-        reversed_unit = (gram * cutoff[:, None]).mul_(cutoff).flip(0, 1)
-        reversed_unit.fill_diagonal_(1)
-        lower, info = torch.linalg.cholesky_ex(reversed_unit)
-        if int(info) == 0:
-            break
-        if tried * DAMP_STEP > max(DAMP_LIMIT, damp):
-            raise NotPositiveDefiniteError(
-                f"the Gram is not positive semi-definite: Cholesky failed at input {gram.shape[0] - int(info)} "
-                f"with damping {damp:g} raised to {tried:g}. Are the activations finite, and was it summed in float32?"
-            )
-        tried *= DAMP_STEP
+
+    def factorise(tried: float) -> tuple[Tensor, Tensor]:
+        unit = unit_gram(gram, tried, damping)
+        return cholesky(unit.matrix.flip(0, 1)), unit.scale
+
+    (lower, scale), used = raising_damp(factorise, damp)
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).div_(scale)
-    return InverseFactor(factor, tried, tried > damp)
+    return InverseFactor(factor, used, used > damp)
+
+
+def shifted_inverse(matrix: Float[Tensor, "d_in d_in"], shift: float) -> Float[Tensor, "d_in d_in"]:
+    """(A + shift I)^-1 by Cholesky. Raises NotPositiveDefiniteError. Cost: d_in^3 flops, two matrices."""
+    shifted = matrix.clone()
+    shifted.diagonal().add_(shift)
+    return torch.cholesky_inverse(cholesky(shifted))
 
 
 def masked_refit(

@@ -58,6 +58,8 @@ class Calibration(_Table):
     arm: Arm = "rac"
     num_tokens: int = Field(default=30_000, ge=1)
     held_out_tokens: int = Field(default=6_000, ge=1)
+    batch_tokens: int = Field(default=16_384, ge=1)
+    """Padded tokens in a forward pass. Not a resource: another number rounds otherwise, and near-ties then turn."""
 
     @field_validator("arm")
     @classmethod
@@ -127,11 +129,10 @@ class Sweep(_Table):
 
 
 class Resources(_Table):
-    """How the work is done. Changes results by float rounding only, and is in no key."""
+    """How the work is done. Changes results by float rounding at most, and is in no key."""
 
     device: str = "cpu"
     batch_size: int = Field(default=64, ge=1)
-    batch_tokens: int = Field(default=16_384, ge=1)
     trust_remote_code: bool = False
 
 

@@ -348,7 +348,7 @@ def prune(
         calibration,
         plan,
         folder=folder / "blocks",
-        batch_tokens=recipe.resources.batch_tokens,
+        batch_tokens=recipe.calibration.batch_tokens,
         progress=lambda done, total, what: progress(f"prune {label} {pattern}", done, total, "layers"),
     )
     seconds["prune"] = time.perf_counter() - clock
@@ -436,7 +436,7 @@ def run(recipe: Recipe, out: Path, progress: Progress = silent) -> Report:
         summaries.append(traced.summary)
         stages["trace"] = stages.get("trace", 0.0) + traced.summary.seconds
         held, _ = _split([trace_document(t) for t in traced.traces], recipe.calibration.held_out_tokens)
-        reference = evaluate.reference_states(dense.model, list(batches(held, recipe.resources.batch_tokens)))
+        reference = evaluate.reference_states(dense.model, list(batches(held, recipe.calibration.batch_tokens)))
         baseline = None
         if recipe.evaluate.num_questions:
             baseline = answer(recipe, out / "dense", dense.model, "dense", seed, dense, "evaluate dense", progress)
@@ -569,7 +569,7 @@ def estimate(recipe: Recipe, dense: Dense, plan: dict[str, Any]) -> dict[str, fl
     sampling = Sampling(max_new_tokens=16)
     made = list(hf_engine(dense.model, dense.tokenizer, size).generate(requests, sampling))
     per_token = sum(completion.seconds for completion in made) / sum(len(completion.ids) for completion in made)
-    batch = next(batches([plain_document(ids, "prompt") for ids in prompts], recipe.resources.batch_tokens))
+    batch = next(batches([plain_document(ids, "prompt") for ids in prompts], recipe.calibration.batch_tokens))
     clock = time.perf_counter()
     evaluate.reference_states(dense.model, [batch])
     forward = (time.perf_counter() - clock) / batch.tokens

@@ -11,6 +11,7 @@ from random import Random
 from secateurs.questions import PromptFormat, Question, unknown_name
 
 SPLITS = {"train": range(0, 7), "calibration": range(7, 9), "eval": range(9, 10)}
+PLACES = "abcdefg"
 POOL = 40_000  # draws per family, before duplicates go: a finite universe, so that every split ends
 PLAIN = PromptFormat()
 CORPUS = Path(__file__).parent / "data" / "c4_sample.jsonl.gz"
@@ -92,37 +93,36 @@ def solve_program(prompt: str) -> tuple[str, str]:
 
 
 def draw_search(rng: Random) -> str:
-    """`23:975836`: the first choice of these digits, in their order, that adds up to 23."""
+    """`23:a9b7c5d8e3f6`: the first choice of these digits, in their order, that adds up to 23."""
     while True:
         digits = rng.sample(range(1, 10), rng.randint(5, 7))
         chosen = rng.sample(digits, rng.randint(2, len(digits) - 1))
-        prompt = f"{sum(chosen):02}:{''.join(map(str, digits))}"
+        prompt = f"{sum(chosen):02}:{''.join(f'{place}{digit}' for place, digit in zip(PLACES, digits, strict=False))}"
         # Searches that end at once exercise no backtracking; the longest would not fit the sampler's budget.
-        if 90 <= len(solve_search(prompt)[0]) <= 360:
+        if 130 <= len(solve_search(prompt)[0]) <= 420:
             return prompt
 
 
 def solve_search(prompt: str) -> tuple[str, str]:
-    """Depth first: `9/14` takes 9 leaving 14, `8x` is too big, `<5` gives 5 back; a new line copies what is kept."""
-    target, digits = int(prompt[:2]), prompt[3:]
-    taken: list[tuple[str, int]] = []
-    thought, position = "", 0
+    """Depth first: `a9/14` takes 9 leaving 14, `d8x` is too big, `<c` gives c back; a new line copies what is kept."""
+    target, digits = int(prompt[:2]), [int(digit) for digit in prompt[4::2]]
+    taken: list[tuple[int, int]] = []  # place, what is left to find
+    thought, place = f"{target:02}", 0
     while True:
         rest = taken[-1][1] if taken else target
         if rest == 0:
-            return thought + "\n", "".join(digit for digit, _ in taken)
-        if position < len(digits):
-            digit = digits[position]
-            position += 1
-            if int(digit) > rest:
-                thought += f"{digit}x"
-            else:
-                taken.append((digit, rest - int(digit)))
-                thought += f"{digit}/{taken[-1][1]:02} "
+            return thought + "\n", "".join(str(digits[kept]) for kept, _ in taken)
+        if place < len(digits):
+            fits = digits[place] <= rest
+            if fits:
+                taken.append((place, rest - digits[place]))
+            thought += f" {PLACES[place]}{digits[place]}" + (f"/{taken[-1][1]:02}" if fits else "x")
+            place += 1
         else:
-            digit, _ = taken.pop()
-            thought += f"<{digit}\n" + "".join(f"{kept}/{left:02} " for kept, left in taken)
-            position = digits.index(digit) + 1
+            back, _ = taken.pop()
+            kept = "".join(f" {PLACES[kept]}{digits[kept]}/{left:02}" for kept, left in taken)
+            thought += f" <{PLACES[back]}\n{target:02}{kept}"
+            place = back + 1
 
 
 FAMILIES: dict[str, tuple[Callable[[Random], str], Callable[[str], tuple[str, str]]]] = {
@@ -137,7 +137,7 @@ class Tiny:
     """Short questions that take long thoughts, made by rule; split by the hash of the question's text."""
 
     name: str = "tiny"
-    version: int = 1
+    version: int = 2
     format: PromptFormat = PLAIN
     families: tuple[str, ...] = tuple(FAMILIES)
 

@@ -5,7 +5,10 @@ from functools import partial
 from typing import Protocol
 
 from secateurs.layer import LayerProblem, LayerSolution
+from secateurs.solvers.admm import ADMM
+from secateurs.solvers.alps import ALPS
 from secateurs.solvers.masking import Masking
+from secateurs.solvers.refit import Refit
 from secateurs.solvers.sparsegpt import SparseGPT
 
 
@@ -22,4 +25,8 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "wanda": partial(Masking, score="wanda"),
     "sparsegpt": SparseGPT,
     "sparsegpt-reference": partial(SparseGPT, block_size=128, damping="mean"),
+    "wanda+refit": partial(Refit, base=Masking(score="wanda")),
+    "sparsegpt+refit": partial(Refit, base=SparseGPT()),
+    "alps": ALPS,
+    "admm": ADMM,
 }
