@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateurs.patterns import NM, PATTERNS, Pattern, Unstructured
+from secateurs.patterns import NM, PATTERNS, Pattern, Unstructured, _sampled_kth
 
 SCOPES = st.sampled_from(["row", "layer"])
 SPARSITIES = st.integers(0, 99).map(lambda percent: percent / 100) | st.floats(0, 0.999)
@@ -127,3 +127,24 @@ def test_labels_and_table():
     ]
     assert isinstance(PATTERNS["unstructured"](sparsity=0.5), Pattern)
     assert isinstance(PATTERNS["nm"](n=2, m=4), Pattern)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda size: torch.randn(size),
+        lambda size: torch.randint(0, 3, (size,)).float(),
+        lambda size: torch.zeros(size),
+        lambda size: torch.arange(size).float() % 109,  # in step with the sample: its bracket is far off
+        lambda size: torch.cat([torch.full((size - 2,), torch.inf), torch.tensor([-torch.inf, 0.0])]),
+    ],
+    ids=["normal", "three values", "all equal", "periodic", "infinite"],
+)
+def test_selection_from_a_sample_is_exact(make):
+    scores = make(900_000)
+    ordered = scores.sort().values
+    for k in (1, 2, 450_000, 629_999, 900_000):
+        assert _sampled_kth(scores, k) == ordered[k - 1]
+    mask = Unstructured(0.7, "layer").mask(scores.view(900, 1000))
+    assert int((~mask).sum()) == 630_000
+    assert scores[mask.flatten()].min() >= scores[~mask.flatten()].max()

@@ -120,13 +120,6 @@ def damped_inverse_factor(
     return InverseFactor(factor, used, used > damp)
 
 
-def shifted_inverse(matrix: Float[Tensor, "d_in d_in"], shift: float) -> Float[Tensor, "d_in d_in"]:
-    """(A + shift I)^-1 by Cholesky. Raises NotPositiveDefiniteError. Cost: d_in^3 flops, two matrices."""
-    shifted = matrix.clone()
-    shifted.diagonal().add_(shift)
-    return torch.cholesky_inverse(cholesky(shifted))
-
-
 def masked_refit(
     target: Float[Tensor, "d_out d_in"], gram: Float[Tensor, "d_in d_in"], mask: Bool[Tensor, "d_out d_in"]
 ) -> Float[Tensor, "d_out d_in"]:
