@@ -146,9 +146,7 @@ def main() -> None:
                 f"| {seconds:.2f} |",
                 flush=True,
             )
-            layers = [
-                {"name": problem.name, **figures} for (problem, _), figures in zip(problems, found, strict=True)
-            ]
+            layers = [{"name": problem.name, **figures} for (problem, _), figures in zip(problems, found, strict=True)]
             record.append({"pattern": text, "solver": name, **ratio, "seconds": seconds, "layers": layers})
     if options.json:
         options.json.write_text(json.dumps({"scope": options.scope, "device": device, "results": record}, indent=1))

@@ -212,11 +212,11 @@ def _sampled_kth(scores: Float[Tensor, " size"], k: int) -> Float[Tensor, ""]:
     Floyd and Rivest (1975), with a regular sample instead of a random one; where the bracket misses, the whole is
     selected from as usual.
     """
-    sample = scores[:: scores.numel() // SAMPLE | 1].sort().values
+    sample = scores[:: scores.numel() // SAMPLE | 1]
     share = k / scores.numel()
     centre, spread = share * sample.numel(), 4 * (sample.numel() * share * (1 - share)) ** 0.5 + 2
-    low = sample[max(0, floor(centre - spread))]
-    high = sample[min(sample.numel() - 1, ceil(centre + spread))]
+    low = sample.kthvalue(max(1, floor(centre - spread))).values
+    high = sample.kthvalue(min(sample.numel(), ceil(centre + spread))).values
     rank = k - int((scores < low).sum())
     between = scores[(scores >= low) & (scores <= high)]
     if not 1 <= rank <= between.numel():

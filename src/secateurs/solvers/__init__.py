@@ -10,6 +10,7 @@ from secateurs.solvers.alps import ALPS
 from secateurs.solvers.masking import Masking
 from secateurs.solvers.refit import Refit
 from secateurs.solvers.sparsegpt import SparseGPT
+from secateurs.solvers.swaps import Swaps
 
 
 class Solver(Protocol):
@@ -29,4 +30,5 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "sparsegpt+refit": partial(Refit, base=SparseGPT()),
     "alps": ALPS,
     "admm": ADMM,
+    "admm+": partial(Swaps, base=ADMM(steps=40, levels=20)),
 }

@@ -11,6 +11,7 @@ from secateurs.layer import LayerProblem, LayerSolution
 from secateurs.linalg import (
     Damping,
     NotPositiveDefiniteError,
+    UnitGram,
     cholesky,
     masked_cg,
     raising_damp,
@@ -70,17 +71,16 @@ class ADMM:
             scores = raw.abs()
             return problem.pattern.mask(scores if dead is None else dead_first(scores, goal, dead))
 
-        def factorise(damp: float):
+        def factorise(damp: float) -> tuple[UnitGram, Tensor]:
             unit = unit_gram(problem.gram.xtx, damp, self.damping)
-            cholesky(_shifted(unit.matrix, self.rho_first))
-            return unit
+            return unit, _factor(unit.matrix, self.rho_first)
 
         try:
-            unit, damp = raising_damp(factorise, self.damp)
+            (unit, lower), damp = raising_damp(factorise, self.damp)
         except NotPositiveDefiniteError as error:
             raise NotPositiveDefiniteError(f"{problem.name}: {error}") from None
         target = goal * unit.scale
-        raw = self._split(target, unit.matrix, keep)
+        raw = self._split(target, unit.matrix, lower, keep)
         mask = keep(raw)
         moved = masked_cg(target, raw, unit.matrix, mask, self.refit_steps).sub_(target).div_(unit.scale)
         # The goal plus a correction: where nothing is pruned, not a bit changes.
@@ -89,11 +89,14 @@ class ADMM:
         stats["seconds"] = time.perf_counter() - started
         return LayerSolution(weight=weight, mask=mask, outcome=problem.outcome(damp > self.damp), stats=stats)
 
-    def _split(self, target: Tensor, a: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
-        """X + U after the last step. Products with a 0/1 float mask: boolean ones take several times as long."""
+    def _split(self, target: Tensor, a: Tensor, lower: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
+        """X + U after the last step, from A and the factor of the first penalty.
+
+        Products with a 0/1 float mask: boolean ones take several times as long.
+        """
         raw, last = target, self.rho_first
         for rho, steps in self.penalties():
-            solve = _resolvent(_shifted(a, rho), len(target))
+            solve = _resolvent(lower if rho == last else _factor(a, rho), len(target))
             for _ in range(steps):
                 sparse = raw * keep(raw).to(raw.dtype)
                 dual = (raw - sparse).mul_(last / rho)
@@ -103,22 +106,21 @@ class ADMM:
         return raw
 
 
-def _shifted(a: Tensor, rho: float) -> Tensor:
+def _factor(a: Tensor, rho: float) -> Tensor:
+    """The lower Cholesky factor of A + rho I."""
     shifted = a.clone()
     shifted.diagonal().add_(rho)
-    return shifted
+    return cholesky(shifted)
 
 
-def _resolvent(shifted: Tensor, d_out: int) -> Callable[[Tensor], Tensor]:
-    """B -> B (A + rho I)^-1 by two triangular solves, or, where d_out >= d_in repays an inverse, by one product."""
-    lower = cholesky(shifted)
-    if d_out >= len(shifted):
+def _resolvent(lower: Tensor, d_out: int) -> Callable[[Tensor], Tensor]:
+    """B -> B (L L^T)^-1 by two triangular solves, or, where d_out >= d_in repays an inverse, by one product."""
+    if d_out >= len(lower):
         inverse = torch.cholesky_inverse(lower)
         return lambda b: b @ inverse
-    upper = lower.T
 
     def solve(b: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(upper, b, upper=True, left=False)
+        half = torch.linalg.solve_triangular(lower.T, b, upper=True, left=False)
         return torch.linalg.solve_triangular(lower, half, upper=False, left=False)
 
     return solve
