@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from secateurs.layer import Gram, LayerProblem, LayerSolution, Outcome, relative_error
-from secateurs.linalg import NotPositiveDefiniteError, masked_refit
+from secateurs.linalg import NotPositiveDefiniteError, masked_refit, unit_gram
 from secateurs.patterns import NM, Unstructured
 from secateurs.scores import SCORES
-from secateurs.solvers import ALPS, SOLVERS, Solver, SparseGPT
+from secateurs.solvers import ADMM, ALPS, SOLVERS, Refit, Solver, SparseGPT, Swaps
 from secateurs.solvers.masking import Masking
+from secateurs.solvers.swaps import _State
 
 PATTERNS = [
     Unstructured(0.5),
@@ -224,6 +225,78 @@ def test_nobody_beats_brute_force(pattern):
             assert error(make().solve(p), p) >= optimum * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_exchanges_find_the_optimum_of_nine_in_ten_small_rows(pattern):
+    found = 0
+    little = {"damp": 1e-5, "damping": "relative"}
+    solver = Swaps(base=ADMM(steps=40, levels=20, **little), refit_steps=30, **little)
+    for seed in range(50):
+        p = problem(pattern, d_out=1, d_in=8, seed=seed)
+        energy = float(((p.weight.double() @ p.gram.xtx.double()) * p.weight.double()).sum())
+        found += error(solver.solve(p), p) <= 1.01 * least_loss(p) / energy
+    assert found >= 45
+
+
+@EVERY_PATTERN
+def test_exchanges_predict_the_change_of_the_loss(pattern):
+    """What an exchange is said to change is what exact least squares before and after it differ by."""
+    p = problem(pattern)
+    unit = unit_gram(p.gram.xtx, 0.03, "mean")
+    target, mask = p.weight * unit.scale, wanda_mask(p)
+    solver = Swaps(base=None, candidates=12)
+    state = _State(*solver._tables(target, unit.matrix, mask, p.dead, pattern))
+
+    def losses(mask):
+        delta = target.double() - masked_refit(target, unit.matrix, mask)
+        return ((delta @ unit.matrix.double()) * delta).sum(1)
+
+    before = losses(mask)
+    for _ in range(3):
+        change, pair = state._best_exchange(pattern)
+        rows = (change < float("inf")).nonzero().squeeze(1)
+        state._exchange(rows, pair[rows])
+        after = mask.clone()
+        for row in range(24):
+            after[row, state.index[row, state.valid[row]]] = state.inside[row, state.valid[row]]
+        assert torch.equal(after.sum(1), mask.sum(1)) and len(rows) > 0
+        torch.testing.assert_close((losses(after) - before)[rows].float(), change[rows], rtol=1e-2, atol=1e-3)
+        before, mask = losses(after), after
+
+
+def wanda_mask(p: LayerProblem) -> torch.Tensor:
+    return Masking(score="wanda").solve(p).mask
+
+
+@EVERY_PATTERN
+def test_refit_reaches_least_squares_on_the_mask_it_is_given(pattern):
+    p = problem(pattern)
+    little = {"damp": 1e-5, "damping": "relative"}
+    s = Refit(base=Masking(score="wanda"), steps=300, **little).solve(p)
+    assert torch.equal(s.mask, wanda_mask(p))
+    exact = relative_error(masked_refit(p.weight, p.gram.xtx, s.mask), p.weight, p.gram)
+    assert error(s, p) == pytest.approx(exact, rel=0.01)
+
+
+@EVERY_PATTERN
+def test_each_rung_is_better_on_average(pattern):
+    little = {"damp": 1e-3}
+    rungs = [
+        lambda: Masking(score="wanda"),
+        lambda: Refit(base=Masking(score="wanda"), **little),
+        lambda: ADMM(**little),
+        lambda: Swaps(base=ADMM(**little), **little),
+    ]
+    errors = [mean_error(make, pattern) for make in rungs]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_exchanges_leave_dead_inputs_alone():
+    x = correlated(400, 68)
+    x[:, [3, 40]] = 0
+    p = problem(Unstructured(0.5), gram=gram_of(x), weight=torch.randn(24, 68) + 10 * torch.eye(68)[3])
+    assert not SOLVERS["admm+"]().solve(p).mask[:, [3, 40]].any()
+
+
 def mean_error(make, pattern, **shape) -> float:
     problems = [problem(pattern, seed=seed, **shape) for seed in range(20)]
     return sum(error(make().solve(p), p) for p in problems) / len(problems)
@@ -277,6 +350,11 @@ def test_the_block_size_is_made_of_whole_groups():
         (lambda: SparseGPT(block_size=0), "block_size is 0"),
         (lambda: SparseGPT(damp=0.0), "damp is 0"),
         (lambda: SparseGPT(damping="median"), "relative.*mean"),
+        (lambda: ADMM(levels=30), "levels is 30"),
+        (lambda: ADMM(rho_first=2.0), "rho_first is 2"),
+        (lambda: ADMM(damp=0.0), "damp is 0"),
+        (lambda: Refit(base=SparseGPT(), steps=0), "steps is 0"),
+        (lambda: Swaps(base=SparseGPT(), rounds=0), "rounds 0"),
         (lambda: Masking(score="wander"), "unknown score `wander`. Known: magnitude, wanda"),
     ],
 )

@@ -19,7 +19,7 @@ class Refit:
 
     base: Any
     steps: int = 10
-    damp: float = 0.01
+    damp: float = 0.03
     damping: Damping = "mean"
 
     def __post_init__(self):

@@ -13,11 +13,12 @@ from secateurs.patterns import NM, Pattern
 
 ROWS_AT_ONCE = 16
 NEVER = float("inf")
+TENURE = 1  # exchanges during which a weight that has moved stays
 
 
 @dataclass(frozen=True, kw_only=True)
 class Swaps:
-    """The mask of `base`, improved by exact exchanges until none of a shortlist helps; then a refit.
+    """The mask of `base`, improved by exact exchanges on a shortlist until none helps, then by a tabu search; then a refit.
 
     For a row with support S, best weights z on it and residual correlations r = (t - z) A, over a shortlist of weights
     that cost least to lose and inputs that would gain most, Goodnight's sweep matrix of A on S is kept:
@@ -35,6 +36,9 @@ class Swaps:
     candidates: int = 32
     """Of each kind in every row; with N:M, as many whole groups as make twice that number."""
     rounds: int = 16
+    """Of exchanges that help, one a row each."""
+    kicks: int = 8
+    """Exchanges after that which may hurt; the best state is kept."""
     damp: float = 0.03
     damping: Damping = "mean"
     refit_steps: int = 10
@@ -47,6 +51,8 @@ class Swaps:
         """See `Solver.solve`. Raises NotPositiveDefiniteError if a support's Gram cannot be factored."""
         started = time.perf_counter()
         solution: LayerSolution = self.base.solve(replace(problem, weight=problem.weight.float()))
+        if bool(solution.mask.all()):
+            return solution
         unit = unit_gram(problem.gram.xtx, self.damp, self.damping)
         goal = problem.goal.detach().float()
         target = goal * unit.scale
@@ -56,14 +62,8 @@ class Swaps:
             for rows in torch.arange(len(target), device=target.device).split(ROWS_AT_ONCE)
         ]
         state = _State(*(torch.cat(parts) for parts in zip(*tables, strict=True)))
-        swaps = 0
-        for _ in range(self.rounds):
-            made = state.swap_within_rows(problem.pattern)
-            if getattr(problem.pattern, "scope", "row") == "layer":
-                made += state.trade_between_rows()
-            swaps += made
-            if not made:
-                break
+        swaps = state.improve(problem.pattern, self.rounds)
+        state.wander(problem.pattern, self.kicks)
         mask = solution.mask.clone()
         row, candidate = state.valid.nonzero(as_tuple=True)
         at = (row, state.index[row, candidate])
@@ -149,10 +149,53 @@ class _State:
         self.index, self.inside, self.valid, self.values, self.sweep = index, inside, valid, values, sweep
         self.weights = weights
 
-    def swap_within_rows(self, pattern: Pattern) -> int:
-        """The best exchange of every row where it helps; how many were made."""
+    def improve(self, pattern: Pattern, rounds: int) -> int:
+        """Make every row's best exchange as long as one helps, and trades between rows; how many were made."""
+        total = 0
+        for _ in range(rounds):
+            change, pair = self._best_exchange(pattern)
+            rows = (change < self._noise()).nonzero().squeeze(1)
+            self._exchange(rows, pair[rows])
+            made = len(rows)
+            if getattr(pattern, "scope", "row") == "layer":
+                made += self.trade_between_rows()
+            total += made
+            if not made:
+                break
+        return total
+
+    def wander(self, pattern: Pattern, rounds: int) -> None:
+        """Make every row's best exchange even where it hurts, none twice in a while, and go back to the best state seen.
+
+        Tabu search (Glover 1986): it leaves optima of single exchanges for those of several together.
+        """
+        change = torch.zeros_like(self.values[:, 0])
+        least = self._noise()
+        best = (self.inside.clone(), self.values.clone())
+        moved = torch.full_like(self.inside, -TENURE - 1, dtype=torch.long)
+        for now in range(rounds):
+            step, pair = self._best_exchange(pattern, moved < now - TENURE)
+            rows = (step < NEVER).nonzero().squeeze(1)
+            self._exchange(rows, pair[rows])
+            width = self.index.shape[1]
+            moved[rows, pair[rows] % width] = now
+            moved[rows, pair[rows] // width] = now
+            change[rows] += step[rows]
+            better = (change < least).nonzero().squeeze(1)
+            least[better] = change[better]
+            for kept, current in zip(best, (self.inside, self.values), strict=True):
+                kept[better] = current[better]
+        self.inside, self.values = best
+
+    def _noise(self) -> Tensor:
+        """Below this a change of the loss is a gain and not rounding."""
+        return -1e-6 * (self.values**2 * self.valid).amax(1)
+
+    def _best_exchange(self, pattern: Pattern, free: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The change of the loss by every row's best exchange of `free` candidates, and which: u * candidates + p."""
         diagonal = self.sweep.diagonal(dim1=1, dim2=2)
-        into, out = self.valid & ~self.inside, self.valid & self.inside
+        usable = self.valid if free is None else self.valid & free
+        into, out = usable & ~self.inside, usable & self.inside
         step = self.values / torch.where(into, diagonal, 1)  # r_p / N_pp
         left = self.values[:, :, None] - self.sweep * step[:, None, :]  # [u, p]
         room = self.sweep**2 / torch.where(into, diagonal, 1)[:, None, :] - diagonal[:, :, None]
@@ -161,14 +204,13 @@ class _State:
         if isinstance(pattern, NM):
             group = self.index // pattern.m
             allowed &= group[:, :, None] == group[:, None, :]
-        change = torch.where(allowed, change, NEVER).flatten(1)
-        best, pair = change.min(1)
-        energy = (self.values**2 * self.valid).amax(1)
-        rows = (best < -1e-6 * energy).nonzero().squeeze(1)
+        best = torch.where(allowed, change, NEVER).flatten(1).min(1)
+        return best.values, best.indices
+
+    def _exchange(self, rows: Tensor, pair: Tensor) -> None:
         width = self.index.shape[1]
-        self._sweep(rows, pair[rows] % width)
-        self._sweep(rows, pair[rows] // width)
-        return len(rows)
+        self._sweep(rows, pair % width)
+        self._sweep(rows, pair // width)
 
     def trade_between_rows(self) -> int:
         """Some rows take an input in and as many others leave one out, where that helps; how many pairs."""
@@ -178,7 +220,7 @@ class _State:
         cost, u = torch.where(out, self.values**2 / torch.where(out, -diagonal, 1), NEVER).min(1)
         takers, givers = gain.argsort(descending=True, stable=True), cost.argsort(stable=True)
         helps = gain[takers] > cost[givers] * (1 + 1e-4)
-        # A row that would both take and give has been served by `swap_within_rows`; it does neither here.
+        # A row that would both take and give has made its own exchange; it does neither here.
         rank = torch.arange(len(gain), device=gain.device)
         take_rank, give_rank = torch.empty_like(rank), torch.empty_like(rank)
         take_rank[takers], give_rank[givers] = rank, rank
