@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from problems import load
 
+from problems import load
 from secateurs.layer import Gram, LayerProblem, relative_error
 from secateurs.patterns import NM, Pattern, Unstructured
 from secateurs.recipe import build_solver
@@ -53,7 +53,7 @@ def number(text: str) -> int | float | str:
 
 
 def synthetic(size: int, seed: int = 0) -> Problems:
-    """Three layers of `size` inputs with power-law spectra, lognormal channels and a few massive ones; 16 tokens each."""
+    """Three layers of `size` inputs, 16 tokens each: power-law spectra, lognormal channels, a few massive ones."""
     problems = []
     for number, decay in enumerate((0.5, 0.8, 1.0)):
         generator = torch.Generator().manual_seed(seed + number)

@@ -18,7 +18,7 @@ TENURE = 1  # exchanges during which a weight that has moved stays
 
 @dataclass(frozen=True, kw_only=True)
 class Swaps:
-    """The mask of `base`, improved by exact exchanges on a shortlist until none helps, then by a tabu search; then a refit.
+    """The mask of `base`, improved by exact exchanges until none of a shortlist helps, then by tabu search; refit.
 
     For a row with support S, best weights z on it and residual correlations r = (t - z) A, over a shortlist of weights
     that cost least to lose and inputs that would gain most, Goodnight's sweep matrix of A on S is kept:
@@ -82,7 +82,7 @@ class Swaps:
         )
 
     def _tables(self, target: Tensor, a: Tensor, mask: Tensor, frozen: Tensor, pattern: Pattern):
-        """For some rows: the shortlist's indices, membership, validity, values, sweep matrix; and z of the whole row."""
+        """For some rows: the shortlist's indices, membership, validity, values and sweep matrix; z of the whole row."""
         rows, d_in = target.shape
         kept = mask.sum(1)
         size = int(kept.max())
@@ -165,7 +165,7 @@ class _State:
         return total
 
     def wander(self, pattern: Pattern, rounds: int) -> None:
-        """Make every row's best exchange even where it hurts, none twice in a while, and go back to the best state seen.
+        """Make every row's best exchange even where it hurts, none twice in a row, and go back to the best state seen.
 
         Tabu search (Glover 1986): it leaves optima of single exchanges for those of several together.
         """
