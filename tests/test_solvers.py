@@ -117,6 +117,7 @@ def test_order_of_rows_does_not_matter(make, pattern):
 @pytest.mark.parametrize("pattern", [Unstructured(0.0), Unstructured(0.0, "layer"), NM(4, 4)], ids=str)
 def test_sparsity_zero_returns_the_target(make, pattern):
     target = torch.randn(24, 68)
+    assert make().solve(problem(pattern, weight=target.bfloat16())).weight.dtype == torch.bfloat16
     for p in (problem(pattern), problem(pattern, target=target)):
         weight = make().solve(p).weight
         if make is ALPS:  # as published, it computes its way back to the weights
@@ -354,7 +355,7 @@ def test_the_block_size_is_made_of_whole_groups():
         (lambda: ADMM(rho_first=2.0), "rho_first is 2"),
         (lambda: ADMM(damp=0.0), "damp is 0"),
         (lambda: Refit(base=SparseGPT(), steps=0), "steps is 0"),
-        (lambda: Swaps(base=SparseGPT(), rounds=0), "rounds 0"),
+        (lambda: Swaps(base=SparseGPT(), rounds=0), "rounds is 0"),
         (lambda: Masking(score="wander"), "unknown score `wander`. Known: magnitude, wanda"),
     ],
 )

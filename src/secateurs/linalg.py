@@ -91,11 +91,11 @@ def raising_damp(factorise: Callable[[float], T], damp: float) -> tuple[T, float
             tried *= DAMP_STEP
 
 
-def cholesky(matrix: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
-    """The lower Cholesky factor. Raises NotPositiveDefiniteError, saying at which pivot."""
+def cholesky(matrix: Float[Tensor, "*batch d_in d_in"]) -> Float[Tensor, "*batch d_in d_in"]:
+    """Lower Cholesky factors. Raises NotPositiveDefiniteError, saying at which pivot."""
     lower, info = torch.linalg.cholesky_ex(matrix)
-    if int(info):
-        raise NotPositiveDefiniteError(f"Cholesky failed at pivot {int(info)} of {matrix.shape[0]}")
+    if pivot := int(info.max()):
+        raise NotPositiveDefiniteError(f"Cholesky failed at pivot {pivot} of {matrix.shape[-1]}")
     return lower
 
 

@@ -71,8 +71,8 @@ class Calibration(_Table):
 class Prune(_Table):
     """What is removed, by which solver, seeing which inputs."""
 
-    pattern: dict[str, Any] = {"name": "unstructured", "sparsity": 0.5}
-    solver: dict[str, Any] = {"name": "sparsegpt"}
+    pattern: dict[str, Any] = {"name": "unstructured", "sparsity": 0.5, "scope": "layer"}
+    solver: dict[str, Any] = {"name": "admm"}
     propagate: Literal["dense", "block", "group"] = "block"
     targets: list[str] = []
     ignore: list[str] = []

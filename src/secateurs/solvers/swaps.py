@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateurs.layer import LayerProblem, LayerSolution
-from secateurs.linalg import Damping, masked_cg, unit_gram
+from secateurs.linalg import Damping, cholesky, masked_cg, unit_gram
 from secateurs.patterns import NM, Pattern
 
 ROWS_AT_ONCE = 16
@@ -44,15 +44,16 @@ class Swaps:
     refit_steps: int = 10
 
     def __post_init__(self):
-        if self.candidates < 1 or self.rounds < 1:
-            raise ValueError(f"candidates is {self.candidates} and rounds {self.rounds}, but both must be 1 or more.")
+        for name, least in (("candidates", 1), ("rounds", 1), ("kicks", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, but it must be {least} or more.")
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
-        """See `Solver.solve`. Raises NotPositiveDefiniteError if a support's Gram cannot be factored."""
+        """See `Solver.solve`. Raises NotPositiveDefiniteError where `base` does."""
         started = time.perf_counter()
         solution: LayerSolution = self.base.solve(replace(problem, weight=problem.weight.float()))
         if bool(solution.mask.all()):
-            return solution
+            return replace(solution, weight=solution.weight.to(problem.weight.dtype))
         unit = unit_gram(problem.gram.xtx, self.damp, self.damping)
         goal = problem.goal.detach().float()
         target = goal * unit.scale
@@ -91,7 +92,7 @@ class Swaps:
         block = a[order[:, :, None], order[:, None, :]]
         both = real[:, :, None] & real[:, None, :]
         block = torch.where(both, block, torch.eye(size, device=a.device, dtype=a.dtype))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(block))
+        inverse = torch.cholesky_inverse(cholesky(block))
         inverse = inverse.masked_fill_(~both, 0)
         moments = (target @ a).gather(1, order) * real
         z = torch.zeros_like(target).scatter_add_(1, order, (inverse @ moments[:, :, None])[:, :, 0] * real)
@@ -123,23 +124,20 @@ class Swaps:
 def _shortlist(cost: Tensor, gain: Tensor, count: int, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Indices of the cheapest to lose and the most wanted of every row, or of whole groups, and which may be used."""
     rows, d_in = cost.shape
+    usable = (cost < NEVER) | (gain >= 0)
     if isinstance(pattern, NM):
         groups = d_in // pattern.m
         promise = gain.view(rows, groups, pattern.m).amax(2) - cost.view(rows, groups, pattern.m).amin(2)
         best = promise.topk(min(groups, max(1, 2 * count // pattern.m)), dim=1).indices
         index = (best[:, :, None] * pattern.m + torch.arange(pattern.m, device=cost.device)).flatten(1)
-    else:
-        count = min(count, d_in // 2 or 1)
-        out = cost.topk(count, dim=1, largest=False).indices
-        into = gain.topk(count, dim=1).indices
-        index = torch.cat([out, into], 1)
-        # A row with few kept or few pruned weights fills its list with the other kind; a repeated index is not valid.
-        if 2 * count > 1:
-            first = torch.ones_like(index, dtype=torch.bool)
-            first[:, count:] = ~(into[:, :, None] == out[:, None, :]).any(2)
-            usable = (cost.gather(1, index) < NEVER) | (gain.gather(1, index) >= 0)
-            return index, first & usable
-    return index, (cost.gather(1, index) < NEVER) | (gain.gather(1, index) >= 0)
+        return index, usable.gather(1, index)
+    count = min(count, d_in)
+    out = cost.topk(count, dim=1, largest=False).indices
+    into = gain.topk(count, dim=1).indices
+    # A row with few kept or few pruned weights fills up with the other kind; what is listed twice counts once.
+    once = torch.cat([torch.ones_like(out, dtype=torch.bool), ~(into[:, :, None] == out[:, None, :]).any(2)], 1)
+    index = torch.cat([out, into], 1)
+    return index, once & usable.gather(1, index)
 
 
 class _State:
