@@ -38,7 +38,7 @@ class ADMM:
 
     steps: int = 20
     levels: int = 10
-    """Penalties, evenly spread in ratio. More levels follow the path more closely; ten are within 1 % of fifty."""
+    """Penalties, evenly spread in ratio. More levels and steps follow the path more closely, for little (docs/solvers.md)."""
     rho_first: float = 0.1
     rho_last: float = 1.0
     """In units of the diagonal of A. It must reach about 1 for the support to settle."""
