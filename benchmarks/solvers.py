@@ -4,7 +4,8 @@
     python benchmarks/solvers.py --synthetic 2048 ...
 
 Ratios are means over matrices of error / SparseGPT's error, on the Gram solved on (train) and on one that shares no
-question with it (test). A ratio of times is of sums. A solver's name may carry options: `admm(steps=40,levels=20)`.
+question with it (test). A ratio of times is of sums. A solver's name may carry options in TOML's syntax:
+`admm(steps=40,damping="mean")`.
 """
 
 import argparse
@@ -12,8 +13,10 @@ import json
 import platform
 import re
 import time
+import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -27,29 +30,18 @@ REFERENCE = "sparsegpt-reference"
 Problems = list[tuple[LayerProblem, Gram]]  # with the Gram it is judged on
 
 
-def pattern(text: str, scope: str) -> Pattern:
+def pattern(text: str, scope: Literal["row", "layer"]) -> Pattern:
     """`0.5` in a scope, or `2:4`."""
     if ":" in text:
         n, m = map(int, text.split(":"))
         return NM(n, m)
-    return Unstructured(float(text), "row" if scope == "row" else "layer")
+    return Unstructured(float(text), scope)
 
 
 def solver(text: str) -> Solver:
     """A line of SOLVERS, perhaps with options in parentheses."""
-    name, options = re.fullmatch(r"([\w+-]+)(?:\((.*)\))?", text).groups()
-    pairs = (part.split("=") for part in options.split(",")) if options else ()
-    return build_solver({"name": name} | {key: number(value) for key, value in pairs})
-
-
-def number(text: str) -> int | float | str:
-    """An option's value: a number where it reads as one."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    name, _, options = text.rstrip(")").partition("(")
+    return build_solver({"name": name} | tomllib.loads(f"options = {{{options}}}")["options"])
 
 
 def synthetic(size: int, seed: int = 0) -> Problems:

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
+from safetensors.torch import load_file
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -27,19 +30,26 @@ def test_solvers_on_a_synthetic_layer(tmp_path):
 
 def test_problems_hold_weights_and_three_grams_that_share_no_question(tmp_path):
     out = tmp_path / "problems.safetensors"
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "problems.py"),
-        "demo",
-        str(out),
+    command = [sys.executable, str(BENCHMARKS / "problems.py"), "demo", str(out)]
+    command += [
         "--blocks",
         "0",
         "--matrices",
         "o_proj",
+        "--set",
+        "calibration.num_tokens=900",
+        "--set",
+        "calibration.held_out_tokens=900",
     ]
-    command += ["--set", "calibration.num_tokens=900", "--set", "calibration.held_out_tokens=900"]
     command += ["--set", "resources.batch_size=8", "--set", "traces.sampling.max_new_tokens=128"]
-    subprocess.run(command, check=True, capture_output=True)
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    tensors = load_file(out)
+    name = "model.layers.0.self_attn.o_proj"
+    parts = {part: int(tensors[f"{name}.{part}.tokens"]) for part in ("train", "validation", "test")}
+    assert set(tensors) == {f"{name}.weight"} | {f"{name}.{part}{end}" for part in parts for end in ("", ".tokens")}
+    assert printed.endswith(f"1 matrices, {parts} tokens\n")  # every token of every part once: none is in two of them
+    traces = [trace for path in out.with_suffix("").rglob("*.parquet") for trace in pq.read_table(path).to_pylist()]
+    assert sum(parts.values()) == sum(len(t["prompt_ids"]) + len(t["completion_ids"]) - 1 for t in traces)
     command = [sys.executable, str(BENCHMARKS / "solvers.py"), str(out), "--patterns", "0.5", "--solvers", "admm"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert text.startswith("1 matrices, scope layer") and "| 0.5 | admm |" in text

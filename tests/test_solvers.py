@@ -24,7 +24,8 @@ PATTERNS = [
     NM(1, 4),
     NM(3, 4),
 ]
-ROUNDING = 1e-5  # of outputs: unfinished conjugate gradients blow rounding up along directions that hardly matter
+# Unfinished conjugate gradients blow rounding up along directions that hardly matter: these are equal in their outputs.
+UNFINISHED = {"sparsegpt+refit", "admm+"}
 EVERY_SOLVER = pytest.mark.parametrize("make", SOLVERS.values(), ids=SOLVERS)
 EVERY_PATTERN = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
@@ -52,6 +53,13 @@ def problem(pattern, d_out=24, d_in=68, tokens=400, seed=0, **changes) -> LayerP
 
 def name_of(make: Callable[..., Solver]) -> str:
     return next(name for name, entry in SOLVERS.items() if entry is make)
+
+
+def assert_same_weights(make: Callable[..., Solver], found: torch.Tensor, expected: torch.Tensor, p: LayerProblem):
+    if name_of(make) in UNFINISHED:
+        assert relative_error(found, expected, p.gram) < 1e-5
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def solved(make: Callable[..., Solver], pattern, **changes) -> LayerSolution:
@@ -100,7 +108,7 @@ def test_scale_of_weights_and_inputs_does_not_matter(make, pattern):
     base = make().solve(p)
     scaled = make().solve(problem(pattern, weight=8 * p.weight, gram=0.25 * p.gram))
     assert torch.equal(scaled.mask, base.mask)
-    assert relative_error(scaled.weight, 8 * base.weight, p.gram) < ROUNDING
+    assert_same_weights(make, scaled.weight, 8 * base.weight, p)
 
 
 @EVERY_SOLVER
@@ -110,7 +118,7 @@ def test_order_of_rows_does_not_matter(make, pattern):
     base = make().solve(p)
     moved = make().solve(problem(pattern, weight=p.weight[order]))
     assert torch.equal(moved.mask, base.mask[order])
-    assert relative_error(moved.weight, base.weight[order], p.gram) < ROUNDING
+    assert_same_weights(make, moved.weight, base.weight[order], p)
 
 
 @EVERY_SOLVER

@@ -137,6 +137,22 @@ def masked_refit(
     return refit
 
 
+def refit_on_mask(
+    goal: Float[Tensor, "d_out d_in"],
+    start: Float[Tensor, "d_out d_in"],
+    unit: UnitGram,
+    mask: Bool[Tensor, "d_out d_in"],
+    steps: int,
+) -> Float[Tensor, "d_out d_in"]:
+    """Weights on `mask` after `steps` of `masked_cg` under the damped Gram, from `start`, which is in units of `unit`.
+
+    Computed as the goal plus a correction: where nothing is pruned, not a bit changes.
+    """
+    target = goal * unit.scale
+    moved = masked_cg(target, start, unit.matrix, mask, steps).sub_(target).div_(unit.scale)
+    return moved.add_(goal).mul_(mask)
+
+
 def masked_cg(
     target: Float[Tensor, "d_out d_in"],
     start: Float[Tensor, "d_out d_in"],

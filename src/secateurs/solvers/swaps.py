@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateurs.layer import LayerProblem, LayerSolution
-from secateurs.linalg import Damping, cholesky, masked_cg, unit_gram
+from secateurs.linalg import Damping, cholesky, refit_on_mask, unit_gram
 from secateurs.patterns import NM, Pattern
 
 ROWS_AT_ONCE = 16
@@ -26,7 +26,7 @@ class Swaps:
     Taking p in and leaving u out then changes the loss, all other weights refitted, by exactly
         -r_p^2 / N_pp + (z_u - N_up r_p / N_pp)^2 / (N_up^2 / N_pp - N_uu)
     The best exchange of every row is made, the matrix swept twice, and so on. Where the pattern counts over the layer,
-    rows also trade places with each other. A is the damped Gram with unit diagonal. No exchange raises the loss.
+    rows also trade places with each other. A is the damped Gram with unit diagonal. What is kept never has more loss.
 
     Cost: (2/3 k^3 + 2 k^2 c) flops a row of k kept weights, c candidates; for a last percent, on layers you can wait
     for. Memory beside the problem: one (2 c)^2 matrix a row, and k^2 for a few rows at a time.
@@ -72,15 +72,9 @@ class Swaps:
         start = state.weights.clone()
         start[at] = state.values[row, candidate]
         start *= mask
-        moved = masked_cg(target, start, unit.matrix, mask, self.refit_steps).sub_(target).div_(unit.scale)
-        weight = moved.add_(goal).mul_(mask).to(problem.weight.dtype)
-        stats = solution.stats | {"swaps": float(swaps), "zeros": float((~mask).sum())}
-        return LayerSolution(
-            weight=weight,
-            mask=mask,
-            outcome=solution.outcome,
-            stats=stats | {"seconds": time.perf_counter() - started},
-        )
+        weight = refit_on_mask(goal, start, unit, mask, self.refit_steps).to(problem.weight.dtype)
+        stats = solution.stats | {"swaps": float(swaps), "seconds": time.perf_counter() - started}
+        return replace(solution, weight=weight, mask=mask, stats=stats)
 
     def _tables(self, target: Tensor, a: Tensor, mask: Tensor, frozen: Tensor, pattern: Pattern):
         """For some rows: the shortlist's indices, membership, validity, values and sweep matrix; z of the whole row."""
@@ -140,12 +134,16 @@ def _shortlist(cost: Tensor, gain: Tensor, count: int, pattern: Pattern) -> tupl
     return index, once & usable.gather(1, index)
 
 
+@dataclass(eq=False)
 class _State:
-    """Shortlists of all rows with their sweep matrices."""
+    """Shortlists of all rows with their sweep matrices, in the order of `_tables`; `weights` are whole rows."""
 
-    def __init__(self, index: Tensor, inside: Tensor, valid: Tensor, values: Tensor, sweep: Tensor, weights: Tensor):
-        self.index, self.inside, self.valid, self.values, self.sweep = index, inside, valid, values, sweep
-        self.weights = weights
+    index: Tensor
+    inside: Tensor
+    valid: Tensor
+    values: Tensor
+    sweep: Tensor
+    weights: Tensor
 
     def improve(self, pattern: Pattern, rounds: int) -> int:
         """Make every row's best exchange as long as one helps, and trades between rows; how many were made."""
