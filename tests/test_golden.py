@@ -1,6 +1,6 @@
-"""Parity with the published SparseGPT and Wanda: their arithmetic re-derived here in float64 numpy, numbers committed.
+"""Parity with the published SparseGPT, Wanda and ALPS: their arithmetic re-derived in float64 numpy, numbers committed.
 
-`python tests/test_golden.py` writes golden/sparsegpt_wanda.json anew. The derivation follows the papers' formulas and
+`python tests/test_golden.py` writes golden/published.json anew. The derivation follows the papers' formulas and
 the conventions of the authors' code, restated; it shares no line with secateurs. Known, deliberate differences:
 
 - Unstructured SparseGPT there prunes every score <= the one of rank int(size * sparsity) in a block, which is that many
@@ -8,6 +8,8 @@ the conventions of the authors' code, restated; it shares no line with secateurs
 - There a block's quota is over all rows: our scope "layer". `prunen` there counts pruned weights, our n kept ones.
 - Both multiply or divide the Gram by the number of samples: a factor that cancels. Ours is the raw sum.
 - Columns of dead inputs are set to zero there, and count as 1 in the mean of the damping; here there are none.
+- ALPS there keeps round((1 - sparsity) * size) weights, and stops its conjugate gradients for all rows together, here
+  for each row; in ten steps neither stops.
 """
 
 import json
@@ -21,7 +23,7 @@ from secateurs.layer import Gram, LayerProblem, Outcome
 from secateurs.patterns import NM, Unstructured
 from secateurs.solvers import SOLVERS
 
-GOLDEN = Path(__file__).parent / "golden" / "sparsegpt_wanda.json"
+GOLDEN = Path(__file__).parent / "golden" / "published.json"
 BLOCK = 8
 
 
@@ -59,6 +61,57 @@ def published_wanda(weight, x, sparsity=0.0, pruned_of=(0, 0)):
     return np.where(pruned.reshape(weight.shape), 0, weight)
 
 
+def published_alps(weight, x, sparsity=0.0, pruned_of=(0, 0), rho=0.1):
+    """arXiv 2406.07831, algorithm 1 with the authors' schedule of rho, then ten conjugate gradient steps (sec. 3.3)."""
+    gram = x.T.astype(np.float64) @ x
+    gram += 0.01 * np.diag(gram).mean() * np.eye(len(gram))
+    scale = np.sqrt(np.diag(gram)) + 1e-8
+    gram /= np.outer(scale, scale)
+    dense = weight * scale
+    values, vectors = np.linalg.eigh(gram)
+    count = pruned_of[0] or dense.size - round((1 - sparsity) * dense.size)
+
+    def largest(w):
+        order = np.argsort((w**2).reshape(-1, pruned_of[1] or w.size), axis=1, kind="stable")
+        support = np.ones(order.shape)
+        np.put_along_axis(support, order[:, :count], 0, axis=1)
+        return support.reshape(w.shape)
+
+    before = first = largest(dense)
+    kept, moved = before.sum(), False
+    sparse, dual = dense * first, np.zeros_like(dense)
+    for step in range(1, 301):
+        w = (dense @ gram - dual + rho * sparse) @ (vectors / (values + rho) @ vectors.T)
+        support = largest(w + dual / rho)
+        sparse = (w + dual / rho) * support
+        dual = dual + rho * (w - sparse)
+        if step % 3 == 0:
+            change, before = np.abs(support - before).sum() / kept, support
+            if change == 0 and moved:
+                break
+            if change > 0.005:
+                rho, moved = rho * (1.3 if change > 0.1 else 1.2), True
+            elif moved:
+                rho *= 1.1
+            else:
+                rho /= 5
+                if change:
+                    sparse, dual = dense * first, np.zeros_like(dense)
+            if step > 30 and change < 3e-4:
+                break
+    support = largest(w)
+    solution = w * support
+    residual = (dense - solution) @ gram * support
+    direction = residual
+    for _ in range(10):
+        length = (residual**2).sum(1, keepdims=True) / (direction * (direction @ gram)).sum(1, keepdims=True)
+        solution = solution + length * direction
+        following = residual - length * (direction @ gram) * support
+        direction = following + (following**2).sum(1, keepdims=True) / (residual**2).sum(1, keepdims=True) * direction
+        residual = following
+    return solution / scale
+
+
 def derive() -> dict:
     rng = np.random.default_rng(20230102)
     weight = rng.normal(size=(6, 24)).round(3)
@@ -70,11 +123,15 @@ def derive() -> dict:
         "sparsegpt 1:4": published_sparsegpt(weight, x, pruned_of=(3, 4)),
         "wanda 50%": published_wanda(weight, x, sparsity=0.5),
         "wanda 1:4": published_wanda(weight, x, pruned_of=(3, 4)),
+        "alps 50%": published_alps(weight, x, sparsity=0.5),
+        "alps 75%": published_alps(weight, x, sparsity=0.75),
+        "alps 2:4": published_alps(weight, x, pruned_of=(2, 4)),
     }
     return {
-        "provenance": "tests/test_golden.py, float64, default_rng(20230102): SparseGPT (arXiv 2301.00774, alg. 1, "
-        "conventions of IST-DASLab/sparsegpt 147d215) and Wanda (arXiv 2306.11695, eq. 1, locuslab/wanda 8e8fc87), "
-        "re-derived from the formulas, no code copied. Block 8, damping .01 of the mean diagonal.",
+        "provenance": "tests/test_golden.py, float64, default_rng(20230102), re-derived from the formulas, no code copied: "
+        "SparseGPT (arXiv 2301.00774, alg. 1, conventions of IST-DASLab/sparsegpt 147d215, blocks of 8, damping .01 of the "
+        "mean), Wanda (arXiv 2306.11695, eq. 1, locuslab/wanda 8e8fc87), ALPS (arXiv 2406.07831, alg. 1 and sec. 3.3, "
+        "schedule of mazumder-lab/ALPS 8af9e6b).",
         "weight": weight.tolist(),
         "x": x.tolist(),
         "cases": {name: solution.round(6).tolist() for name, solution in cases.items()},
@@ -92,6 +149,9 @@ OURS = {
     "sparsegpt 1:4": ("sparsegpt-reference", {"block_size": BLOCK}, NM(1, 4)),
     "wanda 50%": ("wanda", {}, Unstructured(0.5)),
     "wanda 1:4": ("wanda", {}, NM(1, 4)),
+    "alps 50%": ("alps", {}, Unstructured(0.5, "layer")),
+    "alps 75%": ("alps", {}, Unstructured(0.75, "layer")),
+    "alps 2:4": ("alps", {}, NM(2, 4)),
 }
 
 
