@@ -129,8 +129,8 @@ def derive() -> dict:
     }
     return {
         "provenance": "tests/test_golden.py, float64, default_rng(20230102), re-derived from the formulas, no code "
-        "copied. SparseGPT: arXiv 2301.00774, alg. 1, conventions of IST-DASLab/sparsegpt 147d215, blocks of 8, damping "
-        ".01 of the mean. Wanda: arXiv 2306.11695, eq. 1, locuslab/wanda 8e8fc87. ALPS: arXiv 2406.07831, alg. 1 and "
+        "copied. SparseGPT: arXiv 2301.00774, alg. 1, conventions of IST-DASLab/sparsegpt 147d215, blocks of 8, damp "
+        ".01 of mean. Wanda: arXiv 2306.11695, eq. 1, locuslab/wanda 8e8fc87. ALPS: arXiv 2406.07831, alg. 1 and "
         "sec. 3.3, schedule of mazumder-lab/ALPS 8af9e6b.",
         "weight": weight.tolist(),
         "x": x.tolist(),
