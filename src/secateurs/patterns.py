@@ -191,7 +191,7 @@ def _ranks_below(scores: Float[Tensor, "pools size"], count: int) -> Bool[Tensor
 
 
 def _refuse_nan(scores: Tensor) -> None:
-    if torch.isnan(scores).any():
+    if torch.isnan(scores.sum()) and torch.isnan(scores).any():  # a sum is faster, but is NaN for inf - inf too
         raise ValueError(
             "a score is NaN, so there is no order to prune by: check the weights and the Gram for overflow."
         )
@@ -199,11 +199,20 @@ def _refuse_nan(scores: Tensor) -> None:
 
 def _kth_smallest(scores: Float[Tensor, "pools size"], k: int) -> Float[Tensor, "pools 1"]:
     """The k-th smallest score (k = 1 is the minimum) of every pool. On CPU numpy selects 3-9x faster than torch."""
+    on_cpu = scores.device.type == "cpu" and scores.dtype != torch.bfloat16
     if scores.shape[0] == 1 and scores.numel() >= SAMPLED_FROM:
-        return _sampled_kth(scores[0], k).view(1, 1)
-    if scores.device.type == "cpu" and scores.dtype != torch.bfloat16:
+        select = _sampled_kth_numpy if on_cpu else _sampled_kth
+        return select(scores[0].detach(), k).view(1, 1)
+    if on_cpu:
         return torch.from_numpy(np.partition(scores.detach().numpy(), k - 1, axis=1)[:, k - 1 : k])
     return scores.kthvalue(k, dim=1, keepdim=True).values
+
+
+def _bracket(size: int, sample_size: int, k: int) -> tuple[int, int]:
+    """Ranks (from 0) in a sample between which the k-th smallest of the whole very likely lies."""
+    share = k / size
+    centre, spread = share * sample_size, 4 * (sample_size * share * (1 - share)) ** 0.5 + 2
+    return max(0, floor(centre - spread) - 1), min(sample_size, ceil(centre + spread)) - 1
 
 
 def _sampled_kth(scores: Float[Tensor, " size"], k: int) -> Float[Tensor, ""]:
@@ -213,12 +222,22 @@ def _sampled_kth(scores: Float[Tensor, " size"], k: int) -> Float[Tensor, ""]:
     selected from as usual.
     """
     sample = scores[:: scores.numel() // SAMPLE | 1]
-    share = k / scores.numel()
-    centre, spread = share * sample.numel(), 4 * (sample.numel() * share * (1 - share)) ** 0.5 + 2
-    low = sample.kthvalue(max(1, floor(centre - spread))).values
-    high = sample.kthvalue(min(sample.numel(), ceil(centre + spread))).values
+    low, high = (sample.kthvalue(rank + 1).values for rank in _bracket(scores.numel(), sample.numel(), k))
     rank = k - int((scores < low).sum())
     between = scores[(scores >= low) & (scores <= high)]
     if not 1 <= rank <= between.numel():
         between, rank = scores, k
     return between.kthvalue(rank).values
+
+
+def _sampled_kth_numpy(scores: Float[Tensor, " size"], k: int) -> Float[Tensor, ""]:
+    """`_sampled_kth` on CPU, where numpy counts and picks several times as fast as torch."""
+    values = scores.numpy()
+    sample = values[:: values.size // SAMPLE | 1]
+    ends = _bracket(values.size, sample.size, k)
+    low, high = np.partition(sample, ends)[list(ends)]
+    rank = k - np.count_nonzero(values < low)
+    between = values[np.flatnonzero((values >= low) & (values <= high))]
+    if not 1 <= rank <= between.size:
+        between, rank = values, k
+    return torch.tensor(np.partition(between, rank - 1)[rank - 1])
