@@ -1,5 +1,6 @@
 """A pattern gives exactly the zeros that were asked for, whole or in blocks, with ties decided by position."""
 
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -148,3 +149,10 @@ def test_selection_from_a_sample_is_exact(make):
     mask = Unstructured(0.7, "layer").mask(scores.view(900, 1000))
     assert int((~mask).sum()) == 630_000
     assert scores[mask.flatten()].min() >= scores[~mask.flatten()].max()
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.data())
+def test_a_fraction_is_an_exact_count(d_out, d_in, data):
+    zeros = data.draw(st.integers(0, d_out * d_in - 1))
+    pattern = Unstructured(Fraction(zeros, d_out * d_in), "layer")
+    assert pattern.num_zeros(d_out, d_in) == zeros == int((~pattern.mask(torch.rand(d_out, d_in))).sum())

@@ -1,7 +1,7 @@
 """One conformance suite over every solver and pattern; brute force; what each numerical outcome means."""
 
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from itertools import product
 
 import pytest
@@ -297,6 +297,21 @@ def test_each_rung_is_better_on_average(pattern):
     ]
     errors = [mean_error(make, pattern) for make in rungs]
     assert errors == sorted(errors, reverse=True)
+
+
+def test_a_path_has_every_budget_and_nearly_the_error_of_single_solves():
+    patterns = [*(Unstructured(sparsity, "layer") for sparsity in (0.7, 0.65, 0.6, 0.55, 0.5)), NM(2, 4)]
+    ratios = []
+    for seed in range(3):
+        p = problem(patterns[0], d_out=96, d_in=160, tokens=4000, seed=seed)
+        found = list(ADMM().path(p, patterns))
+        for pattern, one in zip(patterns, found, strict=True):
+            assert int((~one.mask).sum()) == pattern.num_zeros(96, 160) == one.stats["zeros"]
+            assert torch.equal(one.weight != 0, one.mask)
+        cold = [ADMM().solve(replace(p, pattern=pattern)) for pattern in patterns]
+        assert torch.equal(found[0].weight, cold[0].weight)
+        ratios.append([error(one, p) / error(alone, p) for one, alone in zip(found, cold, strict=True)])
+    assert (torch.tensor(ratios).mean(0)[:-1] < 1.1).all()  # from scratch in as many steps: 1.3
 
 
 def test_exchanges_leave_dead_inputs_alone():

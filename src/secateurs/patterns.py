@@ -57,7 +57,8 @@ class Unstructured:
     int(numel * s) + 1 in every block instead. Cost: one selection (no sort).
     """
 
-    sparsity: float
+    sparsity: float | Fraction
+    """As a Fraction, zeros / weights, it is an exact count: what an allocator gives a layer."""
     scope: Literal["row", "layer"] = "row"
 
     def __post_init__(self):
@@ -71,7 +72,7 @@ class Unstructured:
             )
 
     def __str__(self) -> str:
-        return f"{100 * self.sparsity:g}%" + (" per layer" if self.scope == "layer" else "")
+        return f"{100 * float(self.sparsity):.6g}%" + (" per layer" if self.scope == "layer" else "")
 
     def check(self, d_out: int, d_in: int) -> None:
         """Every matrix that is not empty can have this pattern; ValueError for an empty one."""
@@ -98,7 +99,8 @@ class Unstructured:
 
     def _zeros_before(self, column: int, d_out: int) -> int:
         """Zeros in the first `column` columns: of one row, or of all `d_out` rows together with scope "layer"."""
-        return floor(Fraction(str(float(self.sparsity))) * column * (1 if self.scope == "row" else d_out))
+        exact = self.sparsity if isinstance(self.sparsity, Fraction) else Fraction(str(float(self.sparsity)))
+        return floor(exact * column * (1 if self.scope == "row" else d_out))
 
 
 @dataclass(frozen=True)
