@@ -10,7 +10,7 @@ ORDER = [
     {"artifacts", "patterns", "linalg", "questions"},
     {"layer", "traces", "prompts"},
     {"scores", "engines"},
-    {"solvers", "calibration"},
+    {"solvers", "goals", "tune", "calibration"},
     {"models"},
     {"pruner"},
     {"export", "evaluate"},

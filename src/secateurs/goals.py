@@ -1,0 +1,106 @@
+"""What a layer should reproduce: its own dense weights, or the dense model's outputs although its inputs have changed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from secateurs.layer import Gram
+from secateurs.linalg import cholesky, raising_damp, unit_gram
+
+Goal = Literal["own", "dense", "residual"]
+
+DAMP = 0.03  # of the mean, as the solvers' own
+
+
+@dataclass(eq=False)
+class Drift:
+    """How far the layer's inputs, and the stream its output is added to, are from the dense model's: sums over tokens.
+
+    `inputs` = sum w (x_dense - x) x^T and, for a layer that writes to the residual stream, `stream` = sum w (h_dense -
+    h) x^T. Differences, so that they lose no digits where the two models still agree. Adds up and scales like a `Gram`.
+    """
+
+    inputs: Float32[Tensor, "d_in d_in"]
+    stream: Float32[Tensor, "d_out d_in"] | None = None
+
+    def __add__(self, other: "Drift") -> "Drift":
+        together = None if self.stream is None or other.stream is None else self.stream + other.stream
+        return Drift(self.inputs + other.inputs, together)
+
+    def __mul__(self, factor: float) -> "Drift":
+        return Drift(self.inputs * factor, None if self.stream is None else self.stream * factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Imitation:
+    """T for a `LayerProblem`, and how far it goes: `alpha` of the way for the inputs, `beta` for the stream."""
+
+    target: Float[Tensor, "d_out d_in"]
+    alpha: float
+    beta: float
+
+
+def imitate(
+    weight: Float[Tensor, "d_out d_in"], gram: Gram, drift: Drift, held_gram: Gram, held_drift: Drift
+) -> Imitation:
+    """T = W + (alpha W D + beta R)(G + damping)^-1, with D = `drift.inputs`, R = `drift.stream`: weights that, on the
+    inputs there are, give what W gives on the dense ones, and make up for what is missing in the stream.
+
+    Least squares for |W x_dense + (h_dense - h) - T x|^2, shrunk. alpha and beta in [0, 1] minimise the same loss on
+    the HELD-OUT sums, in closed form: with few tokens the correction fits noise, and they come out small. D is that of
+    QEP (arXiv 2504.09629) and GPTAQ (arXiv 2504.02692), where alpha is a constant.
+    Raises NotPositiveDefiniteError where a solver would.
+    """
+    dense = weight.detach().float()
+
+    def factorise(damp: float):
+        unit = unit_gram(gram.xtx, damp, "mean")
+        return unit, cholesky(unit.matrix)
+
+    (unit, lower), _ = raising_damp(factorise, DAMP)
+    scale = unit.scale
+    live = (gram.xtx.diagonal() > 0).float()
+
+    def solve(moments: Tensor) -> Tensor:
+        return torch.cholesky_solve((moments / scale).T, lower).T / scale * live
+
+    directions = [solve(dense @ drift.inputs)]
+    wanted = dense @ held_drift.inputs
+    if drift.stream is not None and held_drift.stream is not None:
+        directions.append(solve(drift.stream))
+        wanted = wanted + held_drift.stream
+    images = [direction @ held_gram.xtx for direction in directions]
+    curvature = [[float((image * other).sum(dtype=torch.float64)) for other in directions] for image in images]
+    slope = [float((direction * wanted).sum(dtype=torch.float64)) for direction in directions]
+    shares = _least_in_box(curvature, slope)
+    target = dense + sum(share * direction for share, direction in zip(shares, directions, strict=True))
+    alpha, beta = (*shares, 0.0)[:2]
+    return Imitation(target.to(weight.dtype), alpha, beta)
+
+
+def _least_in_box(curvature: list[list[float]], slope: list[float]) -> tuple[float, ...]:
+    """c in [0, 1]^n, n = 1 or 2, with least c^T M c / 2 - v^T c, for M positive semi-definite."""
+
+    def along(i: int, fixed: dict[int, float]) -> float:
+        """The best c_i for given other ones."""
+        pull = slope[i] - sum(curvature[i][j] * c for j, c in fixed.items())
+        return min(max(pull / curvature[i][i], 0.0), 1.0) if curvature[i][i] > 0 else 0.0
+
+    if len(slope) == 1:
+        return (along(0, {}),)
+    candidates = [(along(0, {1: edge}), edge) for edge in (0.0, 1.0)]
+    candidates += [(edge, along(1, {0: edge})) for edge in (0.0, 1.0)]
+    (a, b), (_, d) = curvature
+    determinant = a * d - b * b
+    if determinant > 1e-9 * a * d:
+        inside = ((d * slope[0] - b * slope[1]) / determinant, (a * slope[1] - b * slope[0]) / determinant)
+        if all(0 <= c <= 1 for c in inside):
+            candidates.append(inside)
+
+    def loss(c: tuple[float, float]) -> float:
+        return (a * c[0] ** 2 + d * c[1] ** 2) / 2 + b * c[0] * c[1] - slope[0] * c[0] - slope[1] * c[1]
+
+    return min(candidates, key=loss)
