@@ -14,7 +14,7 @@ from families import family, tiny_model  # noqa: F401
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # for this process and those it starts: equal threads, equal rounding
 
-MATHEMATICS = ["patterns", "linalg", "layer", "scores", "solvers"]
+MATHEMATICS = ["patterns", "linalg", "layer", "scores", "solvers", "goals", "tune"]
 install_import_hook([f"secateurs.{module}" for module in MATHEMATICS], "beartype.beartype")
 
 settings.register_profile("secateurs", deadline=None, derandomize=True, max_examples=60)

@@ -1,5 +1,6 @@
 """The block loop on tiny random models of every family: exact zeros, true Grams, untouched neighbours, resume."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from secateurs.patterns import NM, Unstructured
 from secateurs.pruner import Plan
 from secateurs.solvers import SparseGPT
 from secateurs.solvers.masking import Masking
+from secateurs.tune import Tune
 
 HALF = Unstructured(sparsity=0.5)
 
@@ -32,11 +34,13 @@ def documents(count: int, seed: int = 0) -> tuple[Document, ...]:
 
 CALIBRATION = CalibrationSet(documents(24), documents(4, seed=1), region_weights("rac"))
 PLAN = Plan(pattern=HALF, solver=SparseGPT())
+EVERYTHING = replace(PLAN, propagate="group", goal="residual", tune=Tune(steps=3, tokens=100))
 
 
-def test_every_family_is_pruned_exactly_and_nothing_else_changes(tiny_model, family):
+@pytest.mark.parametrize("plan", [PLAN, EVERYTHING], ids=["plain", "everything"])
+def test_every_family_is_pruned_exactly_and_nothing_else_changes(tiny_model, family, plan):
     before = {name: p.clone() for name, p in tiny_model.state_dict().items()}
-    results = pruner.prune(tiny_model, CALIBRATION, PLAN)
+    results = pruner.prune(tiny_model, CALIBRATION, plan)
     touched = {matrix.name for block in pruner.prunable(tiny_model, PLAN) for matrix in block}
     assert {r.name for r in results} == touched and len(results) == len(touched)
     for block in pruner.prunable(tiny_model, PLAN):
@@ -62,8 +66,10 @@ def test_grams_equal_those_of_single_documents_at_their_true_positions(tiny_mode
     streams = pruner._capture(tiny_model, CALIBRATION, batch_tokens=200)
     for index, block in enumerate(blocks):
         groups = [g for g in pruner._groups(block, index, selected[index], streams[0]) if g.expert is None]
-        with torch.inference_mode():
-            train, _ = pruner._collect(block, index, groups, streams, advance=True)
+        with torch.no_grad():
+            train = pruner._collect(block, index, groups, streams, plan).train
+        for stream in streams:
+            stream.hidden = stream.out
         for group in groups:
             expected = torch.zeros_like(train[group.name]["think"].xtx, dtype=torch.float64)
             seen = []
@@ -86,8 +92,8 @@ def test_expert_grams_hold_the_tokens_routed_to_them():
     _, blocks = decoder_blocks(model)
     streams = pruner._capture(model, CALIBRATION, 4096)
     groups = pruner._groups(blocks[0], 0, selected[0], streams[0])
-    with torch.inference_mode():
-        train, _ = pruner._collect(blocks[0], 0, groups, streams)
+    with torch.no_grad():
+        train = pruner._collect(blocks[0], 0, groups, streams, PLAN).train
     down = [g for g in groups if g.part == "down"]
     tokens = sum(len(d.ids) for d in CALIBRATION.documents)
     assert len(down) == 4
@@ -103,9 +109,13 @@ def test_q_k_v_share_one_gram_and_so_do_gate_and_up():
     assert shared == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
-@pytest.mark.parametrize("propagate", ["dense", "block", "group"])
-def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, propagate):
-    plan = replace(PLAN, propagate=propagate)
+@pytest.mark.parametrize(
+    "plan",
+    [*(replace(PLAN, propagate=propagate) for propagate in ("dense", "block", "group")),
+     replace(PLAN, goal="dense"), replace(PLAN, propagate="dense", tune=Tune(steps=3)), EVERYTHING],
+    ids=["dense", "block", "group", "goal", "tune", "everything"],
+)  # fmt: skip
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, plan):
     whole = make_model("qwen3")
     expected = pruner.prune(whole, CALIBRATION, plan)
 
@@ -133,6 +143,105 @@ def test_propagation_changes_what_later_layers_see():
         errors[propagate] = [r.error_train for r in results]
     assert errors["dense"][0] == errors["block"][0] == errors["group"][0]
     assert errors["dense"] != errors["block"] != errors["group"]
+
+
+@pytest.mark.parametrize(
+    ("name", "writers"),
+    [("llama", ["o_proj", "down_proj"]), ("phi3", ["o_proj", "down_proj"]), ("gemma3", []), ("mixtral", [])],
+)
+def test_what_a_block_adds_to_the_stream_is_found_by_watching(name, writers):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(name).to(dtype)
+        _, blocks = decoder_blocks(model)
+        with torch.no_grad():
+            streams = pruner._capture(model, CALIBRATION, 4096)
+            found = pruner._writers(blocks[0], 0, streams[0])
+        names = {module: place.rsplit(".", 1)[-1] for place, module in blocks[0].named_modules()}
+        assert [names[module] for module in found] == writers
+
+
+def test_drifts_equal_those_of_single_documents():
+    """Block 1 after block 0 was damaged: sums of (dense - now) x now, for inputs and for the residual stream."""
+    model, dense = make_model("llama"), make_model("llama")
+    plan = replace(PLAN, goal="residual", propagate="group")
+    with torch.no_grad():
+        streams = pruner._capture(model, CALIBRATION, 200)
+        blocks = (decoder_blocks(model)[1], decoder_blocks(dense)[1])
+        for stream in streams:
+            stream.dense = stream.run(blocks[0][0], 0)
+        for parameter in blocks[0][0].parameters():
+            parameter.mul_(0.8)
+        for stream in streams:
+            stream.hidden = stream.run(blocks[0][0], 0)
+        selected = pruner.prunable(model, plan)[1]
+        groups = pruner._groups(blocks[0][1], 1, selected, streams[0])
+        writers = pruner._writers(blocks[0][1], 1, streams[0])
+        o_proj = next(matrix for matrix in selected if matrix.name.endswith("o_proj"))
+        before = {o_proj: o_proj.weight.clone()}
+        o_proj.weight.mul_(0.5)  # solved already, so the dense pass must see the weights from before
+        sums = pruner._collect(blocks[0][1], 1, groups, streams, plan, writers, before)
+        assert torch.equal(o_proj.weight, before[o_proj] * 0.5)
+        expected = {}
+        for document in CALIBRATION.documents:
+            seen = []
+            for one, layers in zip((model, dense), blocks, strict=True):
+                states = {}
+                places = {"down_proj": layers[1].mlp.down_proj, "mid": layers[1].post_attention_layernorm,
+                          "o_proj": layers[1].self_attn.o_proj, "in": layers[1].input_layernorm}  # fmt: skip
+                handles = [
+                    module.register_forward_pre_hook(lambda m, args, n=name, s=states: s.__setitem__(n, args[0][0]))
+                    for name, module in places.items()
+                ]
+                one(input_ids=torch.tensor([document.ids]), use_cache=False)
+                for handle in handles:
+                    handle.remove()
+                seen.append({name: state.double() for name, state in states.items()})
+            now, then = seen
+            rows = torch.tensor(document.codes) == CODES["think"]
+            for name, stream in (("o_proj", "in"), ("down_proj", "mid")):
+                for kind, off in (("inputs", then[name] - now[name]), ("stream", then[stream] - now[stream])):
+                    expected[name, kind] = expected.get((name, kind), 0) + off[rows].T @ now[name][rows]
+    for (name, kind), value in expected.items():
+        drift = next(parts["think"] for group, parts in sums.train_drift.items() if group.endswith(name))
+        torch.testing.assert_close(
+            getattr(drift, kind).double(), value, rtol=1e-3, atol=1e-5 * float(value.abs().max())
+        )
+
+
+def test_goals_and_fine_tunes_bring_the_model_closer_to_the_dense_one():
+    dense, distances, results = make_model("qwen3"), {}, {}
+    for parameter in dense.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(6)  # so that blocks matter
+    calibration = replace(CALIBRATION, documents=documents(400), held_out=documents(60, seed=1))
+    plans = {
+        "own": PLAN,
+        "dense": replace(PLAN, goal="dense"),
+        "residual, group": replace(PLAN, goal="residual", propagate="group"),
+        "tune": replace(PLAN, tune=Tune(steps=60, tokens=1000)),
+    }
+    ids = [torch.tensor([document.ids]) for document in calibration.held_out]
+    with torch.no_grad():
+        states = [dense.model(input_ids=one).last_hidden_state for one in ids]
+        for name, plan in plans.items():
+            model = deepcopy(dense)
+            results[name] = pruner.prune(model, calibration, plan)
+            distances[name] = sum(
+                float((model.model(input_ids=one).last_hidden_state - state).square().sum())
+                for one, state in zip(ids, states, strict=True)
+            )
+    assert distances["residual, group"] < distances["dense"] < distances["own"]
+    assert distances["tune"] < 0.9 * distances["own"]
+    assert all(r.alpha == r.beta == 0 and r.block_error is None for r in results["own"])
+    assert all(r.alpha == 0 for r in results["dense"] if r.block == 0)
+    assert any(r.alpha > 0 for r in results["dense"] if r.block == 1)
+    assert any(r.beta > 0 for r in results["residual, group"])
+    assert all(r.block_error[1] < r.block_error[0] for r in results["tune"])
+
+
+def test_a_goal_that_nothing_can_come_of_is_refused():
+    with pytest.raises(ValueError, match='goal "dense" needs propagate "block" or "group"'):
+        replace(PLAN, goal="dense", propagate="dense")
 
 
 def test_batch_size_changes_no_mask():

@@ -1,4 +1,4 @@
-"""What a layer should reproduce: its own dense weights, or the dense model's outputs although its inputs have changed."""
+"""What a layer should reproduce: its own dense weights, or the dense model's outputs on inputs that have changed."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,8 +11,18 @@ from secateurs.layer import Gram
 from secateurs.linalg import cholesky, raising_damp, unit_gram
 
 Goal = Literal["own", "dense", "residual"]
+Propagate = Literal["dense", "block", "group"]
 
 DAMP = 0.03  # of the mean, as the solvers' own
+
+
+def check_goal(goal: Goal, propagate: Propagate) -> None:
+    """ValueError for a goal that nothing can come of."""
+    if goal != "own" and propagate == "dense":
+        raise ValueError(
+            f'goal "{goal}" needs propagate "block" or "group": with "dense" no input differs from the dense '
+            "model's, so there is nothing to make up for"
+        )
 
 
 @dataclass(eq=False)

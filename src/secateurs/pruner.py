@@ -18,14 +18,13 @@ from transformers import PreTrainedModel
 
 from secateurs.artifacts import atomic_write, read_json, write_json
 from secateurs.calibration import CODES, REGIONS, Batch, CalibrationSet, batches
-from secateurs.goals import Drift, Goal, imitate
+from secateurs.goals import Drift, Goal, Propagate, check_goal, imitate
 from secateurs.layer import Gram, LayerProblem, LayerSolution, Outcome, relative_error
 from secateurs.models import Matrix, chosen, decoder, decoder_blocks, linears, packed_experts
 from secateurs.patterns import Pattern
 from secateurs.solvers import Solver
 from secateurs.tune import Example, Tune, tune
 
-Propagate = Literal["dense", "block", "group"]
 Sum = TypeVar("Sum", Gram, Drift)
 Value = TypeVar("Value")
 Grams = dict[str, Gram]  # one a region
@@ -36,7 +35,7 @@ EQUALLY = {"prompt": 1.0, "think": 1.0, "answer": 1.0}  # every arm is judged on
 class Plan:
     """What to do to the model. `propagate` says which inputs later layers see: of the dense model, of the pruned blocks
     before, or (group) of the pruned matrices before within the block too. `goal` says what a layer reproduces: its own
-    output on those inputs, the dense model's, or that and what the residual stream lacks. `tune` comes after a block."""
+    output on those inputs, the dense model's, or that and what the stream lacks. `tune` comes after a block."""
 
     pattern: Pattern
     solver: Solver
@@ -47,11 +46,7 @@ class Plan:
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.goal != "own" and self.propagate == "dense":
-            raise ValueError(
-                f'goal "{self.goal}" needs propagate "block" or "group": with "dense" no input differs from the dense '
-                "model's, so there is nothing to make up for"
-            )
+        check_goal(self.goal, self.propagate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +225,7 @@ def _solve(
     dense = matrix.weight.clone()
     target, alpha, beta = None, 0.0, 0.0
     drift = _mix(sums.train_drift[group.name], weights)
-    held_gram, held_drift = (_mix(kind[group.name], EQUALLY) for kind in (sums.held, sums.held_drift))
+    held_gram, held_drift = _mix(sums.held[group.name], EQUALLY), _mix(sums.held_drift[group.name], EQUALLY)
     if drift and held_gram and held_drift:
         imitation = imitate(dense, gram, drift, held_gram, held_drift)
         target, alpha, beta = imitation.target, imitation.alpha, imitation.beta
@@ -322,7 +317,7 @@ def _capture(model: PreTrainedModel, calibration: CalibrationSet, batch_tokens: 
 
 @dataclass
 class _Sums:
-    """For every group the Grams by region, over the calibration and over the held-out documents, and likewise Drifts."""
+    """For every group the Grams by region, over the calibration and over the held-out documents; Drifts likewise."""
 
     train: dict[str, Grams]
     held: dict[str, Grams]
@@ -360,7 +355,7 @@ def _collect(
 
 @dataclass
 class _Seen:
-    """Of one batch in the dense model: what every group and what every writer gave; and how far the stream is off now."""
+    """Of one batch in the dense model: what groups received and writers gave; and how far the stream is off now."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
@@ -418,12 +413,14 @@ def _writers(block: nn.Module, index: int, stream: _Stream) -> tuple[nn.Module, 
             stack.callback(module.register_forward_hook(note).remove)
         added = (stream.run(block, index) - stream.hidden).float()
     rows = stream.batch.regions > 0
-    for first, second in combinations(given, 2):
-        if given[first].shape == given[second].shape == added.shape:
-            missing = (added - given[first].float() - given[second].float())[rows]
-            if float(missing.norm()) < 0.02 * float(added[rows].norm()):
-                return first, second
-    return ()
+    same = [module for module in given if given[module].shape == added.shape]
+    missing = {
+        pair: float((added - given[pair[0]].float() - given[pair[1]].float())[rows].norm())
+        for pair in combinations(same, 2)
+    }
+    best = min(missing, key=lambda pair: missing[pair], default=())
+    rounding = torch.finfo(stream.hidden.dtype).eps * float(stream.hidden[rows].norm())
+    return best if best and missing[best] < 0.01 * float(added[rows].norm()) + rounding else ()
 
 
 @contextmanager
@@ -598,7 +595,8 @@ def _load_block(
     if folder is None or not _block_path(folder, index).with_suffix(".json").exists():
         return None
     rows = read_json(_block_path(folder, index).with_suffix(".json"))
-    results = [LayerResult(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}) for row in rows]
+    pairs = ("shape", "block_error")
+    results = [LayerResult(**(row | {key: row[key] and tuple(row[key]) for key in pairs})) for row in rows]
     tensors = load_file(_block_path(folder, index).with_suffix(".safetensors"))
     assert set(tensors) == {matrix.name for matrix in matrices}, f"{folder} belongs to another plan"
     return tensors, results

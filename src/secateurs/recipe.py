@@ -5,15 +5,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from secateurs.calibration import region_weights
+from secateurs.goals import Goal, Propagate, check_goal
 from secateurs.patterns import PATTERNS, Pattern
 from secateurs.questions import QuestionSet, question_set, unknown_name
 from secateurs.solvers import SOLVERS, Solver
 from secateurs.traces import apply_filters
+from secateurs.tune import Tune
 
 Arm = str | dict[str, float]
 
@@ -68,12 +70,22 @@ class Calibration(_Table):
         return value
 
 
+class TuneTable(_Table):
+    """The fine-tune of every block after its solve (`tune.Tune`); 0 steps: none."""
+
+    steps: int = Field(default=0, ge=0)
+    rate: float = Field(default=Tune.rate, gt=0, lt=1)
+    tokens: int = Field(default=Tune.tokens, ge=1)
+
+
 class Prune(_Table):
-    """What is removed, by which solver, seeing which inputs."""
+    """What is removed, by which solver, seeing which inputs, to reproduce what."""
 
     pattern: dict[str, Any] = {"name": "unstructured", "sparsity": 0.5, "scope": "layer"}
     solver: dict[str, Any] = {"name": "admm"}
-    propagate: Literal["dense", "block", "group"] = "block"
+    propagate: Propagate = "block"
+    goal: Goal = "own"
+    tune: TuneTable = TuneTable()
     targets: list[str] = []
     ignore: list[str] = []
 
@@ -88,6 +100,11 @@ class Prune(_Table):
     def _known_solver(cls, value: dict[str, Any]) -> dict[str, Any]:
         build_solver(value)
         return value
+
+    @model_validator(mode="after")
+    def _goal_can_differ(self) -> "Prune":
+        check_goal(self.goal, self.propagate)
+        return self
 
 
 class Evaluate(_Table):
@@ -182,6 +199,11 @@ def build_pattern(spec: Mapping[str, Any]) -> Pattern:
 def build_solver(spec: Mapping[str, Any]) -> Solver:
     """The solver a table describes. ValueError for an unknown name, key or value."""
     return _build("solver", SOLVERS, spec)
+
+
+def build_tune(table: TuneTable) -> Tune | None:
+    """The fine-tune a table describes; None for none."""
+    return Tune(**table.model_dump()) if table.steps else None
 
 
 def build_questions(spec: Mapping[str, Any]) -> QuestionSet:

@@ -61,7 +61,10 @@ class LayerReport(_Model):
     zeros_asked: Count = Field(description="Zeros the pattern asks for.")
     zeros: Count = Field(description="Zeros achieved.")
     error_train: RelativeError = Field(description="tr(ΔGΔᵀ)/tr(WGWᵀ) on the calibration tokens.")
-    error_held_out: RelativeError | None = Field(description="The same on tokens the solver never saw.")
+    error_held_out: RelativeError | None = Field(
+        description="The same on tokens the solver never saw. A layer that makes up for what came before it, or was "
+        "fine-tuned with its block, is further from its own weights while the model is better: see `hidden_error`."
+    )
     error_by_region: dict[str, RelativeError] = Field(
         description="Held-out error on the tokens of one region: `prompt`, `think`, `answer`."
     )
@@ -69,6 +72,11 @@ class LayerReport(_Model):
     seconds: Seconds = Field(description="Wall-clock time of the solve.")
     outcome: str = Field(description="How the solve ended, in one word.")
     note: str = Field(default="", description="Cause and remedy when the outcome is not the usual one.")
+    alpha: Fraction = Field(default=0.0, description="How far it was made to reproduce the dense model's output.")
+    beta: Fraction = Field(default=0.0, description="How far it was made to make up for the residual stream.")
+    block_error: Annotated[tuple[float, float], Field(strict=False), Unit("ratio of squared norms")] | None = Field(
+        default=None, description="Held-out error of its block's output before and after the fine-tune."
+    )
 
 
 class Difference(_Model):

@@ -42,7 +42,7 @@ from secateurs.models import load_model, load_tokenizer, model_path
 from secateurs.prompts import answer_text, render, think_split, trace_seed
 from secateurs.questions import Question, QuestionSet
 from secateurs.questions.tiny import Tiny
-from secateurs.recipe import Arm, Recipe, build_pattern, build_questions, build_solver
+from secateurs.recipe import Arm, Recipe, build_pattern, build_questions, build_solver, build_tune
 from secateurs.recipe import Sampling as SamplingOverrides
 from secateurs.report import Cell, Evaluation, HiddenError, LayerReport, Report, Stage, TraceSummary, summarise
 from secateurs.traces import Trace, TraceStore, apply_filters
@@ -340,6 +340,8 @@ def prune(
         pattern=pattern,
         solver=solver,
         propagate=recipe.prune.propagate,
+        goal=recipe.prune.goal,
+        tune=build_tune(recipe.prune.tune),
         targets=tuple(recipe.prune.targets),
         ignore=tuple(recipe.prune.ignore),
     )

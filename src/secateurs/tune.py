@@ -15,10 +15,10 @@ from torch import Tensor, nn
 class Tune:
     """Adam on the kept weights of one block at a time, all its matrices together; pruned weights stay exactly zero.
 
-    Minimises sum over tokens of w |goal - block(x)|^2, on the tokens and weights the Grams are made of. Solving a matrix
-    at a time leaves what its matrices could do for each other, through the nonlinearities between them. Block by block
-    after any solver, as in arXiv 2510.14444 and 2603.01376; the step is in units of a matrix's own root mean square, and
-    a result that is not better on held-out documents is thrown away.
+    Minimises sum over tokens of w |goal - block(x)|^2, on the tokens and weights the Grams are made of. Solving one
+    matrix at a time leaves what matrices could do for each other, through the nonlinearities between them. After any
+    solver, as in arXiv 2510.14444 and 2603.01376; but the step is in units of a matrix's own root mean square, and a
+    result that is not better on held-out documents is thrown away.
     Cost: about three forward passes of the block over `tokens` a step; in float32, with two moments a weight.
     """
 
@@ -48,7 +48,7 @@ class Example:
     weight: Float[Tensor, "rows seq"]
 
     def parts(self, tokens: int) -> Iterator["Example"]:
-        """Rows together, at most `tokens` padded tokens at a time. A tensor that has one entry a row is cut likewise."""
+        """Rows together, at most `tokens` padded tokens at a time. Tensors with one entry a row are cut likewise."""
         rows, width = self.weight.shape
         step = max(1, tokens // width)
 
