@@ -12,6 +12,7 @@ ORDER = [
     {"scores", "engines"},
     {"solvers", "goals", "tune", "calibration"},
     {"models"},
+    {"collect"},
     {"pruner"},
     {"export", "evaluate"},
     {"report"},

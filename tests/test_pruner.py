@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from families import make_model
-from secateurs import pruner
+from secateurs import collect, pruner
 from secateurs.calibration import CODES, CalibrationSet, Document, region_weights
 from secateurs.models import decoder_blocks
 from secateurs.patterns import NM, Unstructured
@@ -63,11 +63,11 @@ def test_grams_equal_those_of_single_documents_at_their_true_positions(tiny_mode
     _, blocks = decoder_blocks(tiny_model)
     plan = replace(PLAN, propagate="dense")
     selected = pruner.prunable(tiny_model, plan)
-    streams = pruner._capture(tiny_model, CALIBRATION, batch_tokens=200)
+    streams = collect.capture(tiny_model, CALIBRATION, batch_tokens=200)
     for index, block in enumerate(blocks):
-        groups = [g for g in pruner._groups(block, index, selected[index], streams[0]) if g.expert is None]
+        groups = [g for g in collect.groups_of(block, index, selected[index], streams[0]) if g.expert is None]
         with torch.no_grad():
-            train = pruner._collect(block, index, groups, streams, plan).train
+            train = collect.collect(block, index, groups, streams, keep_out=True).train
         for stream in streams:
             stream.hidden = stream.out
         for group in groups:
@@ -90,10 +90,10 @@ def test_expert_grams_hold_the_tokens_routed_to_them():
     model = make_model("mixtral")
     selected = pruner.prunable(model, PLAN)
     _, blocks = decoder_blocks(model)
-    streams = pruner._capture(model, CALIBRATION, 4096)
-    groups = pruner._groups(blocks[0], 0, selected[0], streams[0])
+    streams = collect.capture(model, CALIBRATION, 4096)
+    groups = collect.groups_of(blocks[0], 0, selected[0], streams[0])
     with torch.no_grad():
-        train = pruner._collect(blocks[0], 0, groups, streams, PLAN).train
+        train = collect.collect(blocks[0], 0, groups, streams).train
     down = [g for g in groups if g.part == "down"]
     tokens = sum(len(d.ids) for d in CALIBRATION.documents)
     assert len(down) == 4
@@ -102,9 +102,9 @@ def test_expert_grams_hold_the_tokens_routed_to_them():
 
 def test_q_k_v_share_one_gram_and_so_do_gate_and_up():
     model = make_model("qwen3")
-    streams = pruner._capture(model, CALIBRATION, 4096)
+    streams = collect.capture(model, CALIBRATION, 4096)
     _, blocks = decoder_blocks(model)
-    groups = pruner._groups(blocks[0], 0, pruner.prunable(model, PLAN)[0], streams[0])
+    groups = collect.groups_of(blocks[0], 0, pruner.prunable(model, PLAN)[0], streams[0])
     shared = [sorted(m.name.rsplit(".", 1)[1] for m in g.matrices) for g in groups]
     assert shared == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
@@ -154,8 +154,8 @@ def test_what_a_block_adds_to_the_stream_is_found_by_watching(name, writers):
         model = make_model(name).to(dtype)
         _, blocks = decoder_blocks(model)
         with torch.no_grad():
-            streams = pruner._capture(model, CALIBRATION, 4096)
-            found = pruner._writers(blocks[0], 0, streams[0])
+            streams = collect.capture(model, CALIBRATION, 4096)
+            found = collect.writers_of(blocks[0], 0, streams[0])
         names = {module: place.rsplit(".", 1)[-1] for place, module in blocks[0].named_modules()}
         assert [names[module] for module in found] == writers
 
@@ -165,7 +165,7 @@ def test_drifts_equal_those_of_single_documents():
     model, dense = make_model("llama"), make_model("llama")
     plan = replace(PLAN, goal="residual", propagate="group")
     with torch.no_grad():
-        streams = pruner._capture(model, CALIBRATION, 200)
+        streams = collect.capture(model, CALIBRATION, 200)
         blocks = (decoder_blocks(model)[1], decoder_blocks(dense)[1])
         for stream in streams:
             stream.dense = stream.run(blocks[0][0], 0)
@@ -174,12 +174,12 @@ def test_drifts_equal_those_of_single_documents():
         for stream in streams:
             stream.hidden = stream.run(blocks[0][0], 0)
         selected = pruner.prunable(model, plan)[1]
-        groups = pruner._groups(blocks[0][1], 1, selected, streams[0])
-        writers = pruner._writers(blocks[0][1], 1, streams[0])
+        groups = collect.groups_of(blocks[0][1], 1, selected, streams[0])
+        writers = collect.writers_of(blocks[0][1], 1, streams[0])
         o_proj = next(matrix for matrix in selected if matrix.name.endswith("o_proj"))
         before = {o_proj: o_proj.weight.clone()}
         o_proj.weight.mul_(0.5)  # solved already, so the dense pass must see the weights from before
-        sums = pruner._collect(blocks[0][1], 1, groups, streams, plan, writers, before)
+        sums = collect.collect(blocks[0][1], 1, groups, streams, imitate=True, writers=writers, dense=before)
         assert torch.equal(o_proj.weight, before[o_proj] * 0.5)
         expected = {}
         for document in CALIBRATION.documents:
