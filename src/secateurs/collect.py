@@ -20,6 +20,7 @@ from secateurs.models import Matrix, decoder, decoder_blocks, linears, packed_ex
 
 Sum = TypeVar("Sum", Gram, Drift)
 Grams = dict[str, Gram]  # one a region
+EQUALLY = {"prompt": 1.0, "think": 1.0, "answer": 1.0}  # every arm is judged on the same tokens of the same documents
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def collect(
         regions = stream.batch.regions.flatten().to(stream.hidden.device)
         seen = _Seen()
         if imitate:
-            with _swapped(dense or {}), _watch(groups, writers, seen):
+            with swapped(dense or {}), _watch(groups, writers, seen):
                 stream.dense_out = stream.run(block, index, stream.dense)
             seen.drift = stream.dense - stream.hidden
         with _hooks(groups, regions, grams, writers, seen, drifts):
@@ -152,7 +153,7 @@ def _watch(groups: Sequence[Group], writers: Sequence[nn.Module], seen: _Seen) -
 
 
 @contextmanager
-def _swapped(dense: Mapping[Matrix, Tensor]) -> Iterator[None]:
+def swapped(dense: Mapping[Matrix, Tensor]) -> Iterator[None]:
     """While open, matrices have the weights in `dense`."""
     pruned = {matrix: matrix.weight.clone() for matrix in dense}
     try:

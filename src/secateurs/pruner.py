@@ -5,7 +5,7 @@ receive the same tensor (q/k/v, gate/up), one Gram a region; solve each matrix; 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from secateurs.artifacts import atomic_write, read_json, write_json
 from secateurs.calibration import REGIONS, CalibrationSet
 from secateurs.collect import (
+    EQUALLY,
     Grams,
     Group,
     Stream,
@@ -37,7 +38,6 @@ from secateurs.solvers import Solver
 from secateurs.tune import Example, Tune, tune
 
 Value = TypeVar("Value")
-EQUALLY = {"prompt": 1.0, "think": 1.0, "answer": 1.0}  # every arm is judged on the same tokens of the same documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,8 @@ class Plan:
 
     pattern: Pattern
     solver: Solver
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    """For matrices that get another one than `pattern`: what an allocator decided, by name."""
     propagate: Propagate = "block"
     goal: Goal = "own"
     tune: Tune | None = None
@@ -56,6 +58,10 @@ class Plan:
 
     def __post_init__(self):
         check_goal(self.goal, self.propagate)
+
+    def pattern_of(self, matrix: Matrix) -> Pattern:
+        """The pattern of a matrix."""
+        return self.patterns.get(matrix.name, self.pattern)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +104,7 @@ def prunable(model: PreTrainedModel, plan: Plan) -> list[list[Matrix]]:
     selected = [[matrix for matrix in block if matrix.name in wanted] for block in per_block]
     for matrix in (matrix for block in selected for matrix in block):
         try:
-            plan.pattern.check(*matrix.weight.shape)
+            plan.pattern_of(matrix).check(*matrix.weight.shape)
         except ValueError as error:
             raise ValueError(f"{matrix.name}: {error}") from None
     return selected
@@ -184,7 +190,7 @@ def _prune_block(
         stream.hidden = _known(stream.out) if plan.propagate == "dense" else stream.run(block, index)
         stream.dense = stream.dense if stream.dense_out is None else stream.dense_out
         stream.out = stream.dense_out = None
-    return [_result(one, index, plan.pattern, errors) for one in solved]
+    return [_result(one, index, plan.pattern_of(one.matrix), errors) for one in solved]
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,8 @@ def _solve(
     if drift and held_gram and held_drift:
         imitation = imitate(dense, gram, drift, held_gram, held_drift)
         target, alpha, beta = imitation.target, imitation.alpha, imitation.beta
-    problem = LayerProblem(name=matrix.name, weight=dense, gram=gram, pattern=plan.pattern, target=target)
+    pattern = plan.pattern_of(matrix)
+    problem = LayerProblem(name=matrix.name, weight=dense, gram=gram, pattern=pattern, target=target)
     return _Solved(matrix, dense, gram, sums.held[group.name], plan.solver.solve(problem), note, alpha, beta)
 
 

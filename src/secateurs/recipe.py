@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from secateurs.allocators import ALLOCATORS, Allocator
 from secateurs.calibration import region_weights
 from secateurs.goals import Goal, Propagate, check_goal
-from secateurs.patterns import PATTERNS, Pattern
+from secateurs.patterns import PATTERNS, Pattern, Unstructured
 from secateurs.questions import QuestionSet, question_set, unknown_name
 from secateurs.solvers import SOLVERS, Solver
 from secateurs.traces import apply_filters
@@ -83,6 +84,7 @@ class Prune(_Table):
 
     pattern: dict[str, Any] = {"name": "unstructured", "sparsity": 0.5, "scope": "layer"}
     solver: dict[str, Any] = {"name": "admm"}
+    allocator: dict[str, Any] = {"name": "uniform"}
     propagate: Propagate = "block"
     goal: Goal = "own"
     tune: TuneTable = TuneTable()
@@ -100,6 +102,23 @@ class Prune(_Table):
     def _known_solver(cls, value: dict[str, Any]) -> dict[str, Any]:
         build_solver(value)
         return value
+
+    @field_validator("allocator")
+    @classmethod
+    def _known_allocator(cls, value: dict[str, Any]) -> dict[str, Any]:
+        build_allocator(value)
+        return value
+
+    @model_validator(mode="after")
+    def _countable(self) -> "Prune":
+        pattern = build_pattern(self.pattern)
+        over_layer = isinstance(pattern, Unstructured) and pattern.scope == "layer"
+        if self.allocator["name"] != "uniform" and not over_layer:
+            raise ValueError(
+                f"allocator `{self.allocator['name']}` gives every matrix a number of zeros, which only an "
+                'unstructured pattern with scope = "layer" can have exactly'
+            )
+        return self
 
     @model_validator(mode="after")
     def _goal_can_differ(self) -> "Prune":
@@ -161,7 +180,7 @@ class Recipe(_Table):
     seed: int = 0
     traces: Traces = Traces()
     calibration: Calibration = Calibration()
-    prune: Prune = Prune()
+    prune: Prune = Field(default_factory=Prune)  # its checks need what is defined below
     evaluate: Evaluate = Evaluate()
     sweep: Sweep = Sweep()
     resources: Resources = Resources()
@@ -199,6 +218,11 @@ def build_pattern(spec: Mapping[str, Any]) -> Pattern:
 def build_solver(spec: Mapping[str, Any]) -> Solver:
     """The solver a table describes. ValueError for an unknown name, key or value."""
     return _build("solver", SOLVERS, spec)
+
+
+def build_allocator(spec: Mapping[str, Any]) -> Allocator:
+    """The allocator a table describes. ValueError for an unknown name, key or value."""
+    return _build("allocator", ALLOCATORS, spec)
 
 
 def build_tune(table: TuneTable) -> Tune | None:

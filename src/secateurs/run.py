@@ -2,6 +2,7 @@
 
     out/traces/KEY/          a trace store of the dense model
     out/dense/KEY/           the dense model's answers
+    out/surveys/KEY.json     what an allocator wanted to know of the dense model
     out/cells/NAME-KEY/      one pruned model: blocks/ (to resume from), model/ (the result), answers/, cell.json
     out/report.json|md|html
 
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from fractions import Fraction
 from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
@@ -24,6 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from secateurs import evaluate, pruner
+from secateurs.allocators import Layer
 from secateurs.artifacts import canonical_hash, model_hash, read_json, tokenizer_hash, write_json
 from secateurs.calibration import (
     CalibrationSet,
@@ -39,12 +42,22 @@ from secateurs.engines.hf import hf_engine
 from secateurs.export import export, verify
 from secateurs.layer import Gram, LayerProblem
 from secateurs.models import load_model, load_tokenizer, model_path
+from secateurs.patterns import Pattern, Unstructured
 from secateurs.prompts import answer_text, render, think_split, trace_seed
 from secateurs.questions import Question, QuestionSet
 from secateurs.questions.tiny import Tiny
-from secateurs.recipe import Arm, Recipe, build_pattern, build_questions, build_solver, build_tune
+from secateurs.recipe import (
+    Arm,
+    Recipe,
+    build_allocator,
+    build_pattern,
+    build_questions,
+    build_solver,
+    build_tune,
+)
 from secateurs.recipe import Sampling as SamplingOverrides
 from secateurs.report import Cell, Evaluation, HiddenError, LayerReport, Report, Stage, TraceSummary, summarise
+from secateurs.survey import survey
 from secateurs.traces import Trace, TraceStore, apply_filters
 
 
@@ -339,6 +352,7 @@ def prune(
     plan = pruner.Plan(
         pattern=pattern,
         solver=solver,
+        patterns=allocate(recipe, out, arm, pattern_spec, seed, traced, dense, model, calibration, progress),
         propagate=recipe.prune.propagate,
         goal=recipe.prune.goal,
         tune=build_tune(recipe.prune.tune),
@@ -385,6 +399,64 @@ def prune(
     data = {**facts, "layers": layers, "hidden_error": hidden, "seconds": seconds}
     write_json(record, data)
     return Pruned(folder, **data)
+
+
+def allocate(
+    recipe: Recipe,
+    out: Path,
+    arm: Arm,
+    pattern_spec: dict[str, Any],
+    seed: int,
+    traced: Traced,
+    dense: Dense,
+    model: Any,
+    calibration: CalibrationSet,
+    progress: Progress = silent,
+) -> dict[str, Pattern]:
+    """The pattern of every matrix under the allocator's plan, with as many zeros as the uniform one; none for uniform.
+
+    What the allocator wants to know of the dense model is measured once and kept in out/surveys.
+    """
+    allocator, label = build_allocator(recipe.prune.allocator), f"{arm_label(arm)} {build_pattern(pattern_spec)}"
+    if not allocator.needs_survey:
+        return {}
+    plan = pruner.Plan(
+        pattern=build_pattern(pattern_spec),
+        solver=build_solver(recipe.prune.solver),
+        targets=tuple(recipe.prune.targets),
+        ignore=tuple(recipe.prune.ignore),
+    )
+    selected = pruner.prunable(model, plan)
+    key = canonical_hash(
+        {
+            "traces": traced.key, "filters": recipe.traces.filters,
+            "calibration": recipe.calibration.model_dump() | {"arm": arm}, "seed": seed, **dense.key,
+            "sparsity": pattern_spec["sparsity"], "curves": allocator.needs_curves,
+            "matrices": [matrix.name for block in selected for matrix in block],
+        }
+    )[:12]  # fmt: skip
+    record = out / "surveys" / f"{key}.json"
+    if record.exists():
+        rows: Any = read_json(record)
+        layers = [Layer(**(row | {"curve": tuple(map(tuple, row["curve"]))})) for row in rows]
+    else:
+        layers = survey(
+            model,
+            calibration,
+            selected,
+            pattern_spec["sparsity"],
+            curves=allocator.needs_curves,
+            batch_tokens=recipe.calibration.batch_tokens,
+            progress=lambda done, total, what: progress(f"survey {label}", done, total, "layers"),
+        )
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, [asdict(layer) for layer in layers])
+    zeros = sum(plan.pattern.num_zeros(*matrix.weight.shape) for block in selected for matrix in block)
+    counts = allocator.allocate(layers, zeros)
+    return {
+        layer.name: Unstructured(Fraction(count, layer.size), "layer")
+        for layer, count in zip(layers, counts, strict=True)
+    }
 
 
 @dataclass(frozen=True)
