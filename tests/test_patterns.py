@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateurs.patterns import NM, PATTERNS, Pattern, Unstructured, _sampled_kth, _sampled_kth_numpy
+from secateurs.patterns import NM, PATTERNS, Pattern, Unstructured, _sampled_kth, _sampled_kth_numpy, stack
 
 SCOPES = st.sampled_from(["row", "layer"])
 SPARSITIES = st.integers(0, 99).map(lambda percent: percent / 100) | st.floats(0, 0.999)
@@ -156,3 +156,26 @@ def test_a_fraction_is_an_exact_count(d_out, d_in, data):
     zeros = data.draw(st.integers(0, d_out * d_in - 1))
     pattern = Unstructured(Fraction(zeros, d_out * d_in), "layer")
     assert pattern.num_zeros(d_out, d_in) == zeros == int((~pattern.mask(torch.rand(d_out, d_in))).sum())
+
+
+@given(scores(), st.data())
+def test_a_stack_has_the_masks_of_its_parts(scores, data):
+    cut = data.draw(st.integers(1, max(1, len(scores) - 1)))
+    rows = (cut, len(scores) - cut)
+    if not rows[1]:
+        return
+    parts = [Unstructured(0.5, "layer"), Unstructured(0.3, data.draw(SCOPES))]
+    pattern = stack(parts, rows)
+    masks = [part.mask(some) for part, some in zip(parts, scores.split(rows), strict=True)]
+    assert torch.equal(pattern.mask(scores), torch.cat(masks))
+    assert pattern.num_zeros(*scores.shape) == int((~pattern.mask(scores)).sum())
+    assert pattern.shared_rows(len(scores)) == [slice(0, cut)] + [slice(cut, len(scores))] * (parts[1].scope == "layer")
+
+
+def test_what_goes_together_in_a_stack():
+    assert stack([NM(2, 4), NM(2, 4)], (3, 5)) == NM(2, 4)
+    assert stack([Unstructured(0.5)] * 2, (3, 5)) == Unstructured(0.5)
+    assert stack([NM(2, 4), NM(1, 4)], (3, 5)) is None
+    assert stack([NM(2, 4), Unstructured(0.5)], (3, 5)) is None
+    with pytest.raises(ValueError, match="9 rows cannot be a stack"):
+        stack([Unstructured(0.5, "layer")] * 2, (3, 5)).check(9, 4)

@@ -13,7 +13,7 @@ from secateurs.calibration import CODES, CalibrationSet, Document, region_weight
 from secateurs.models import decoder_blocks
 from secateurs.patterns import NM, Unstructured
 from secateurs.pruner import Plan
-from secateurs.solvers import SparseGPT
+from secateurs.solvers import ALPS, SparseGPT
 from secateurs.solvers.masking import Masking
 from secateurs.tune import Tune
 
@@ -143,6 +143,19 @@ def test_propagation_changes_what_later_layers_see():
         errors[propagate] = [r.error_train for r in results]
     assert errors["dense"][0] == errors["block"][0] == errors["group"][0]
     assert errors["dense"] != errors["block"] != errors["group"]
+
+
+@pytest.mark.parametrize(("solver", "solves"), [(SparseGPT(), 4), (ALPS(), 7)])
+def test_matrices_with_the_same_inputs_are_solved_as_one(solver, solves, monkeypatch):
+    """One solve for q, k and v, one for gate and up, each with its own count; ALPS takes every matrix by itself."""
+    shapes, solve = [], type(solver).solve
+    monkeypatch.setattr(type(solver), "solve", lambda self, problem: shapes.append(problem) or solve(self, problem))
+    name = "model.layers.0.self_attn.k_proj"
+    plan = replace(PLAN, solver=solver, pattern=Unstructured(0.5, "layer"), patterns={name: Unstructured(0.7, "layer")})
+    results = pruner.prune(make_model("qwen3"), CALIBRATION, plan)
+    assert len(shapes) == 2 * solves
+    assert [r.zeros for r in results if r.name == name] == [int(0.7 * 16 * 32)]
+    assert all(r.zeros == r.zeros_asked and r.pattern == "50% per layer" for r in results if r.name != name)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from secateurs.layer import Gram, LayerProblem, LayerSolution, Outcome, relative_error
 from secateurs.linalg import NotPositiveDefiniteError, masked_refit, unit_gram
-from secateurs.patterns import NM, Unstructured
+from secateurs.patterns import NM, Unstructured, stack
 from secateurs.scores import SCORES
 from secateurs.solvers import ADMM, ALPS, SOLVERS, Refit, Solver, SparseGPT, Swaps
 from secateurs.solvers.masking import Masking
@@ -312,6 +312,26 @@ def test_a_path_has_every_budget_and_nearly_the_error_of_single_solves():
         assert torch.equal(found[0].weight, cold[0].weight)
         ratios.append([error(one, p) / error(alone, p) for one, alone in zip(found, cold, strict=True)])
     assert (torch.tensor(ratios).mean(0)[:-1] < 1.1).all()  # from scratch in as many steps: 1.3
+
+
+@EVERY_SOLVER
+@pytest.mark.parametrize(
+    "patterns",
+    [[Unstructured(0.5, "layer"), Unstructured(0.7, "layer")], [Unstructured(0.5), Unstructured(0.6)], [NM(2, 4)] * 2],
+    ids=["layer", "row", "2:4"],
+)
+def test_a_stack_is_solved_as_its_parts_are(make, patterns):
+    if not make().by_rows:
+        pytest.skip("solves a matrix as a whole")
+    whole = problem(patterns[0], d_out=40)
+    weights = whole.weight.split((12, 28))
+    stacked = make().solve(replace(whole, pattern=stack(patterns, (12, 28))))
+    for pattern, weight, mask, found in zip(
+        patterns, weights, stacked.mask.split((12, 28)), stacked.weight.split((12, 28)), strict=True
+    ):
+        alone = make().solve(replace(whole, weight=weight, pattern=pattern))
+        assert torch.equal(alone.mask, mask)
+        assert_same_weights(make, found, alone.weight, replace(whole, weight=weight))
 
 
 def test_exchanges_leave_dead_inputs_alone():

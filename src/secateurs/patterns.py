@@ -1,10 +1,11 @@
-"""Which weights may stay: `Unstructured(sparsity, scope)` and `NM(n, m)`. Exact budgets, exact masks, no randomness.
+"""Which weights may stay: `Unstructured(sparsity, scope)`, `NM(n, m)`. Exact budgets, exact masks, no randomness.
 
 A pattern turns scores into a mask (True = kept) with exactly the number of zeros that was asked for, whether the matrix
 is seen whole (`mask`) or a few columns at a time (`block_mask`). Among equal scores the lowest index is pruned first,
 counted row by row, as a stable ascending sort would do.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
@@ -43,6 +44,10 @@ class Pattern(Protocol):
 
     def columns_at_once(self, block_size: int) -> int:
         """How many columns a solver that sweeps `block_size` columns at a time should choose together."""
+        ...
+
+    def shared_rows(self, d_out: int) -> list[slice]:
+        """Rows with one count for all, so that zeros may move between them; none where rows are on their own."""
         ...
 
 
@@ -96,6 +101,10 @@ class Unstructured:
     def columns_at_once(self, block_size: int) -> int:
         """The whole block: the wider it is, the freer the choice."""
         return block_size
+
+    def shared_rows(self, d_out: int) -> list[slice]:
+        """All rows, with scope "layer"."""
+        return [slice(0, d_out)] if self.scope == "layer" else []
 
     def _zeros_before(self, column: int, d_out: int) -> int:
         """Zeros in the first `column` columns: of one row, or of all `d_out` rows together with scope "layer"."""
@@ -154,6 +163,65 @@ class NM:
     def columns_at_once(self, block_size: int) -> int:
         """One group: the later it is chosen, the more is known about the weights before it."""
         return self.m
+
+    def shared_rows(self, d_out: int) -> list[slice]:
+        """None: every row is on its own."""
+        return []
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Matrices with the same inputs, one upon the other: `rows[i]` rows with `patterns[i]`, each with its own count.
+
+    How q/k/v, or gate and up, are solved as one problem. See `stack`.
+    """
+
+    patterns: tuple[Unstructured, ...]
+    rows: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.patterns))
+
+    def check(self, d_out: int, d_in: int) -> None:
+        """ValueError if the rows are not those of the parts."""
+        if sum(self.rows) != d_out:
+            raise ValueError(f"{d_out} rows cannot be a stack of {self.rows}")
+
+    def num_zeros(self, d_out: int, d_in: int) -> int:
+        """The zeros of all parts."""
+        return sum(pattern.num_zeros(rows, d_in) for pattern, rows in zip(self.patterns, self.rows, strict=True))
+
+    def mask(self, scores: Float[Tensor, "d_out d_in"]) -> Bool[Tensor, "d_out d_in"]:
+        """True where the weight is kept. ValueError if a score is NaN."""
+        return self.block_mask(scores, 0)
+
+    def block_mask(self, scores: Float[Tensor, "d_out block"], start: int) -> Bool[Tensor, "d_out block"]:
+        """The mask of columns [start, start + block) alone, part by part."""
+        parts = zip(self.patterns, scores.split(self.rows), strict=True)
+        return torch.cat([pattern.block_mask(part, start) for pattern, part in parts])
+
+    def columns_at_once(self, block_size: int) -> int:
+        """The whole block."""
+        return block_size
+
+    def shared_rows(self, d_out: int) -> list[slice]:
+        """Those of each part."""
+        ends = [sum(self.rows[: index + 1]) for index in range(len(self.rows))]
+        return [
+            slice(end - rows, end)
+            for pattern, rows, end in zip(self.patterns, self.rows, ends, strict=True)
+            if pattern.shared_rows(rows)
+        ]
+
+
+def stack(patterns: Sequence[Pattern], rows: Sequence[int]) -> Pattern | None:
+    """One pattern for matrices one upon the other; None if theirs do not go together."""
+    first = patterns[0]
+    if all(pattern == first for pattern in patterns) and not first.shared_rows(rows[0]):
+        return first
+    if all(isinstance(pattern, Unstructured) for pattern in patterns):
+        return Stacked(tuple(pattern for pattern in patterns if isinstance(pattern, Unstructured)), tuple(rows))
+    return None
 
 
 PATTERNS: dict[str, type[Pattern]] = {"unstructured": Unstructured, "nm": NM}

@@ -5,7 +5,7 @@ receive the same tensor (q/k/v, gate/up), one Gram a region; solve each matrix; 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,7 +33,7 @@ from secateurs.collect import (
 from secateurs.goals import Goal, Propagate, check_goal, imitate
 from secateurs.layer import Gram, LayerProblem, LayerSolution, Outcome, relative_error
 from secateurs.models import Matrix, chosen, decoder_blocks
-from secateurs.patterns import Pattern
+from secateurs.patterns import Pattern, stack
 from secateurs.solvers import Solver
 from secateurs.tune import Example, Tune, tune
 
@@ -169,7 +169,7 @@ def _prune_block(
     solved: list[_Solved] = []
 
     def solve(batch: Sequence[Group]) -> None:
-        dense = {one.matrix: one.dense for one in solved}
+        dense = {one.aim.matrix: one.aim.dense for one in solved}
         needs_out = not dense and (plan.tune is not None or plan.propagate == "dense")
         sums = collect(
             block, index, batch, streams,
@@ -177,11 +177,11 @@ def _prune_block(
         )  # fmt: skip
         for group in batch:
             gram, note = train_gram(group, groups, sums.train, weights)
-            for matrix in group.matrices:
-                one = _solve(matrix, group, gram, sums, weights, plan, note)
-                solved.append(one)
-                matrix.weight.copy_(one.solution.weight)
-                progress(done + len(solved), total, matrix.name)
+            aims = [_aim(matrix, group, gram, sums, weights) for matrix in group.matrices]
+            for aim, solution in zip(aims, _solutions(aims, gram, plan), strict=True):
+                solved.append(_Solved(aim, gram, sums.held[group.name], solution, note))
+                aim.matrix.weight.copy_(solution.weight)
+                progress(done + len(solved), total, aim.matrix.name)
 
     for batch in [[group] for group in groups] if plan.propagate == "group" else [groups]:
         solve(batch)
@@ -190,61 +190,90 @@ def _prune_block(
         stream.hidden = _known(stream.out) if plan.propagate == "dense" else stream.run(block, index)
         stream.dense = stream.dense if stream.dense_out is None else stream.dense_out
         stream.out = stream.dense_out = None
-    return [_result(one, index, plan.pattern_of(one.matrix), errors) for one in solved]
+    return [_result(one, index, plan.pattern_of(one.aim.matrix), errors) for one in solved]
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """A matrix, its dense weights, and what to reproduce in their place, if anything (`goals.imitate`)."""
+
+    matrix: Matrix
+    dense: Tensor
+    target: Tensor | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Solved:
-    """A matrix with its dense weights, what it was solved on and judged on, and the solution."""
+    """What was aimed at, on which Gram, what judges it, and the solution."""
 
-    matrix: Matrix
-    dense: Tensor
+    aim: _Aim
     gram: Gram
     held: Grams
     solution: LayerSolution
     note: str
-    alpha: float
-    beta: float
 
 
-def _solve(
-    matrix: Matrix, group: Group, gram: Gram, sums: Sums, weights: Mapping[str, float], plan: Plan, note: str
-) -> _Solved:
+def _aim(matrix: Matrix, group: Group, gram: Gram, sums: Sums, weights: Mapping[str, float]) -> _Aim:
     dense = matrix.weight.clone()
-    target, alpha, beta = None, 0.0, 0.0
     drift = mix(sums.train_drift[group.name], weights)
     held_gram, held_drift = mix(sums.held[group.name], EQUALLY), mix(sums.held_drift[group.name], EQUALLY)
     if drift and held_gram and held_drift:
-        imitation = imitate(dense, gram, drift, held_gram, held_drift)
-        target, alpha, beta = imitation.target, imitation.alpha, imitation.beta
-    pattern = plan.pattern_of(matrix)
-    problem = LayerProblem(name=matrix.name, weight=dense, gram=gram, pattern=pattern, target=target)
-    return _Solved(matrix, dense, gram, sums.held[group.name], plan.solver.solve(problem), note, alpha, beta)
+        goal = imitate(dense, gram, drift, held_gram, held_drift)
+        return _Aim(matrix, dense, goal.target, goal.alpha, goal.beta)
+    return _Aim(matrix, dense)
+
+
+def _solutions(aims: Sequence[_Aim], gram: Gram, plan: Plan) -> list[LayerSolution]:
+    """A solution for each of some matrices with the same inputs: solved as one where that changes nothing but time."""
+    rows = [len(aim.dense) for aim in aims]
+    patterns = [plan.pattern_of(aim.matrix) for aim in aims]
+    together = stack(patterns, rows) if len(aims) > 1 and plan.solver.by_rows else None
+    if together is None:
+        return [
+            plan.solver.solve(
+                LayerProblem(name=aim.matrix.name, weight=aim.dense, gram=gram, pattern=pattern, target=aim.target)
+            )
+            for aim, pattern in zip(aims, patterns, strict=True)
+        ]
+    targets = [aim.dense if aim.target is None else aim.target for aim in aims]
+    weight = torch.cat([aim.dense for aim in aims])
+    name = " + ".join(aim.matrix.name for aim in aims)
+    solution = plan.solver.solve(
+        LayerProblem(name=name, weight=weight, gram=gram, pattern=together, target=torch.cat(targets))
+    )
+    parts = zip(solution.weight.split(rows), solution.mask.split(rows), rows, strict=True)
+    seconds = solution.stats.get("seconds", 0.0)
+    return [
+        replace(solution, weight=part, mask=mask, stats=solution.stats | {"seconds": seconds * count / len(weight)})
+        for part, mask, count in parts
+    ]
 
 
 def _result(one: _Solved, index: int, pattern: Pattern, block_error: tuple[float, float] | None) -> LayerResult:
     """What is reported of a matrix, its errors measured on its weights as they are now."""
-    d_out, d_in = one.dense.shape
-    weight, solution = one.matrix.weight, one.solution
+    matrix, dense, solution = one.aim.matrix, one.aim.dense, one.solution
+    d_out, d_in = dense.shape
     held_gram = mix(one.held, EQUALLY)
     return LayerResult(
-        name=one.matrix.name,
+        name=matrix.name,
         block=index,
         shape=(d_out, d_in),
         pattern=str(pattern),
         zeros_asked=pattern.num_zeros(d_out, d_in),
         zeros=int((~solution.mask).sum()),
-        error_train=relative_error(weight, one.dense, one.gram),
-        error_held_out=relative_error(weight, one.dense, held_gram) if held_gram else None,
+        error_train=relative_error(matrix.weight, dense, one.gram),
+        error_held_out=relative_error(matrix.weight, dense, held_gram) if held_gram else None,
         error_by_region={
-            region: relative_error(weight, one.dense, gram) for region, gram in one.held.items() if gram.tokens
+            region: relative_error(matrix.weight, dense, gram) for region, gram in one.held.items() if gram.tokens
         },
         damp=solution.stats.get("damp", 0.0),
         seconds=solution.stats.get("seconds", 0.0),
         outcome=solution.outcome.value,
         note=one.note or ("" if solution.outcome == Outcome.OK else solution.outcome.text),
-        alpha=one.alpha,
-        beta=one.beta,
+        alpha=one.aim.alpha,
+        beta=one.aim.beta,
         block_error=block_error,
     )
 
@@ -260,9 +289,9 @@ def _tune_block(
     """Fine-tune the kept weights of all matrices together; None if there is nothing held out to judge it by."""
     kept: dict[nn.Parameter, Tensor] = {}
     for one in solved:
-        parameter = one.matrix.parameter
+        parameter = one.aim.matrix.parameter
         mask = kept.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))
-        (mask if one.matrix.expert is None else mask[one.matrix.expert]).copy_(one.solution.mask)
+        (mask if one.aim.matrix.expert is None else mask[one.aim.matrix.expert]).copy_(one.solution.mask)
 
     def example(stream: Stream, worth: Mapping[str, float]) -> Example:
         of_code = torch.tensor([0.0, *(worth.get(region, 0.0) for region in REGIONS)])
@@ -276,7 +305,9 @@ def _tune_block(
         return None
     errors = tune(block, kept, train, held, how)
     for one in solved:
-        assert not bool(one.matrix.weight[~one.solution.mask].any()), f"{one.matrix.name}: a pruned weight moved"
+        assert not bool(one.aim.matrix.weight[~one.solution.mask].any()), (
+            f"{one.aim.matrix.name}: a pruned weight moved"
+        )
     return errors
 
 

@@ -16,6 +16,11 @@ from secateurs.solvers.swaps import Swaps
 class Solver(Protocol):
     """A solver is its hyper-parameters: a frozen dataclass with one method."""
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows meet only in the pattern, so that matrices with the same inputs can be solved as one."""
+        ...
+
     def solve(self, problem: LayerProblem) -> LayerSolution:
         """Weights with exactly the zeros `problem.pattern` asks for. Changes nothing; same in, same out."""
         ...

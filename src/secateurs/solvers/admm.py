@@ -52,6 +52,11 @@ class ADMM:
     damping: Damping = "mean"
     refit_steps: int = 3
 
+    @property
+    def by_rows(self) -> bool:
+        """Yes."""
+        return True
+
     def __post_init__(self):
         if not 1 <= self.levels <= self.steps:
             raise ValueError(f"levels is {self.levels}, but it must be 1 to the number of steps, {self.steps}.")

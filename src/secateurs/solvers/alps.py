@@ -36,6 +36,11 @@ class ALPS:
     """At most; about 30 are usual."""
     refit_steps: int = 10
 
+    @property
+    def by_rows(self) -> bool:
+        """No: its schedule goes by how much of the whole support moves."""
+        return False
+
     def solve(self, problem: LayerProblem) -> LayerSolution:
         """See `Solver.solve`."""
         started = time.perf_counter()

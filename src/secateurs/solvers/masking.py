@@ -17,6 +17,11 @@ class Masking:
 
     score: str
 
+    @property
+    def by_rows(self) -> bool:
+        """Yes."""
+        return True
+
     def __post_init__(self):
         if self.score not in SCORES:
             raise ValueError(f"unknown score `{self.score}`. Known: {', '.join(sorted(SCORES))}.")

@@ -22,6 +22,11 @@ class Refit:
     damp: float = 0.03
     damping: Damping = "mean"
 
+    @property
+    def by_rows(self) -> bool:
+        """As `base`."""
+        return self.base.by_rows
+
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}, but a refit takes at least 1 (10 is a good value).")

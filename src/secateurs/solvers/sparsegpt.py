@@ -38,6 +38,11 @@ class SparseGPT:
     damping: Damping = "relative"
     """"relative": of each diagonal element. "mean": of the mean of the diagonal."""
 
+    @property
+    def by_rows(self) -> bool:
+        """Yes."""
+        return True
+
     def __post_init__(self):
         if self.block_size < 1:
             raise ValueError(f"block_size is {self.block_size}, but a block needs at least 1 column (64 is good).")

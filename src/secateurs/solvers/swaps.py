@@ -43,6 +43,11 @@ class Swaps:
     damping: Damping = "mean"
     refit_steps: int = 10
 
+    @property
+    def by_rows(self) -> bool:
+        """As `base`."""
+        return self.base.by_rows
+
     def __post_init__(self):
         for name, least in (("candidates", 1), ("rounds", 1), ("kicks", 0)):
             if getattr(self, name) < least:
@@ -153,8 +158,8 @@ class _State:
             rows = (change < self._noise()).nonzero().squeeze(1)
             self._exchange(rows, pair[rows])
             made = len(rows)
-            if getattr(pattern, "scope", "row") == "layer":
-                made += self.trade_between_rows()
+            for rows in pattern.shared_rows(len(change)):
+                made += self.trade_between_rows(rows)
             total += made
             if not made:
                 break
@@ -208,12 +213,13 @@ class _State:
         self._sweep(rows, pair % width)
         self._sweep(rows, pair // width)
 
-    def trade_between_rows(self) -> int:
-        """Some rows take an input in and as many others leave one out, where that helps; how many pairs."""
-        diagonal = self.sweep.diagonal(dim1=1, dim2=2)
-        into, out = self.valid & ~self.inside, self.valid & self.inside
-        gain, p = torch.where(into, self.values**2 / torch.where(into, diagonal, 1), -1.0).max(1)
-        cost, u = torch.where(out, self.values**2 / torch.where(out, -diagonal, 1), NEVER).min(1)
+    def trade_between_rows(self, rows: slice) -> int:
+        """Of `rows` some take an input in and as many others leave one out, where that helps; how many pairs."""
+        diagonal = self.sweep[rows].diagonal(dim1=1, dim2=2)
+        valid, inside, squares = self.valid[rows], self.inside[rows], self.values[rows] ** 2
+        into, out = valid & ~inside, valid & inside
+        gain, p = torch.where(into, squares / torch.where(into, diagonal, 1), -1.0).max(1)
+        cost, u = torch.where(out, squares / torch.where(out, -diagonal, 1), NEVER).min(1)
         takers, givers = gain.argsort(descending=True, stable=True), cost.argsort(stable=True)
         helps = gain[takers] > cost[givers] * (1 + 1e-4)
         # A row that would both take and give has made its own exchange; it does neither here.
@@ -223,8 +229,8 @@ class _State:
         pairs = int(helps.sum())
         good = helps & (give_rank[takers] >= pairs) & (take_rank[givers] >= pairs)
         takers, givers = takers[good], givers[good]
-        self._sweep(takers, p[takers])
-        self._sweep(givers, u[givers])
+        self._sweep(takers + rows.start, p[takers])
+        self._sweep(givers + rows.start, u[givers])
         return len(takers)
 
     def _sweep(self, rows: Tensor, pivot: Tensor) -> None:
