@@ -1,5 +1,6 @@
 """Plans: exact to the weight for any sizes, as published where published, and the least loss by the curves."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -70,7 +71,12 @@ def test_curves_lose_least(rise, zeros):
         return sum(layer.loss(count / 10) for layer, count in zip(known, counts, strict=True))
 
     best = min(loss(counts) for counts in product(range(10), repeat=len(rise)) if sum(counts) == zeros)
-    assert loss(Curves().allocate(known, zeros)) == pytest.approx(best)
+    assert loss(Curves(within=1.0).allocate(known, zeros)) == pytest.approx(best)
+
+
+def test_curves_stay_near_the_uniform_plan():
+    counts = Curves(within=0.1).allocate(layers(100, 100, 100, rise=[100, 1, 0.01]), 150)
+    assert counts == [40, 50, 60]
 
 
 def test_a_curve_is_read_between_and_beyond_its_points():
@@ -86,7 +92,11 @@ def test_the_hull_is_convex_rising_and_below_the_points():
 
 def test_a_budget_that_nothing_covers_is_refused():
     with pytest.raises(ValueError, match="the curves do not reach"):
-        Curves().allocate(layers(100, 100), 199)
+        Curves(within=1.0).allocate(layers(100, 100), 199)
+    with pytest.raises(ValueError, match="layer 0: its curve has no point within 0.1 of 0.99"):
+        Curves(within=0.1).allocate([replace(layer, curve=layer.curve[:5]) for layer in layers(100, 100)], 199)
+    with pytest.raises(ValueError, match=r"within is 0, but it must be in \(0, 1\]"):
+        Curves(within=0)
     with pytest.raises(ValueError, match="201 zeros do not fit into 200 weights"):
         Uniform().allocate(layers(100, 100), 201)
     with pytest.raises(ValueError, match=r"spread is 0.6, but it must be in \[0, 0.5\)"):

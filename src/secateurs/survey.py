@@ -18,7 +18,7 @@ from secateurs.scores import wanda
 from secateurs.solvers.admm import ADMM
 
 STEP = 0.05
-BELOW, ABOVE = 6, 5  # steps of the curve below and above the sparsity that is wanted
+REACH = 3  # steps of the curve below and above the sparsity that is wanted
 OUTLYING = 5.0  # times the mean: M in OWL
 PROBE_TOKENS = 2000
 PROBE_BATCH = 1024
@@ -49,11 +49,11 @@ def survey(
 ) -> list[Layer]:
     """One `Layer` for each of the `selected` matrices of every block. The model is as it was afterwards.
 
-    With `curves`: a path of solves from `sparsity` + .25 to `sparsity` - .3 gives every matrix's held-out error on the
+    With `curves`: a path of solves from `sparsity` + .15 to `sparsity` - .15 gives every matrix's held-out error on the
     dense model's activations, e(s). Then it alone is pruned, at about `sparsity`, and KL(dense, pruned) of the next
     token is measured on the first 2,000 held-out tokens; the curve is KL e(s) / e(sparsity). Experts of a block are
     pruned together and share their KL by the output energy they lose.
-    Cost: about four solves, and a forward pass of the probe, for every matrix; memory: the weights once more.
+    Cost: about three solves, and a forward pass of the probe, for every matrix; memory: the weights once more.
     """
     total = sum(map(len, selected)) * (2 if curves else 1)
     _, blocks = decoder_blocks(model)
@@ -110,7 +110,7 @@ def _curve(
     gram, _ = train_gram(group, groups, sums.train, calibration.weights)
     held = mix(sums.held[group.name], EQUALLY) or gram
     dense = matrix.weight.clone()
-    grid = [round(sparsity + STEP * step, 6) for step in range(ABOVE, -BELOW - 1, -1)]
+    grid = [round(sparsity + STEP * step, 6) for step in range(REACH, -REACH - 1, -1)]
     grid = [point for point in grid if 0 < point < MOST]
     patterns = [Unstructured(point, "layer") for point in grid]
     problem = LayerProblem(name=matrix.name, weight=dense, gram=gram, pattern=patterns[0])
