@@ -235,17 +235,23 @@ def _check_shape(d_out: int, d_in: int) -> None:
 def _lowest(scores: Float[Tensor, "pools size"], count: int) -> Bool[Tensor, "pools size"]:
     """True at exactly the `count` lowest scores of every pool; among equals the lowest index wins.
 
-    A selection finds the threshold; only when the threshold is tied does a second pass count along the ties.
+    A selection finds the threshold; only when the threshold is tied does a second pass take the last ties out again.
     """
     _refuse_nan(scores)
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = _kth_smallest(scores, count)
     chosen = scores <= threshold
-    if int(chosen.sum()) == count * scores.shape[0]:
+    total = chosen.count_nonzero()
+    if int(total) == count * scores.shape[0]:
         return chosen
-    below, tied = scores < threshold, scores == threshold
-    return below | (tied & (tied.cumsum(1) <= count - below.sum(1, keepdim=True)))
+    pool, member = (scores == threshold).nonzero(as_tuple=True)  # pool by pool, in the order of members
+    ties = torch.bincount(pool, minlength=len(scores))
+    place = torch.arange(len(pool), device=pool.device) - (ties.cumsum(0) - ties)[pool]
+    surplus = (total.view(1) if len(scores) == 1 else chosen.count_nonzero(dim=1)) - count
+    late = place >= (ties - surplus)[pool]
+    chosen[pool[late], member[late]] = False
+    return chosen
 
 
 def _ranks_below(scores: Float[Tensor, "pools size"], count: int) -> Bool[Tensor, "pools size"]:
@@ -293,7 +299,7 @@ def _sampled_kth(scores: Float[Tensor, " size"], k: int) -> Float[Tensor, ""]:
     """
     sample = scores[:: scores.numel() // SAMPLE | 1]
     low, high = (sample.kthvalue(rank + 1).values for rank in _bracket(scores.numel(), sample.numel(), k))
-    rank = k - int((scores < low).sum())
+    rank = k - int((scores < low).count_nonzero())
     between = scores[(scores >= low) & (scores <= high)]
     if not 1 <= rank <= between.numel():
         between, rank = scores, k

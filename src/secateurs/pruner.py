@@ -262,7 +262,7 @@ def _result(one: _Solved, index: int, pattern: Pattern, block_error: tuple[float
         shape=(d_out, d_in),
         pattern=str(pattern),
         zeros_asked=pattern.num_zeros(d_out, d_in),
-        zeros=int((~solution.mask).sum()),
+        zeros=int((~solution.mask).count_nonzero()),
         error_train=relative_error(matrix.weight, dense, one.gram),
         error_held_out=relative_error(matrix.weight, dense, held_gram) if held_gram else None,
         error_by_region={

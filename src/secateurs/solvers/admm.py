@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secateurs.layer import LayerProblem, LayerSolution
 from secateurs.linalg import (
+    ROWS_AT_ONCE,
     Damping,
     NotPositiveDefiniteError,
     UnitGram,
@@ -39,7 +40,7 @@ class ADMM:
     steps instead of a test of the support every third step; float32 Cholesky instead of a float64 eigendecomposition;
     three times the damping, which costs error on the tokens solved on and gains it on others (docs/solvers.md).
     Cost: a product of 2 d_out d_in^2 flops a step, d_in^3 a level, four products to refit. Memory beside the problem:
-    two d_in x d_in and four d_out x d_in matrices.
+    three d_in x d_in and three d_out x d_in matrices.
     """
 
     steps: int = 20
@@ -97,8 +98,9 @@ class ADMM:
         except NotPositiveDefiniteError as error:
             raise NotPositiveDefiniteError(f"{problem.name}: {error}") from None
         target = goal * unit.scale
-        raw, last, refit_steps = target, self.rho_first, self.refit_steps
+        raw, last, refit_steps = target.clone(), self.rho_first, self.refit_steps
         ladder: Iterable[tuple[float, int, Resolvent]] = self._ladder(unit.matrix, lower, len(goal))
+        del lower
         for number, pattern in enumerate(patterns):
             one = replace(problem, pattern=pattern)
 
@@ -111,16 +113,23 @@ class ADMM:
                 ladder = [(rho, 1, _resolvent(_factor(unit.matrix, rho), None)) for rho in WARM_PENALTIES]
             raw, last = _split(raw, last, target, ladder, keep)
             mask = keep(raw)
+            if number == len(patterns) - 1:
+                target = raw  # the last one needs it no more: a matrix less in memory
             weight = refit_on_mask(goal, raw, unit, mask, refit_steps).to(problem.weight.dtype)
-            stats = {"damp": damp, "dead_inputs": float(dead.sum()), "zeros": float((~mask).sum())}
+            stats = {"damp": damp, "dead_inputs": float(dead.sum()), "zeros": float((~mask).count_nonzero())}
             stats["seconds"] = time.perf_counter() - started
             yield LayerSolution(weight=weight, mask=mask, outcome=one.outcome(damp > self.damp), stats=stats)
             started = time.perf_counter()
 
     def _ladder(self, a: Tensor, lower: Tensor, d_out: int) -> Iterator[tuple[float, int, Resolvent]]:
         """Each penalty, for how many steps, and its resolvent, one at a time; `lower` is the first one's factor."""
+        first: Tensor | None = lower
+        del lower
         for rho, steps in self.penalties():
-            yield rho, steps, _resolvent(lower if rho == self.rho_first else _factor(a, rho), d_out)
+            solve = _resolvent(_factor(a, rho) if first is None else first, d_out)
+            first = None
+            yield rho, steps, solve
+            del solve
 
 
 def _split(
@@ -130,18 +139,22 @@ def _split(
     ladder: Iterable[tuple[float, int, Resolvent]],
     keep: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, float]:
-    """X + U after the last step, and its penalty.
+    """X + U after the last step, and its penalty. `raw` is written over.
 
-    U shrinks as the penalty rises, and stays when it falls: grown, what was pruned would all come back. Products with a
-    0/1 float mask: boolean ones take several times as long.
+    U shrinks as the penalty rises, and stays when it falls: grown, what was pruned would all come back.
     """
     for rho, steps, solve in ladder:
         for _ in range(steps):
-            sparse = raw * keep(raw).to(raw.dtype)
-            dual = (raw - sparse).mul_(min(last / rho, 1.0))
-            step = solve(sparse.sub_(dual).sub_(target))
-            raw = dual.add_(target).add_(step, alpha=rho)
+            pruned = ~keep(raw)
+            for first in range(0, len(raw), ROWS_AT_ONCE):
+                rows = slice(first, first + ROWS_AT_ONCE)
+                sparse = raw[rows].masked_fill(pruned[rows], 0)
+                dual = raw[rows].sub_(sparse).mul_(min(last / rho, 1.0))
+                step = solve(sparse.sub_(dual).sub_(target[rows]))
+                dual.add_(target[rows]).add_(step, alpha=rho)
+                del sparse, step
             last = rho
+        del solve  # before the next one is made
     return raw, last
 
 

@@ -55,7 +55,12 @@ class ALPS:
         mask = keep(x)
         x = masked_cg(goal * unit.scale, x, unit.matrix, mask, self.refit_steps)
         weight = (x / unit.scale).masked_fill_(~mask, 0).to(problem.weight.dtype)
-        stats = {"damp": self.damp, "dead_inputs": float(dead.sum()), "zeros": float((~mask).sum()), "steps": steps}
+        stats = {
+            "damp": self.damp,
+            "dead_inputs": float(dead.sum()),
+            "zeros": float((~mask).count_nonzero()),
+            "steps": steps,
+        }
         stats["seconds"] = time.perf_counter() - started
         return LayerSolution(weight=weight, mask=mask, outcome=problem.outcome(), stats=stats)
 

@@ -38,7 +38,7 @@ class Masking:
             mask=mask,
             outcome=problem.outcome(),
             stats={
-                "zeros": float((~mask).sum()),
+                "zeros": float((~mask).count_nonzero()),
                 "dead_inputs": float(dead.sum()),
                 "seconds": time.perf_counter() - started,
             },

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from secateurs.layer import LayerProblem, LayerSolution
-from secateurs.linalg import Damping, masked_cg, unit_gram
+from secateurs.linalg import Damping, refit_on_mask, unit_gram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class Refit:
 
     On the damped Gram H: min (t - z) H (t - z)^T over z with the row's support, all rows at once (`linalg.masked_cg`).
     Damping pulls towards the dense weights and so keeps a layer of few tokens from being fitted to noise. No row gets
-    worse under H. Cost: `steps` products of 2 d_out d_in^2 flops; one d_in x d_in and four d_out x d_in matrices.
+    worse under H. Cost: `steps` products of 2 d_out d_in^2 flops; one d_in x d_in and two d_out x d_in matrices.
     """
 
     base: Any
@@ -36,8 +36,6 @@ class Refit:
         started = time.perf_counter()
         solution = self.base.solve(replace(problem, weight=problem.weight.float()))  # not rounded between the two
         unit = unit_gram(problem.gram.xtx, self.damp, self.damping)
-        target = problem.goal.detach().float() * unit.scale
-        start = solution.weight * unit.scale
-        moved = masked_cg(target, start, unit.matrix, solution.mask, self.steps).sub_(start).div_(unit.scale)
-        weight = (solution.weight + moved).to(problem.weight.dtype)
+        goal, start = problem.goal.detach().float(), solution.weight * unit.scale
+        weight = refit_on_mask(goal, start, unit, solution.mask, self.steps).to(problem.weight.dtype)
         return replace(solution, weight=weight, stats=solution.stats | {"seconds": time.perf_counter() - started})

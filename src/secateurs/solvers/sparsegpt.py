@@ -62,7 +62,7 @@ class SparseGPT:
         solved, pruned = self._sweep(problem, inverse.factor, dead)
         weight = solved.masked_fill_(pruned, 0).T.to(problem.weight.dtype).contiguous()
         mask = ~pruned.T.contiguous()
-        stats = {"damp": inverse.damp, "dead_inputs": float(dead.sum()), "zeros": float((~mask).sum())}
+        stats = {"damp": inverse.damp, "dead_inputs": float(dead.sum()), "zeros": float((~mask).count_nonzero())}
         stats["seconds"] = time.perf_counter() - started
         return LayerSolution(weight=weight, mask=mask, outcome=problem.outcome(inverse.raised), stats=stats)
 
