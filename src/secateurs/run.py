@@ -336,6 +336,7 @@ def prune(
             "traces": traced.key, "filters": recipe.traces.filters,
             "calibration": recipe.calibration.model_dump() | {"arm": arm},
             "prune": recipe.prune.model_dump() | {"pattern": pattern_spec}, "seed": seed, **dense.key,
+            "resolved": [repr(solver), repr(build_allocator(recipe.prune.allocator))],  # defaults may change
         }
     )[:12]  # fmt: skip
     name = f"{label}-{str(pattern).replace('%', 'pct').replace(':', 'of')}-s{seed}-{key}"
