@@ -104,6 +104,26 @@ def test_another_batch_size_and_another_folder_give_the_same_files(finished, tmp
         assert ours[name] == theirs[name], name
 
 
+def test_everything_at_once_meets_the_same_budget_and_is_measured_once(tmp_path, monkeypatch):
+    sets = [*SMALL[3:], "prune.tune.steps=2", "evaluate.num_questions=0"]
+    words = arguments("run", "quality", "--out", str(tmp_path / "out"), sets=sets)
+    assert call(monkeypatch, *words) == 0
+    (record,) = (tmp_path / "out" / "cells").glob("*/prune.json")
+    layers = json.loads(record.read_text())["layers"]
+    sizes = [layer["shape"][0] * layer["shape"][1] for layer in layers]
+    assert sum(layer["zeros"] for layer in layers) == sum(size * 7 // 10 for size in sizes)
+    assert all(layer["zeros"] == layer["zeros_asked"] for layer in layers)
+    assert len({round(layer["zeros"] / size, 3) for layer, size in zip(layers, sizes, strict=True)}) > 3
+    assert any(layer["alpha"] > 0 for layer in layers) and any(layer["beta"] > 0 for layer in layers)
+    assert all(layer["block_error"][1] <= layer["block_error"][0] for layer in layers)
+    (survey,) = (tmp_path / "out" / "surveys").iterdir()
+    before = survey.stat().st_mtime_ns
+    monkeypatch.setattr("secateurs.run.survey", None)  # nothing is measured again
+    assert call(monkeypatch, *words, "--set", "prune.allocator={name='atp', step=0.01}") == 0
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 2
+    assert survey.stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_ends_the_same(finished, tmp_path, kills):
     """kill -9 at random moments of a real process, then run to the end: equal files byte for byte."""

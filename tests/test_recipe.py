@@ -38,6 +38,11 @@ def test_shipped_recipes_parse(name):
         ("traces.filters.corect=true", "unknown trace filter `corect`. Did you mean `correct`?"),
         ("evaluate.num_questions=many", "evaluate.num_questions: input should be a valid integer, found 'many'"),
         ("prune.propagate=layer", "prune.propagate: input should be 'dense', 'block' or 'group', found 'layer'"),
+        ("prune.goal=dens", "prune.goal: input should be 'own', 'dense' or 'residual', found 'dens'"),
+        ("prune.tune.rate=2.0", "prune.tune.rate: input should be less than 1, found 2.0"),
+        ("prune.allocator.name=curve", "unknown allocator `curve`. Did you mean `curves`?"),
+        ("prune.allocator={name='owl', spread=1.0}", "prune.allocator: spread is 1.0, but it must be in [0, 0.5)"),
+        ("prune.allocator={name='owl'}", "prune: allocator `owl` gives every matrix a number of zeros, which only an"),
         ("prune.pattern={name='nm', n=2, m=4}", "sweep.sparsity needs prune.pattern.name"),
         ("nonsense", "--set nonsense: expected key=value"),
         ("seed.a.b=1", "`seed` is a value, not a table"),
@@ -77,3 +82,8 @@ def test_arms():
     assert region_weights({"corpus": 0.5, "think": 2.0}) == {"corpus": 0.5, "think": 2.0}
     with pytest.raises(ValueError, match="needs a region with a positive weight"):
         region_weights({"think": 0.0})
+
+
+def test_a_goal_needs_inputs_that_can_differ():
+    with pytest.raises(ValueError, match='prune: goal "dense" needs propagate "block" or "group"'):
+        load_recipe("demo", ["prune.goal=dense", "prune.propagate=dense"])

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from fractions import Fraction
 from functools import cached_property
 from importlib.metadata import version
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +59,8 @@ from secateurs.recipe import Sampling as SamplingOverrides
 from secateurs.report import Cell, Evaluation, HiddenError, LayerReport, Report, Stage, TraceSummary, summarise
 from secateurs.survey import survey
 from secateurs.traces import Trace, TraceStore, apply_filters
+
+Asked = tuple[Question, int]  # and which sample of its answer
 
 
 class Progress(Protocol):
@@ -127,7 +129,7 @@ def _provenance(
 
 def sample(
     store: TraceStore,
-    asked: Iterable[tuple[Question, int]],
+    asked: Iterable[Asked],
     model: Any,
     tokenizer: Any,
     questions: QuestionSet,
@@ -187,6 +189,23 @@ def _trace(completion: Completion, tokenizer: Any, questions: QuestionSet, quest
     )
 
 
+class _Replayed:
+    """Something to go through again from the start, drawn once and only as far as anyone has gone."""
+
+    def __init__(self, source: Iterator[Asked]):
+        self.source = source
+        self.drawn: list[Asked] = []
+
+    def __iter__(self) -> Iterator[Asked]:
+        for index in count():
+            if index == len(self.drawn):
+                try:
+                    self.drawn.append(next(self.source))
+                except StopIteration:
+                    return
+            yield self.drawn[index]
+
+
 def trace(recipe: Recipe, out: Path, seed: int, dense: Dense, progress: Progress = silent) -> Traced:
     """Sample the dense model's own chains of thought until every arm has its tokens, held-out ones included."""
     questions = build_questions(recipe.traces.questions)
@@ -194,22 +213,22 @@ def trace(recipe: Recipe, out: Path, seed: int, dense: Dense, progress: Progress
     provenance = _provenance(dense, questions, recipe.traces.questions, "calibration", sampling, seed)
     provenance["samples"] = recipe.traces.samples
     key = canonical_hash(provenance)[:12]
-    asked = [(q, n) for q in questions.questions("calibration", seed) for n in range(recipe.traces.samples)]
-    keys = [(question.id, number) for question, number in asked]
+    drawn = questions.questions("calibration", seed)
+    asked = _Replayed((question, number) for question in drawn for number in range(recipe.traces.samples))
     needs = [(region_weights(arm), recipe.calibration.num_tokens) for arm in recipe.arms]
     rest = [(w, n // 2 if w.get("corpus") else n) for w, n in needs if w.get("think") or w.get("answer")]
     budget = recipe.calibration.held_out_tokens + max((n for _, n in rest), default=0)
     with TraceStore(out / "traces" / key, provenance) as store:
-        reach = {"at": 0, "tokens": 0}
+        tokens, ahead = 0, iter(asked)
+        following = next(ahead, None)
 
         def enough() -> bool:
-            while reach["at"] < len(keys) and reach["tokens"] < budget and keys[reach["at"]] in store:
-                found = store.get(*keys[reach["at"]])
-                assert found is not None
-                reach["tokens"] += found.tokens
-                reach["at"] += 1
-            progress("trace", min(reach["tokens"], budget), budget, "tokens")
-            return reach["tokens"] >= budget
+            nonlocal tokens, following
+            while following and tokens < budget and (found := store.get(following[0].id, following[1])):
+                tokens += found.tokens
+                following = next(ahead, None)
+            progress("trace", min(tokens, budget), budget, "tokens")
+            return tokens >= budget
 
         while True:
             sample(
@@ -223,7 +242,7 @@ def trace(recipe: Recipe, out: Path, seed: int, dense: Dense, progress: Progress
                 recipe.resources.batch_size,
                 enough,
             )
-            run, complete = store.prefix(keys, budget)
+            run, complete = store.prefix(((question.id, number) for question, number in asked), budget)
             kept, dropped = apply_filters(run, recipe.traces.filters)
             documents = [trace_document(t) for t in kept]
             _, pool = _split(documents, recipe.calibration.held_out_tokens)
