@@ -179,11 +179,12 @@ def report(
 @app.command(name="list")
 def list_(
     kind: Annotated[
-        str, typer.Argument(help="recipes, solvers, patterns, questions, arms, filters or engines.")
+        str, typer.Argument(help="recipes, solvers, allocators, patterns, questions, arms, filters or engines.")
     ] = "recipes",
     as_json: Json = False,
 ) -> None:
     """What can be named in a recipe."""
+    from secateurs.allocators import ALLOCATORS
     from secateurs.calibration import ARMS
     from secateurs.engines import ENGINES
     from secateurs.patterns import PATTERNS
@@ -193,8 +194,8 @@ def list_(
 
     tables = {
         "recipes": [Path(entry.name).stem for entry in (files("secateurs") / "recipes").iterdir()],
-        "solvers": list(SOLVERS), "patterns": list(PATTERNS), "questions": list(QUESTION_SETS),
-        "arms": list(ARMS), "filters": list(FILTERS), "engines": list(ENGINES),
+        "solvers": list(SOLVERS), "allocators": list(ALLOCATORS), "patterns": list(PATTERNS),
+        "questions": list(QUESTION_SETS), "arms": list(ARMS), "filters": list(FILTERS), "engines": list(ENGINES),
     }  # fmt: skip
     if kind not in tables:
         raise ValueError(unknown_name("list", kind, list(tables)))
