@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateurs.tune import Example, Tune, tune
+from secateurs.tune import RATES, Example, Tune, tune
 
 
 class Block(nn.Module):
@@ -77,6 +77,23 @@ def test_what_is_not_better_on_held_out_documents_is_thrown_away():
     before, after = tune(block, kept, nonsense, held, Tune(steps=20))
     assert before == after
     assert all(torch.equal(p, old[p]) for p in kept)
+
+
+@torch.no_grad()
+def test_a_rate_that_is_too_high_is_lowered_until_it_helps():
+    """On a block that has been fine-tuned already, the first rate undoes what a sixteenth of it still improves."""
+    block, kept, train, held = prepared()
+    tune(block, kept, train, held, Tune(steps=150, tokens=100))
+    tuned = {p: p.clone() for p in kept}
+    tries = []
+    for rates in ((1.0,), RATES):
+        for parameter, value in tuned.items():
+            parameter.copy_(value)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("secateurs.tune.RATES", rates)
+            tries.append(tune(block, kept, train, held, Tune(steps=20, rate=0.5, tokens=100)))
+    (before, alone), (_, lowered) = tries
+    assert alone == before > lowered
 
 
 def test_examples_are_cut_into_rows():

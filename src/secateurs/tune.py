@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+RATES = (1.0, 0.25, 0.0625)  # tried one after the other until one helps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class Tune:
 
     steps: int = 100
     rate: float = 0.01
-    """The first step, over the root mean square of a matrix's kept weights; it falls to zero along a cosine."""
+    """The first step, over the root mean square of a matrix's kept weights; it falls to zero along a cosine. Where it
+    does not help on held-out documents a quarter of it is tried, then a sixteenth."""
     tokens: int = 2048
     """Padded tokens a step (one document at least)."""
 
@@ -79,13 +82,15 @@ def tune(
     """
     old = {parameter: parameter.detach().clone() for parameter in kept}
     before = _error(block, held_out, how.tokens)
-    with _float32(block):
-        _descend(block, kept, [part for example in train for part in example.parts(how.tokens)], how)
-    after = _error(block, held_out, how.tokens)
-    if after < before:
-        return before, after
-    for parameter, value in old.items():
-        parameter.copy_(value)
+    parts = [part for example in train for part in example.parts(how.tokens)]
+    for gentler in RATES:
+        with _float32(block):
+            _descend(block, kept, parts, replace(how, rate=how.rate * gentler))
+        after = _error(block, held_out, how.tokens)
+        if after < before:
+            return before, after
+        for parameter, value in old.items():
+            parameter.copy_(value)
     return before, before
 
 
