@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 def test_solvers_on_a_synthetic_layer(tmp_path):
     out = tmp_path / "result.json"
-    command = [sys.executable, str(BENCHMARKS / "solvers.py"), "--synthetic", "64", "--patterns", "0.5,2:4"]
+    command = [sys.executable, str(BENCHMARKS / "solvers.py"), "--synthetic", "128", "--patterns", "0.5,2:4"]
     command += ["--solvers", "sparsegpt+refit(steps=3),admm", "--threads", "1", "--json", str(out)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     results = json.loads(out.read_text())["results"]
