@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from fractions import Fraction
 from functools import cached_property
@@ -347,18 +347,17 @@ def prune(
     progress: Progress = silent,
 ) -> Pruned:
     """Prune one cell and export it; a finished cell is read back, an unfinished one goes on after its last block."""
-    solver = build_solver(recipe.prune.solver)
-    pattern = build_pattern(pattern_spec)
+    plan = plan_of(recipe, pattern_spec)
     label = arm_label(arm)
     key = canonical_hash(
         {
             "traces": traced.key, "filters": recipe.traces.filters,
             "calibration": recipe.calibration.model_dump() | {"arm": arm},
             "prune": recipe.prune.model_dump() | {"pattern": pattern_spec}, "seed": seed, **dense.key,
-            "resolved": [repr(solver), repr(build_allocator(recipe.prune.allocator))],  # defaults may change
+            "resolved": [repr(plan.solver), repr(build_allocator(recipe.prune.allocator))],  # defaults may change
         }
     )[:12]  # fmt: skip
-    name = f"{label}-{str(pattern).replace('%', 'pct').replace(':', 'of')}-s{seed}-{key}"
+    name = f"{label}-{str(plan.pattern).replace('%', 'pct').replace(':', 'of')}-s{seed}-{key}"
     folder = out / "cells" / name
     record = folder / "prune.json"
     if record.exists() and (folder / "model" / "secateurs.json").exists():
@@ -369,15 +368,8 @@ def prune(
     seconds = {"calibrate": time.perf_counter() - clock}
     clock = time.perf_counter()
     model = dense.fresh()
-    plan = pruner.Plan(
-        pattern=pattern,
-        solver=solver,
-        patterns=allocate(recipe, out, arm, pattern_spec, seed, traced, dense, model, calibration, progress),
-        propagate=recipe.prune.propagate,
-        goal=recipe.prune.goal,
-        tune=build_tune(recipe.prune.tune),
-        targets=tuple(recipe.prune.targets),
-        ignore=tuple(recipe.prune.ignore),
+    plan = replace(
+        plan, patterns=allocate(recipe, out, arm, pattern_spec, seed, traced, dense, plan, model, calibration, progress)
     )
     results = pruner.prune(
         model,
@@ -385,7 +377,7 @@ def prune(
         plan,
         folder=folder / "blocks",
         batch_tokens=recipe.calibration.batch_tokens,
-        progress=lambda done, total, what: progress(f"prune {label} {pattern}", done, total, "layers"),
+        progress=lambda done, total, what: progress(f"prune {label} {plan.pattern}", done, total, "layers"),
     )
     seconds["prune"] = time.perf_counter() - clock
     clock = time.perf_counter()
@@ -397,7 +389,7 @@ def prune(
     sparsity = sum(result.zeros for result in results) / sum(d_out * d_in for d_out, d_in in shapes)
     facts = {
         "arm": label,
-        "pattern": "unstructured" if pattern_spec["name"] == "unstructured" else str(pattern),
+        "pattern": "unstructured" if pattern_spec["name"] == "unstructured" else str(plan.pattern),
         "sparsity": pattern_spec.get("sparsity", sparsity),
         "solver": recipe.prune.solver["name"],
         "seed": seed,
@@ -421,6 +413,19 @@ def prune(
     return Pruned(folder, **data)
 
 
+def plan_of(recipe: Recipe, pattern_spec: dict[str, Any]) -> pruner.Plan:
+    """What the recipe says to do to the model, with one pattern for all matrices."""
+    return pruner.Plan(
+        pattern=build_pattern(pattern_spec),
+        solver=build_solver(recipe.prune.solver),
+        propagate=recipe.prune.propagate,
+        goal=recipe.prune.goal,
+        tune=build_tune(recipe.prune.tune),
+        targets=tuple(recipe.prune.targets),
+        ignore=tuple(recipe.prune.ignore),
+    )
+
+
 def allocate(
     recipe: Recipe,
     out: Path,
@@ -429,6 +434,7 @@ def allocate(
     seed: int,
     traced: Traced,
     dense: Dense,
+    plan: pruner.Plan,
     model: Any,
     calibration: CalibrationSet,
     progress: Progress = silent,
@@ -437,15 +443,9 @@ def allocate(
 
     What the allocator wants to know of the dense model is measured once and kept in out/surveys.
     """
-    allocator, label = build_allocator(recipe.prune.allocator), f"{arm_label(arm)} {build_pattern(pattern_spec)}"
+    allocator, label = build_allocator(recipe.prune.allocator), f"{arm_label(arm)} {plan.pattern}"
     if not allocator.needs_survey:
         return {}
-    plan = pruner.Plan(
-        pattern=build_pattern(pattern_spec),
-        solver=build_solver(recipe.prune.solver),
-        targets=tuple(recipe.prune.targets),
-        ignore=tuple(recipe.prune.ignore),
-    )
     selected = pruner.prunable(model, plan)
     key = canonical_hash(
         {
@@ -619,12 +619,7 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
     """What a run will do, without doing it: sizes, tokens, memory. ValueError for what cannot work."""
     counts: dict[str, Any] = {}
     for spec in recipe.patterns:
-        plan = pruner.Plan(
-            pattern=build_pattern(spec),
-            solver=build_solver(recipe.prune.solver),
-            targets=tuple(recipe.prune.targets),
-            ignore=tuple(recipe.prune.ignore),
-        )
+        plan = plan_of(recipe, spec)
         matrices = [matrix for block in pruner.prunable(dense.model, plan) for matrix in block]
         shapes = [tuple(matrix.weight.shape) for matrix in matrices]
         counts[str(plan.pattern)] = sum(plan.pattern.num_zeros(*shape) for shape in shapes)

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from secateurs.allocators import MOST, Layer
 from secateurs.calibration import Batch, CalibrationSet, Document, batches
-from secateurs.collect import EQUALLY, Group, Sums, capture, collect, groups_of, mix, swapped, train_gram
-from secateurs.layer import LayerProblem, relative_error
+from secateurs.collect import EQUALLY, Group, capture, collect, groups_of, mix, swapped, train_gram
+from secateurs.layer import Gram, LayerProblem, relative_error
 from secateurs.models import Matrix, decoder_blocks
 from secateurs.patterns import Unstructured
 from secateurs.scores import wanda
@@ -63,10 +63,12 @@ def survey(
     for index, (block, matrices) in enumerate(zip(blocks, selected, strict=True)):
         groups = groups_of(block, index, matrices, streams[0])
         sums = collect(block, index, groups, streams, keep_out=True)
-        outliers.append(_outliers(groups, sums, calibration))
-        for group in groups:
+        grams = [train_gram(group, groups, sums.train, calibration.weights)[0] for group in groups]
+        outliers.append(_outliers(groups, grams))
+        for group, gram in zip(groups, grams, strict=True):
+            held = mix(sums.held[group.name], EQUALLY) or gram
             for matrix in group.matrices:
-                found.append(_curve(matrix, index, group, groups, sums, calibration, sparsity, curves))
+                found.append(_curve(matrix, index, group, gram, held, sparsity, curves))
                 progress(len(found), total, matrix.name)
         for stream in streams:
             assert stream.out is not None
@@ -84,31 +86,19 @@ def survey(
     return layers
 
 
-def _outliers(groups: Sequence[Group], sums: Sums, calibration: CalibrationSet) -> float:
+def _outliers(groups: Sequence[Group], grams: Sequence[Gram]) -> float:
     """The share of a block's Wanda scores above five times their mean; inputs per token, so that experts compare."""
     scores = []
-    for group in groups:
-        gram, _ = train_gram(group, groups, sums.train, calibration.weights)
+    for group, gram in zip(groups, grams, strict=True):
         scores += [wanda(matrix.weight, gram).flatten() / gram.weight_sum**0.5 for matrix in group.matrices]
     together = torch.cat(scores) if scores else torch.zeros(1)
     return float((together > OUTLYING * together.mean()).float().mean())
 
 
-def _curve(
-    matrix: Matrix,
-    index: int,
-    group: Group,
-    groups: Sequence[Group],
-    sums: Sums,
-    calibration: CalibrationSet,
-    sparsity: float,
-    curves: bool,
-) -> _Found:
+def _curve(matrix: Matrix, index: int, group: Group, gram: Gram, held: Gram, sparsity: float, curves: bool) -> _Found:
     unit = matrix.name if group.expert is None else (index, group.module, group.part)
     if not curves:
         return _Found(matrix, index, unit, (), 0.0, matrix.weight)
-    gram, _ = train_gram(group, groups, sums.train, calibration.weights)
-    held = mix(sums.held[group.name], EQUALLY) or gram
     dense = matrix.weight.clone()
     grid = [round(sparsity + STEP * step, 6) for step in range(REACH, -REACH - 1, -1)]
     grid = [point for point in grid if 0 < point < MOST]

@@ -102,7 +102,7 @@ class ADMM:
         ladder: Iterable[tuple[float, int, Resolvent]] = self._ladder(unit.matrix, lower, len(goal))
         del lower
         for number, pattern in enumerate(patterns):
-            one = replace(problem, pattern=pattern)
+            one = problem if pattern is problem.pattern else replace(problem, pattern=pattern)  # checks every number
 
             def keep(raw: Tensor, pattern: Pattern = pattern) -> Tensor:
                 scores = raw.abs()
