@@ -7,11 +7,16 @@ import torch
 
 from secateurs.linalg import (
     NotPositiveDefiniteError,
+    cholesky,
+    cholesky_inverse,
+    conditional_gram,
     damped_inverse_factor,
     damping_diagonal,
     dead_inputs,
+    fast_product,
     masked_cg,
     masked_refit,
+    row_chunks,
 )
 
 
@@ -25,14 +30,19 @@ def row_losses(weight, target, gram):
     return ((delta @ gram.double()) * delta).sum(1)
 
 
-@pytest.mark.parametrize("damping", ["relative", "mean"])
+@pytest.mark.parametrize("damping", ["relative", "mean", "capped"])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_factor_is_the_inverse_of_the_damped_gram(damping, scale):
     gram = gram_like(24, 200) * scale
     result = damped_inverse_factor(gram, 0.01, damping)
     u = result.factor.double()
     diagonal = gram.diagonal().double()
-    added = 0.01 * (diagonal if damping == "relative" else diagonal.mean().expand(24))
+    level = {
+        "relative": diagonal,
+        "mean": diagonal.mean(),
+        "capped": diagonal.mean().clamp_max(6 * diagonal.log().mean().exp()),
+    }
+    added = 0.01 * level[damping].expand(24)
     inverse = torch.linalg.inv(gram.double() + torch.diag(added))
     unit = (diagonal + added).sqrt()
     torch.testing.assert_close(u.T @ u * unit * unit[:, None], inverse * unit * unit[:, None], rtol=1e-3, atol=1e-3)
@@ -50,6 +60,57 @@ def test_massive_activations_cost_no_digits():
     assert not massive.raised
 
 
+def test_massive_activations_raise_the_mean_but_not_its_capped_form():
+    plain, massive = torch.eye(64), torch.eye(64)
+    massive[0, 0] = 1e6
+    for damping, factor in (("mean", 1e4), ("capped", 10)):
+        before, after = (float(damping_diagonal(gram, 0.02, damping)[1]) for gram in (plain, massive))
+        assert before == pytest.approx(0.02) and (after < factor * before) == (damping == "capped")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.75, 1.0])
+def test_conditional_units_are_between_an_inputs_size_and_what_the_others_leave_of_it(share):
+    gram = gram_like(24, 200)
+    scaled = conditional_gram(gram, 0.02, "mean", share)
+    damped = gram.double() + 0.02 * gram.diagonal().double().mean() * torch.eye(24)
+    torch.testing.assert_close(
+        (scaled.matrix * scaled.scale * scaled.scale[:, None]).double(),
+        damped,
+        rtol=1e-4,
+        atol=1e-4 * float(damped.max()),
+    )
+    units = damped.diagonal() ** (1 - share) / torch.linalg.inv(damped).diagonal() ** share
+    ratio = scaled.scale.double() ** 2 / units
+    torch.testing.assert_close(ratio, ratio.mean().expand(24), rtol=1e-3, atol=0)
+    assert float(scaled.matrix.diagonal().mean()) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_factor_by_panels_is_that_of_lapack():
+    gram = gram_like(900, 1800)
+    gram += gram.diagonal().mean() * torch.eye(900)
+    torch.testing.assert_close(cholesky(gram), torch.linalg.cholesky(gram.double()).float(), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(cholesky_inverse(cholesky(gram)) @ gram, torch.eye(900), rtol=0, atol=1e-4)
+    gram[700, 700] = -1
+    with pytest.raises(NotPositiveDefiniteError, match="pivot 701 of 900"):
+        cholesky(gram)
+
+
+def test_a_fast_product_is_right_to_three_digits_and_leaves_no_trace():
+    a, b = torch.randn(64, 300), torch.randn(300, 50)
+    settings = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    exact = a @ b
+    assert float((fast_product(a, b) - exact).norm() / exact.norm()) < 5e-3
+    assert settings == [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    assert torch.equal(a @ b, exact)
+
+
+def test_rows_are_cut_evenly():
+    for rows, at_once in ((1, 4), (4, 4), (5, 4), (576, 512), (1536, 1024)):
+        chunks = row_chunks(rows, at_once)
+        assert torch.cat([torch.arange(rows)[chunk] for chunk in chunks]).tolist() == list(range(rows))
+        assert len(chunks) == -(-rows // at_once) and max(len(range(rows)[chunk]) for chunk in chunks) <= at_once
+
+
 def test_dead_inputs_are_cut_off():
     gram = gram_like(12, 100)
     gram[[2, 7]] = 0
@@ -58,7 +119,7 @@ def test_dead_inputs_are_cut_off():
     assert dead_inputs(gram).nonzero().flatten().tolist() == [2, 7]
     assert dead_inputs(torch.zeros(4, 4)).all()
     live = [i for i in range(12) if i not in (2, 7)]
-    for damping in ("relative", "mean"):
+    for damping in ("relative", "mean", "capped"):
         u = damped_inverse_factor(gram, 0.01, damping).factor
         alone = damped_inverse_factor(gram[live][:, live], 0.01, damping).factor
         torch.testing.assert_close(u[live][:, live], alone, rtol=1e-4, atol=1e-6)

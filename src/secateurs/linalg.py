@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Damping = Literal["relative", "mean"]
+Damping = Literal["relative", "mean", "capped"]
 T = TypeVar("T")
 
 ROWS_AT_ONCE = 1024  # enough for a fast product; what a step needs beside the matrix is this much of it
+PANEL = 256  # columns of a Cholesky factor at a time
 DAMP_STEP = 3.0
+MEAN_CAP = 6.0  # real layers seldom reach it, those with massive activations exceed it many times (docs/solvers.md)
 DAMP_LIMIT = 1.0
 
 
@@ -24,9 +26,9 @@ class NotPositiveDefiniteError(ArithmeticError):
 
 
 @dataclass(frozen=True, eq=False)
-class UnitGram:
-    """The damped Gram with unit diagonal: G + damping = scale_i * matrix_ij * scale_j. Dead inputs are cut off
-    (unit row and column). Massive activations cost no digits here."""
+class ScaledGram:
+    """The damped Gram in other units: G + damping = scale_i * matrix_ij * scale_j, with a mean diagonal of 1. Dead
+    inputs are cut off (nothing beside their diagonal). Massive activations cost no digits here."""
 
     matrix: Float[Tensor, "d_in d_in"]
     scale: Float[Tensor, " d_in"]
@@ -48,7 +50,8 @@ def dead_inputs(gram: Float[Tensor, "d_in d_in"]) -> Bool[Tensor, " d_in"]:
 
 
 def damping_diagonal(gram: Float[Tensor, "d_in d_in"], damp: float, damping: Damping) -> Float[Tensor, " d_in"]:
-    """What to add to diag(G): `damp` * diag(G) ("relative") or `damp` * mean of diag(G) over live inputs ("mean").
+    """What to add to diag(G): `damp` times diag(G) ("relative"), its mean over live inputs ("mean"), or that mean but
+    at most MEAN_CAP times the geometric mean ("capped").
 
     Relative damping treats every input alike. The mean, as in the SparseGPT code, is set by a handful of massive
     activations where a model has them, and then drowns the ordinary inputs. Dead inputs get 1, a placeholder.
@@ -57,19 +60,36 @@ def damping_diagonal(gram: Float[Tensor, "d_in d_in"], damp: float, damping: Dam
     if damping == "relative":
         extra = damp * energy
     else:
-        live_mean = energy[~dead].double().mean() if bool((~dead).any()) else energy.new_ones(())
-        extra = torch.full_like(energy, damp * float(live_mean))
+        live = energy[~dead].double() if bool((~dead).any()) else energy.new_ones(1).double()
+        level = float(live.mean())
+        if damping == "capped":
+            level = min(level, MEAN_CAP * float(live.log().mean().exp()))
+        extra = torch.full_like(energy, damp * level)
     return torch.where(dead, torch.ones_like(extra), extra)
 
 
-def unit_gram(gram: Float[Tensor, "d_in d_in"], damp: float, damping: Damping) -> UnitGram:
+def unit_gram(gram: Float[Tensor, "d_in d_in"], damp: float, damping: Damping) -> ScaledGram:
     """G + damping with unit diagonal, in a new matrix."""
     dead = dead_inputs(gram)
     scale = (torch.where(dead, 0, gram.diagonal()) + damping_diagonal(gram, damp, damping)).sqrt()
     cutoff = torch.where(dead, 0, 1 / scale)
     matrix = (gram * cutoff[:, None]).mul_(cutoff)
     matrix.fill_diagonal_(1)
-    return UnitGram(matrix, scale)
+    return ScaledGram(matrix, scale)
+
+
+def conditional_gram(gram: Float[Tensor, "d_in d_in"], damp: float, damping: Damping, share: float) -> ScaledGram:
+    """H = G + damping in the units sqrt(H_jj^(1 - share) / (H^-1)_jj^share), each up to one factor for all.
+
+    H_jj is what input j brings by itself, 1 / (H^-1)_jj what of it no other input explains: what pruning its weight
+    costs if nothing else may be mended, and if everything may (Hassibi and Stork 1993). Some is pruned, so the truth
+    lies between. Raises NotPositiveDefiniteError. Cost: d_in^3 flops, two d_in x d_in matrices for a while.
+    """
+    unit = unit_gram(gram, damp, damping)
+    precision = cholesky_inverse(cholesky(unit.matrix)).diagonal()
+    diagonal = precision**share
+    factor = (diagonal.mean() / diagonal).sqrt()
+    return ScaledGram(unit.matrix.div_(factor[:, None]).div_(factor), unit.scale * factor)
 
 
 def raising_damp(factorise: Callable[[float], T], damp: float) -> tuple[T, float]:
@@ -93,11 +113,51 @@ def raising_damp(factorise: Callable[[float], T], damp: float) -> tuple[T, float
 
 
 def cholesky(matrix: Float[Tensor, "*batch d_in d_in"]) -> Float[Tensor, "*batch d_in d_in"]:
-    """Lower Cholesky factors. Raises NotPositiveDefiniteError, saying at which pivot."""
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    if pivot := int(info.max()):
-        raise NotPositiveDefiniteError(f"Cholesky failed at pivot {pivot} of {matrix.shape[-1]}")
+    """Lower Cholesky factors. Raises NotPositiveDefiniteError, saying at which pivot.
+
+    A large one is made by panels on CPU, each from those to its left: LAPACK is as fast, but torch then clears the
+    upper half of its column-major result row by row, which takes as long again (d_in = 1536: 17 ms, by panels 9).
+    """
+    d_in = matrix.shape[-1]
+    if matrix.ndim > 2 or matrix.device.type != "cpu" or d_in <= 3 * PANEL:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if pivot := int(info.max()):
+            raise NotPositiveDefiniteError(f"Cholesky failed at pivot {pivot} of {d_in}")
+        return lower
+    lower = matrix.clone()
+    for start in range(0, d_in, PANEL):
+        end = min(start + PANEL, d_in)
+        panel = lower[start:, start:end]
+        panel.addmm_(lower[start:, :start], lower[start:end, :start].T, alpha=-1)
+        top, info = torch.linalg.cholesky_ex(panel[: end - start])
+        if pivot := int(info):
+            raise NotPositiveDefiniteError(f"Cholesky failed at pivot {start + pivot} of {d_in}")
+        panel[: end - start] = top
+        panel[end - start :] = torch.linalg.solve_triangular(top.T, panel[end - start :], upper=True, left=False)
+        lower[:start, start:end] = 0
     return lower
+
+
+def cholesky_inverse(lower: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
+    """(L L^T)^-1. Given as an upper factor, a row-major L is a column-major one to LAPACK: a third less time."""
+    return torch.cholesky_inverse(lower.T, upper=True)
+
+
+def fast_product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
+    """A @ B on tensor cores where there are any: TF32 on CUDA, bfloat16 with float32 sums on CPUs that multiply it.
+
+    Three digits: for iterations that correct themselves. torch keeps this as a setting of the process; it is put back.
+    """
+    mkldnn = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    settings = ((torch.backends.cuda.matmul, "tf32"), (mkldnn, "bf16"))
+    before = [backend.fp32_precision for backend, _ in settings]
+    try:
+        for backend, precision in settings:
+            backend.fp32_precision = precision
+        return a @ b
+    finally:
+        for (backend, _), precision in zip(settings, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def damped_inverse_factor(
@@ -138,24 +198,29 @@ def masked_refit(
     return refit
 
 
+def row_chunks(num_rows: int, at_once: int) -> list[slice]:
+    """All rows in as few pieces of at most `at_once` as there can be, about equally large."""
+    size = -(-num_rows // -(-num_rows // at_once))
+    return [slice(first, first + size) for first in range(0, num_rows, size)]
+
+
 def refit_on_mask(
     goal: Float[Tensor, "d_out d_in"],
     start: Float[Tensor, "d_out d_in"],
-    unit: UnitGram,
+    scaled: ScaledGram,
     mask: Bool[Tensor, "d_out d_in"],
     steps: int,
 ) -> Float[Tensor, "d_out d_in"]:
-    """Weights on `mask` after `steps` of `masked_cg` under the damped Gram, from `start`, which is in units of `unit`.
+    """Weights on `mask` after `steps` of `masked_cg` under the damped Gram, from `start`, in the units of `scaled`.
 
     Computed as the goal plus a correction: where nothing is pruned, not a bit changes. Some rows after the other, which
     saves memory.
     """
     refitted = torch.empty_like(goal)
-    for first in range(0, len(goal), ROWS_AT_ONCE):
-        rows = slice(first, first + ROWS_AT_ONCE)
-        target = goal[rows] * unit.scale
-        moved = masked_cg(target, start[rows], unit.matrix, mask[rows], steps).sub_(target).div_(unit.scale)
-        torch.add(goal[rows], moved, out=refitted[rows]).masked_fill_(~mask[rows], 0)
+    for rows in row_chunks(len(goal), ROWS_AT_ONCE // 2):  # seven matrices as large as each
+        target = goal[rows] * scaled.scale
+        moved = masked_cg(target, start[rows], scaled.matrix, mask[rows], steps).sub_(target).div_(scaled.scale)
+        torch.add(goal[rows], moved, out=refitted[rows]).mul_(mask[rows].to(goal.dtype))
     return refitted
 
 
@@ -175,28 +240,23 @@ def masked_cg(
     """
     energy = gram.diagonal()
     inverse_energy = torch.where(energy > 0, 1 / energy, 0)
-    pruned = ~mask
-    solution = start.masked_fill(pruned, 0)
-    residual = ((target - solution) @ gram).masked_fill_(pruned, 0)
+    kept = mask.to(target.dtype)  # a product with it takes a tenth of masked_fill_
+    solution = start * kept
+    residual = ((target - solution) @ gram).mul_(kept)
     direction = residual * inverse_energy
-    rz = _row_products(residual, direction)
+    rz = torch.linalg.vecdot(residual, direction)[:, None]
     enough = rz * tolerance**2
     image = torch.empty_like(residual)
     for _ in range(steps):
-        torch.mm(direction, gram, out=image).masked_fill_(pruned, 0)
-        curvature = _row_products(direction, image)
+        torch.mm(direction, gram, out=image).mul_(kept)
+        curvature = torch.linalg.vecdot(direction, image)[:, None]
         moving = (rz > enough) & (curvature > 0)
         step = torch.where(moving, rz / torch.where(moving, curvature, 1), 0)
         solution.addcmul_(direction, step)
         residual.addcmul_(image, step, value=-1)
         preconditioned = torch.mul(residual, inverse_energy, out=image)
-        rz_next = _row_products(residual, preconditioned)
+        rz_next = torch.linalg.vecdot(residual, preconditioned)[:, None]
         ratio = torch.where(moving, rz_next / torch.where(moving, rz, 1), 0)
         direction.mul_(ratio).add_(preconditioned).mul_(moving)
         rz = torch.where(moving, rz_next, 0)
     return solution
-
-
-def _row_products(a: Float[Tensor, "d_out d_in"], b: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out 1"]:
-    """The scalar product of each row of `a` with that of `b`, without a third matrix."""
-    return torch.bmm(a[:, None, :], b[:, :, None]).squeeze(2)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 SAMPLED_FROM = 1 << 16  # scores; below, one selection is faster
-SAMPLE = 1 << 13
+SAMPLE = 16_384
 COMPARED_UP_TO = 8  # members of a group
 
 
@@ -287,7 +287,7 @@ def _kth_smallest(scores: Float[Tensor, "pools size"], k: int) -> Float[Tensor, 
 def _bracket(size: int, sample_size: int, k: int) -> tuple[int, int]:
     """Ranks (from 0) in a sample between which the k-th smallest of the whole very likely lies."""
     share = k / size
-    centre, spread = share * sample_size, 4 * (sample_size * share * (1 - share)) ** 0.5 + 2
+    centre, spread = share * sample_size, 3 * (sample_size * share * (1 - share)) ** 0.5 + 2
     return max(0, floor(centre - spread) - 1), min(sample_size, ceil(centre + spread)) - 1
 
 
@@ -312,8 +312,10 @@ def _sampled_kth_numpy(scores: Float[Tensor, " size"], k: int) -> Float[Tensor, 
     sample = values[:: values.size // SAMPLE | 1]
     ends = _bracket(values.size, sample.size, k)
     low, high = np.partition(sample, ends)[list(ends)]
-    rank = k - np.count_nonzero(values < low)
-    between = values[np.flatnonzero((values >= low) & (values <= high))]
+    between = values < low
+    rank = k - np.count_nonzero(between)
+    between ^= values <= high
+    between = values[np.flatnonzero(between)]
     if not 1 <= rank <= between.size:
         between, rank = values, k
     return torch.tensor(np.partition(between, rank - 1)[rank - 1])

@@ -1,8 +1,8 @@
-"""ADMM on the unit Gram with a rising penalty: the default for quality."""
+"""ADMM in conditional units with a rising penalty: the default."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,16 +12,18 @@ from secateurs.linalg import (
     ROWS_AT_ONCE,
     Damping,
     NotPositiveDefiniteError,
-    UnitGram,
+    ScaledGram,
     cholesky,
+    cholesky_inverse,
+    conditional_gram,
+    fast_product,
     raising_damp,
     refit_on_mask,
-    unit_gram,
+    row_chunks,
 )
 from secateurs.patterns import Pattern
 from secateurs.scores import dead_first
 
-WARM_PENALTIES = tuple(0.21 * (0.6 / 0.21) ** (step / 5) for step in range(6))  # one step each
 WARM_REFIT_STEPS = 2
 
 Resolvent = Callable[[Tensor], Tensor]
@@ -31,26 +33,29 @@ Resolvent = Callable[[Tensor], Tensor]
 class ADMM:
     """Alternate between the best dense weights near a sparse copy and the best sparse copy of them; then refit.
 
-    On the damped Gram with unit diagonal A and T = goal * scale, with sparse copy Z and scaled dual U:
+    On the damped Gram in conditional units A and T = goal * scale, with sparse copy Z and scaled dual U:
         Z = keep largest of (X + U),    U += X - Z,    X = T + rho (Z - U - T)(A + rho I)^-1
     The penalty rho rises geometrically over `levels`, one Cholesky each, and U is rescaled when it does. X is written
     as the target plus a correction, so rounding in the products touches only the correction.
 
-    The splitting is that of ALPS (arXiv 2406.07831). Differences: a fixed ladder of penalties and a fixed number of
-    steps instead of a test of the support every third step; float32 Cholesky instead of a float64 eigendecomposition;
-    three times the damping, which costs error on the tokens solved on and gains it on others (docs/solvers.md).
+    The splitting is that of ALPS (arXiv 2406.07831). Differences: the units (`linalg.conditional_gram`) in which
+    weights are compared and the penalty is counted; a fixed ladder of penalties and a fixed number of steps instead of
+    a test of the support every third step; float32 Cholesky instead of a float64 eigendecomposition; more damping,
+    which costs error on the tokens solved on and gains it on others (docs/solvers.md for all of it).
     Cost: a product of 2 d_out d_in^2 flops a step, d_in^3 a level, four products to refit. Memory beside the problem:
     three d_in x d_in and three d_out x d_in matrices.
     """
 
-    steps: int = 20
-    levels: int = 10
-    """Penalties, evenly spread in ratio. More levels and steps gain a percent for several times the time."""
-    rho_first: float = 0.1
-    rho_last: float = 0.7
-    """In units of the diagonal of A. Higher, and the support settles too early; lower, and it does not settle."""
-    damp: float = 0.03
-    damping: Damping = "mean"
+    steps: int = 12
+    levels: int = 6
+    """Penalties, evenly spread in ratio. 20 steps in 10 levels gain .6 %, 40 in 20 1 %."""
+    rho_first: float = 0.2
+    rho_last: float = 0.5
+    """In units of the mean diagonal of A. Higher, and the support settles too early; lower, and it does not settle."""
+    conditional: float = 0.75
+    """0: an input counts as large as it is. 1: as large as what the others do not explain of it."""
+    damp: float = 0.02
+    damping: Damping = "capped"
     refit_steps: int = 3
 
     @property
@@ -63,8 +68,10 @@ class ADMM:
             raise ValueError(f"levels is {self.levels}, but it must be 1 to the number of steps, {self.steps}.")
         if not 0 < self.rho_first <= self.rho_last:
             raise ValueError(f"rho_first is {self.rho_first}, but it must be above 0 and at most rho_last.")
+        if not 0 <= self.conditional <= 1:
+            raise ValueError(f"conditional is {self.conditional}, but it must be in [0, 1] (0.75 is a good value).")
         if not self.damp > 0:
-            raise ValueError(f"damp is {self.damp}, but it must be above 0 (0.03 is a good value).")
+            raise ValueError(f"damp is {self.damp}, but it must be above 0 (0.02 is a good value).")
 
     def penalties(self) -> Iterator[tuple[float, int]]:
         """Each penalty, and for how many steps."""
@@ -80,29 +87,34 @@ class ADMM:
     def path(self, problem: LayerProblem, patterns: Sequence[Pattern]) -> Iterator[LayerSolution]:
         """A solution for each of `patterns` (not `problem.pattern`), the SPARSEST FIRST.
 
-        The first is that of `solve`. Each later one starts from the state before and costs a quarter: six steps, with
-        inverses made once and kept. Going down, a weight that comes back has a dual to come back with; going up, the
-        error is 4 % above a single solve's, not 1 % (docs/solvers.md). Memory: six d_in x d_in matrices more.
+        The first is that of `solve`, up to rounding where d_out < d_in. Each later one starts from the state before:
+        one step a penalty, by inverses made once and kept. Going down, a weight that comes back has a dual to come back
+        with; going up, the error is 4 % above a single solve's, not 1 % (docs/solvers.md). Memory: a d_in x d_in matrix
+        a penalty more.
         """
         started = time.perf_counter()
         goal = problem.goal.detach().float()
         dead = problem.dead
         some_dead = bool(dead.any())
 
-        def factorise(damp: float) -> tuple[UnitGram, Tensor]:
-            unit = unit_gram(problem.gram.xtx, damp, self.damping)
-            return unit, _factor(unit.matrix, self.rho_first)
+        def factorise(damp: float) -> tuple[ScaledGram, Tensor]:
+            scaled = conditional_gram(problem.gram.xtx, damp, self.damping, self.conditional)
+            return scaled, _factor(scaled.matrix, self.rho_first)
 
         try:
-            (unit, lower), damp = raising_damp(factorise, self.damp)
+            (scaled, lower), damp = raising_damp(factorise, self.damp)
         except NotPositiveDefiniteError as error:
             raise NotPositiveDefiniteError(f"{problem.name}: {error}") from None
-        target = goal * unit.scale
+        target, outcome = goal * scaled.scale, problem.outcome(damp > self.damp)
         raw, last, refit_steps = target.clone(), self.rho_first, self.refit_steps
-        ladder: Iterable[tuple[float, int, Resolvent]] = self._ladder(unit.matrix, lower, len(goal))
+        ladder: Iterable[tuple[float, int, Resolvent]]
+        if len(patterns) == 1:
+            ladder = self._ladder(scaled.matrix, lower, len(goal))
+        else:
+            ladder = list(self._ladder(scaled.matrix, lower, None))
         del lower
         for number, pattern in enumerate(patterns):
-            one = problem if pattern is problem.pattern else replace(problem, pattern=pattern)  # checks every number
+            pattern.check(*goal.shape)
 
             def keep(raw: Tensor, pattern: Pattern = pattern) -> Tensor:
                 scores = raw.abs()
@@ -110,18 +122,18 @@ class ADMM:
 
             if number == 1:
                 refit_steps = min(self.refit_steps, WARM_REFIT_STEPS)
-                ladder = [(rho, 1, _resolvent(_factor(unit.matrix, rho), None)) for rho in WARM_PENALTIES]
+                ladder = [(rho, 1, solve) for rho, _, solve in ladder]
             raw, last = _split(raw, last, target, ladder, keep)
             mask = keep(raw)
             if number == len(patterns) - 1:
                 target = raw  # the last one needs it no more: a matrix less in memory
-            weight = refit_on_mask(goal, raw, unit, mask, refit_steps).to(problem.weight.dtype)
+            weight = refit_on_mask(goal, raw, scaled, mask, refit_steps).to(problem.weight.dtype)
             stats = {"damp": damp, "dead_inputs": float(dead.sum()), "zeros": float((~mask).count_nonzero())}
             stats["seconds"] = time.perf_counter() - started
-            yield LayerSolution(weight=weight, mask=mask, outcome=one.outcome(damp > self.damp), stats=stats)
+            yield LayerSolution(weight=weight, mask=mask, outcome=outcome, stats=stats)
             started = time.perf_counter()
 
-    def _ladder(self, a: Tensor, lower: Tensor, d_out: int) -> Iterator[tuple[float, int, Resolvent]]:
+    def _ladder(self, a: Tensor, lower: Tensor, d_out: int | None) -> Iterator[tuple[float, int, Resolvent]]:
         """Each penalty, for how many steps, and its resolvent, one at a time; `lower` is the first one's factor."""
         first: Tensor | None = lower
         del lower
@@ -145,16 +157,16 @@ def _split(
     """
     for rho, steps, solve in ladder:
         for _ in range(steps):
-            pruned = ~keep(raw)
-            for first in range(0, len(raw), ROWS_AT_ONCE):
-                rows = slice(first, first + ROWS_AT_ONCE)
-                sparse = raw[rows].masked_fill(pruned[rows], 0)
+            kept = keep(raw)
+            for rows in row_chunks(len(raw), ROWS_AT_ONCE):
+                sparse = kept[rows].to(raw.dtype).mul_(raw[rows])
                 dual = raw[rows].sub_(sparse).mul_(min(last / rho, 1.0))
                 step = solve(sparse.sub_(dual).sub_(target[rows]))
                 dual.add_(target[rows]).add_(step, alpha=rho)
                 del sparse, step
             last = rho
-        del solve  # before the next one is made
+            del kept  # before the next one is made
+        del solve
     return raw, last
 
 
@@ -168,8 +180,8 @@ def _factor(a: Tensor, rho: float) -> Tensor:
 def _resolvent(lower: Tensor, d_out: int | None) -> Resolvent:
     """B -> B (L L^T)^-1 by two triangular solves, or, where d_out >= d_in or much use (None) repays it, an inverse."""
     if d_out is None or d_out >= len(lower):
-        inverse = torch.cholesky_inverse(lower)
-        return lambda b: b @ inverse
+        inverse = cholesky_inverse(lower)
+        return lambda b: fast_product(b, inverse)
 
     def solve(b: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(lower.T, b, upper=True, left=False)

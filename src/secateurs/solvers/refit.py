@@ -20,7 +20,7 @@ class Refit:
     base: Any
     steps: int = 10
     damp: float = 0.03
-    damping: Damping = "mean"
+    damping: Damping = "capped"
 
     @property
     def by_rows(self) -> bool:
@@ -36,6 +36,6 @@ class Refit:
         started = time.perf_counter()
         solution = self.base.solve(replace(problem, weight=problem.weight.float()))  # not rounded between the two
         unit = unit_gram(problem.gram.xtx, self.damp, self.damping)
-        goal, start = problem.goal.detach().float(), solution.weight * unit.scale
+        goal, start = problem.goal.detach().float(), solution.weight.mul_(unit.scale)
         weight = refit_on_mask(goal, start, unit, solution.mask, self.steps).to(problem.weight.dtype)
         return replace(solution, weight=weight, stats=solution.stats | {"seconds": time.perf_counter() - started})

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class SparseGPT:
     damp: float = 0.01
     """Added to the diagonal of the Gram, as a fraction of what `damping` names."""
     damping: Damping = "relative"
-    """"relative": of each diagonal element. "mean": of the mean of the diagonal."""
+    """"relative": of each diagonal element. "mean", "capped": of the diagonal's mean, see `damping_diagonal`."""
 
     @property
     def by_rows(self) -> bool:
@@ -48,8 +49,8 @@ class SparseGPT:
             raise ValueError(f"block_size is {self.block_size}, but a block needs at least 1 column (64 is good).")
         if not self.damp > 0:
             raise ValueError(f"damp is {self.damp}, but it must be above 0 (0.01 is a good value).")
-        if self.damping not in ("relative", "mean"):
-            raise ValueError(f"damping is {self.damping!r}, but it must be 'relative' or 'mean'.")
+        if self.damping not in get_args(Damping):
+            raise ValueError(f"damping is {self.damping!r}, but it must be one of {', '.join(get_args(Damping))}.")
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
         """See `Solver.solve`. Raises NotPositiveDefiniteError, with the layer's name, if no damping helps."""

@@ -40,7 +40,7 @@ class Swaps:
     kicks: int = 8
     """Exchanges after that which may hurt; the best state is kept."""
     damp: float = 0.03
-    damping: Damping = "mean"
+    damping: Damping = "capped"
     refit_steps: int = 10
 
     @property
