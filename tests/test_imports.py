@@ -10,7 +10,7 @@ ORDER = [
     {"artifacts", "patterns", "linalg", "questions"},
     {"layer", "traces", "prompts"},
     {"scores", "engines"},
-    {"solvers", "goals", "tune", "allocators", "calibration"},
+    {"solvers", "goals", "tune", "allocators", "calibration", "policy"},
     {"models"},
     {"collect"},
     {"pruner", "survey"},

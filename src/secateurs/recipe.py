@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -34,11 +34,42 @@ class Sampling(_Table):
     max_new_tokens: int = Field(default=1024, ge=1)
 
 
+class EngineTable(_Table):
+    """Who samples the traces: `hf`, in this process, or `openai`, servers at `servers` (`engines.openai.OpenAI`)."""
+
+    name: Literal["hf", "openai"] = "hf"
+    servers: list[str] = []
+    model: str = ""
+    concurrency: int = Field(default=64, ge=1)
+    timeout: float = Field(default=1800.0, gt=0)
+    attempts: int = Field(default=10, ge=1)
+    allow_retokenised: bool = False
+    api_key_env: str = ""
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "EngineTable":
+        if self.name == "openai" and not (self.servers and self.model):
+            raise ValueError(
+                'engine "openai" needs `servers`, as in ["http://localhost:8000/v1"], and `model`, its name there'
+            )
+        if self.name == "hf" and (self.servers or self.model):
+            raise ValueError('engine "hf" has no servers: did you mean name = "openai"?')
+        return self
+
+    @property
+    def identity(self) -> Any:
+        """What of it can change a trace, for the store's key. Where the servers stand cannot."""
+        if self.name == "hf":
+            return "hf"
+        return {"name": self.name, "model": self.model, "ids": "retokenised" if self.allow_retokenised else "sampled"}
+
+
 class Traces(_Table):
     """What the dense model is asked for its own chains of thought, and which of them are kept."""
 
     questions: dict[str, Any] = {"name": "tiny"}
     samples: int = Field(default=1, ge=1)
+    engine: EngineTable = EngineTable()
     sampling: Sampling = Sampling()
     filters: dict[str, bool | int] = {}
 

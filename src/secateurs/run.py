@@ -37,12 +37,14 @@ from secateurs.calibration import (
     take,
     trace_document,
 )
-from secateurs.engines import Completion, Request, Sampling, default_sampling
+from secateurs.engines import Completion, Engine, Request, Sampling, default_sampling
 from secateurs.engines.hf import hf_engine
+from secateurs.engines.openai import OpenAI
 from secateurs.export import export, verify
 from secateurs.layer import Gram, LayerProblem
 from secateurs.models import load_model, load_tokenizer, model_path
 from secateurs.patterns import Pattern, Unstructured
+from secateurs.policy import check_own
 from secateurs.prompts import answer_text, render, think_split, trace_seed
 from secateurs.questions import Question, QuestionSet
 from secateurs.questions.tiny import Tiny
@@ -60,6 +62,7 @@ from secateurs.report import Cell, Evaluation, HiddenError, LayerReport, Report,
 from secateurs.survey import survey
 from secateurs.traces import Trace, TraceStore, apply_filters
 
+CHECKED_TRACES = 8  # of a server's, before it is believed
 Asked = tuple[Question, int]  # and which sample of its answer
 
 
@@ -115,7 +118,7 @@ def _sampling(dense: Dense, overrides: SamplingOverrides) -> Sampling:
 
 
 def _provenance(
-    dense: Dense, questions: QuestionSet, spec: Any, split: str, sampling: Sampling, seed: int
+    dense: Dense, questions: QuestionSet, spec: Any, split: str, sampling: Sampling, seed: int, engine: Any = "hf"
 ) -> dict[str, Any]:
     return {
         **dense.key,
@@ -123,24 +126,24 @@ def _provenance(
         "format": asdict(questions.format),
         "sampling": asdict(sampling),
         "seed": seed,
-        "engine": "hf",
+        "engine": engine,
     }
 
 
 def sample(
     store: TraceStore,
     asked: Iterable[Asked],
-    model: Any,
+    engine: Engine,
     tokenizer: Any,
     questions: QuestionSet,
     sampling: Sampling,
     seed: int,
-    batch_size: int,
+    at_once: int,
     enough: Callable[[], bool],
 ) -> None:
     """Answer what is asked in order and store every trace as it is finished, until `enough` or all is answered.
 
-    What the store holds already is not asked again.
+    What the store holds already is not asked again. Traces go to disk every quarter of a second, or `at_once` together.
     """
     by_id: dict[str, Question] = {}
 
@@ -158,17 +161,19 @@ def sample(
     spent = 0.0
     waiting: list[Trace] = []
     clock = time.monotonic()
-    for completion in hf_engine(model, tokenizer, batch_size).generate(requests(), sampling):
-        waiting.append(_trace(completion, tokenizer, questions, by_id[completion.request.question_id]))
-        spent += completion.seconds
-        if time.monotonic() - clock > 0.25 or len(waiting) >= batch_size:
-            store.append(waiting)
-            store.add_seconds(spent)
-            waiting, spent, clock = [], 0.0, time.monotonic()
-            if enough():
-                return
-    store.append(waiting)
-    store.add_seconds(spent)
+    try:
+        for completion in engine.generate(requests(), sampling):
+            waiting.append(_trace(completion, tokenizer, questions, by_id[completion.request.question_id]))
+            spent += completion.seconds
+            if time.monotonic() - clock > 0.25 or len(waiting) >= at_once:
+                store.append(waiting)
+                store.add_seconds(spent)
+                waiting, spent, clock = [], 0.0, time.monotonic()
+                if enough():
+                    return
+    finally:  # also where an engine gives up: what it has answered stays
+        store.append(waiting)
+        store.add_seconds(spent)
     enough()
 
 
@@ -206,11 +211,22 @@ class _Replayed:
             yield self.drawn[index]
 
 
+def trace_engine(recipe: Recipe, dense: Dense) -> Engine:
+    """Who samples the traces: the model in this process, or servers that hold it."""
+    table = recipe.traces.engine
+    if table.name == "hf":
+        return hf_engine(dense.model, dense.tokenizer, recipe.resources.batch_size)
+    options: dict[str, Any] = table.model_dump(exclude={"name", "servers"})
+    vocab_size = dense.model.get_input_embeddings().num_embeddings
+    return OpenAI(servers=tuple(table.servers), tokenizer=dense.tokenizer, vocab_size=vocab_size, **options)
+
+
 def trace(recipe: Recipe, out: Path, seed: int, dense: Dense, progress: Progress = silent) -> Traced:
     """Sample the dense model's own chains of thought until every arm has its tokens, held-out ones included."""
     questions = build_questions(recipe.traces.questions)
     sampling = _sampling(dense, recipe.traces.sampling)
-    provenance = _provenance(dense, questions, recipe.traces.questions, "calibration", sampling, seed)
+    table = recipe.traces.engine
+    provenance = _provenance(dense, questions, recipe.traces.questions, "calibration", sampling, seed, table.identity)
     provenance["samples"] = recipe.traces.samples
     key = canonical_hash(provenance)[:12]
     drawn = questions.questions("calibration", seed)
@@ -219,11 +235,16 @@ def trace(recipe: Recipe, out: Path, seed: int, dense: Dense, progress: Progress
     rest = [(w, n // 2 if w.get("corpus") else n) for w, n in needs if w.get("think") or w.get("answer")]
     budget = recipe.calibration.held_out_tokens + max((n for _, n in rest), default=0)
     with TraceStore(out / "traces" / key, provenance) as store:
+        engine = trace_engine(recipe, dense)
         tokens, ahead = 0, iter(asked)
         following = next(ahead, None)
+        trusted = table.name == "hf"
 
         def enough() -> bool:
-            nonlocal tokens, following
+            nonlocal tokens, following, trusted
+            if not trusted and len(store) >= CHECKED_TRACES:
+                check_own(dense.model, list(islice(store, CHECKED_TRACES)), sampling)
+                trusted = True
             while following and tokens < budget and (found := store.get(following[0].id, following[1])):
                 tokens += found.tokens
                 following = next(ahead, None)
@@ -234,7 +255,7 @@ def trace(recipe: Recipe, out: Path, seed: int, dense: Dense, progress: Progress
             sample(
                 store,
                 asked,
-                dense.model,
+                engine,
                 dense.tokenizer,
                 questions,
                 sampling,
@@ -506,7 +527,8 @@ def answer(
             progress(stage, sum((q.id, n) in store for q, n in asked), len(asked), "answers")
             return all((q.id, n) in store for q, n in asked)
 
-        sample(store, asked, model, dense.tokenizer, questions, sampling, seed, recipe.resources.batch_size, enough)
+        engine = hf_engine(model, dense.tokenizer, recipe.resources.batch_size)
+        sample(store, asked, engine, dense.tokenizer, questions, sampling, seed, recipe.resources.batch_size, enough)
         traces = [found for q, n in asked if (found := store.get(q.id, n))]
         store.seal(traces)
         seconds = store.seconds

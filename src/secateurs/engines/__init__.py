@@ -65,4 +65,4 @@ class Engine(Protocol):
         ...
 
 
-ENGINES: dict[str, str] = {"hf": "secateurs.engines.hf:HF"}
+ENGINES: dict[str, str] = {"hf": "secateurs.engines.hf:HF", "openai": "secateurs.engines.openai:OpenAI"}

@@ -1,0 +1,264 @@
+"""Any OpenAI-compatible server, or several: exact ids over HTTP, asked again until an answer is right. No torch."""
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import httpx
+
+from secateurs.engines import Completion, Request, Sampling
+
+LONGEST_PAUSE = 30.0  # seconds between two attempts, unless a server asks for more
+LONGEST_REQUEST = 600.0  # seconds a server may ask us to wait
+BYTES_A_TOKEN = 64  # of an answer's JSON, generously; anything longer is no answer
+AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+
+
+class _Fault(Exception):
+    """An answer that is worth asking for again; `after` is how long the server wants to be left alone."""
+
+    def __init__(self, what: str, after: float = 0.0, unreachable: bool = False) -> None:
+        super().__init__(what)
+        self.after, self.unreachable = after, unreachable
+
+
+@dataclass
+class _Server:
+    url: str
+    in_flight: int = 0
+    failures: int = 0
+    ready: float = 0.0
+    """When it may be asked again, on the event loop's clock."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenAI:
+    """Completions of exact prompt ids by vLLM, SGLang or what speaks like them, many at once.
+
+    A prompt goes out as ids, so that the chat template is ours and no second BOS appears, and ids come back
+    (`return_token_ids`). An answer counts only if its ids are as many as the server says it made, belong to the
+    vocabulary and answer the prompt that was sent. With `allow_retokenised` text goes out and text comes back, for
+    servers without ids: retokenised text differs from what was sampled, so such traces are nearly on-policy, not
+    exactly.
+
+    Anything that may pass (a lost connection, a refusal with 429 or 5xx, an answer that is wrong) is asked again,
+    after a pause that doubles and is jittered, up to `attempts` times and by another server where there is one.
+    generate raises ValueError for what will not pass, with the server's own words.
+    """
+
+    servers: tuple[str, ...]
+    """Base URLs, as in http://localhost:8000/v1."""
+    model: str
+    """The name the servers know the model by."""
+    tokenizer: Any
+    vocab_size: int
+    concurrency: int = 64
+    """Requests in flight a server."""
+    timeout: float = 1800.0
+    """Seconds for one whole answer."""
+    attempts: int = 10
+    pause: float = 0.5
+    """Seconds after the first failure."""
+    allow_retokenised: bool = False
+    api_key_env: str = ""
+    """The environment variable that holds the key, for servers that want one."""
+    _random: random.Random = field(default_factory=random.Random, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.servers:
+            raise ValueError('servers is empty: name at least one, as in servers = ["http://localhost:8000/v1"]')
+        for url in self.servers:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"server {url!r} is no URL; it should look like http://localhost:8000/v1")
+        for name in ("concurrency", "timeout", "attempts"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but it must be above 0")
+        if self.api_key_env and self.api_key_env not in os.environ:
+            raise ValueError(f"api_key_env names {self.api_key_env}, but there is no such environment variable")
+
+    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        """Yield completions as they finish; at most `concurrency` times servers requests are drawn ahead.
+
+        The event loop runs only while the caller waits here; answers on their way meanwhile stay in the sockets.
+        """
+
+        async def following() -> Completion | None:
+            return await anext(stream, None)
+
+        with asyncio.Runner() as runner:
+            stream = self._stream(requests, sampling)
+            try:
+                while True:
+                    clock = time.perf_counter()
+                    completion = runner.run(following())
+                    if completion is None:
+                        return
+                    yield replace(completion, seconds=time.perf_counter() - clock)
+            finally:
+                runner.run(stream.aclose())
+
+    async def _stream(self, requests: Iterable[Request], sampling: Sampling) -> AsyncGenerator[Completion]:
+        """Completions as they finish. When one request fails for good, those that finished with it come out first."""
+        queue = iter(requests)
+        limit = self.concurrency * len(self.servers)
+        states = [_Server(url.rstrip("/")) for url in self.servers]
+        key = os.environ.get(self.api_key_env) if self.api_key_env else None
+        pending: set[asyncio.Task[Completion]] = set()
+        async with httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+            limits=httpx.Limits(max_connections=limit, max_keepalive_connections=limit),
+            timeout=httpx.Timeout(self.timeout, connect=min(self.timeout, 10.0)),
+        ) as client:
+            try:
+                while True:
+                    for request in islice(queue, limit - len(pending)):
+                        pending.add(asyncio.create_task(self._until_right(client, states, request, sampling)))
+                    if not pending:
+                        return
+                    done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                    for task in sorted(done, key=lambda task: task.exception() is not None):
+                        yield task.result()
+            finally:
+                for task in pending:
+                    task.cancel()
+                await asyncio.gather(*pending, return_exceptions=True)
+
+    async def _until_right(
+        self, client: httpx.AsyncClient, states: list[_Server], request: Request, sampling: Sampling
+    ) -> Completion:
+        """The least busy server that is to be had, again and again."""
+        clock = asyncio.get_running_loop().time
+        for attempt in range(1, self.attempts + 1):
+            server = min(states, key=lambda state: (max(state.ready - clock(), 0.0), state.in_flight))
+            while (wait := server.ready - clock()) > 0:
+                await asyncio.sleep(wait * self._random.uniform(1.0, 1.2))
+            server.in_flight += 1
+            try:
+                async with asyncio.timeout(self.timeout):
+                    completion = await self._ask(client, server.url, request, sampling)
+                server.failures = 0
+                return completion
+            except TimeoutError:
+                fault = _Fault(f"no whole answer within {self.timeout:g} s")
+            except _Fault as error:
+                fault = error
+            finally:
+                server.in_flight -= 1
+            pause = min(self.pause * 2 ** (attempt - 1), LONGEST_PAUSE) * self._random.uniform(0.5, 1.0)
+            if fault.unreachable and clock() >= server.ready:  # not once for each of those in flight
+                server.failures += 1
+                server.ready = clock() + min(self.pause * 2 ** (server.failures - 1), LONGEST_PAUSE)
+            server.ready = max(server.ready, clock() + fault.after)
+            if attempt == self.attempts:
+                raise ValueError(
+                    f"{server.url}: question {request.question_id!r} sample {request.sample} failed {attempt} times, "
+                    f"at last with: {fault}. What is stored stays; run the command again once the server answers."
+                )
+            await asyncio.sleep(pause)
+        raise AssertionError("unreachable: attempts is above 0")
+
+    async def _ask(self, client: httpx.AsyncClient, url: str, request: Request, sampling: Sampling) -> Completion:
+        most = 2**20 + BYTES_A_TOKEN * (sampling.max_new_tokens + len(request.prompt_ids))
+        try:
+            async with client.stream("POST", f"{url}/completions", json=self._body(request, sampling)) as response:
+                content = bytearray()
+                async for part in response.aiter_bytes():
+                    content += part
+                    if len(content) > most:
+                        raise _Fault(f"an answer of more than {most:,} bytes")
+        except httpx.ConnectError as error:
+            raise _Fault(f"no connection ({error})", unreachable=True) from None
+        except httpx.HTTPError as error:
+            raise _Fault(f"the connection broke ({type(error).__name__}: {error})") from None
+        if response.status_code in AGAIN:
+            raise _Fault(f"status {response.status_code}", after=_retry_after(response))
+        if response.status_code != 200:
+            words = content[:500].decode(errors="replace").strip()
+            raise ValueError(
+                f"{url}/completions: status {response.status_code}, which asking again will not mend: {words}"
+            )
+        return self._completion(request, sampling, content, url)
+
+    def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": request.seed % 2**31,  # some servers hold it in 32 bits
+        }
+        if sampling.top_k:
+            body["top_k"] = sampling.top_k
+        if self.allow_retokenised:
+            return body | {"prompt": self._text(request)}
+        return body | {"prompt": list(request.prompt_ids), "return_token_ids": True}
+
+    def _text(self, request: Request) -> str:
+        """The prompt in words, without the BOS that the server's own tokenizer writes."""
+        bos = self.tokenizer.bos_token_id
+        ids = request.prompt_ids[1:] if bos is not None and request.prompt_ids[:1] == (bos,) else request.prompt_ids
+        return self.tokenizer.decode(ids)
+
+    def _completion(self, request: Request, sampling: Sampling, content: bytes | bytearray, url: str) -> Completion:
+        """The answer, if it is one; _Fault if not."""
+        try:
+            answer = json.loads(content, parse_constant=_refuse)
+            (choice,) = answer["choices"]
+            reason = choice["finish_reason"]
+            usage = answer["usage"]
+            counted, prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise _Fault(f"not the JSON of one completion ({type(error).__name__}: {error})") from None
+        if reason not in ("stop", "length"):
+            raise _Fault(f"finish_reason {reason!r}")
+        if prompt_tokens != len(request.prompt_ids):
+            wrong = f"the server counts {prompt_tokens!r} prompt tokens, we sent {len(request.prompt_ids)}"
+            if self.allow_retokenised:
+                raise ValueError(f"{url}: {wrong}: its tokenizer is another one, or a BOS is written twice or never")
+            raise _Fault(wrong)
+        if self.allow_retokenised:
+            ids = self._retokenised(choice.get("text"), reason, sampling)
+        else:
+            ids = choice.get("token_ids", choice.get("response_token_ids"))
+            if ids is None:
+                raise ValueError(
+                    f"{url}: the answer holds no token ids, so the trace would have to be tokenised again and differ "
+                    "from what was sampled. Use vLLM >= 0.10.2 or SGLang, or accept it: traces.engine.allow_retokenised"
+                )
+            echo = choice.get("prompt_token_ids", answer.get("prompt_token_ids"))
+            if echo is not None and echo != list(request.prompt_ids):
+                raise _Fault("an answer to another prompt")
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
+            raise _Fault(f"token ids that are not numbers from 0 to {self.vocab_size - 1}")
+        if not self.allow_retokenised and counted != len(ids):
+            raise _Fault(f"{len(ids)} token ids, where the server counts {counted!r}")
+        if not 1 <= len(ids) <= sampling.max_new_tokens:
+            raise _Fault(f"{len(ids)} tokens, where 1 to {sampling.max_new_tokens} were asked for")
+        return Completion(request=request, ids=tuple(ids), finish="eos" if reason == "stop" else "length", seconds=0.0)
+
+    def _retokenised(self, text: object, reason: str, sampling: Sampling) -> list[int]:
+        """The ids of a text, with the end marker that it lost."""
+        if not isinstance(text, str) or not text:
+            raise _Fault("no text")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if reason == "stop" and ids[-1] != self.tokenizer.eos_token_id:
+            ids.append(self.tokenizer.eos_token_id)
+        return ids[: sampling.max_new_tokens]
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """The seconds a server asks for, within reason; 0 if it asks for none or in words."""
+    try:
+        return min(max(float(response.headers.get("Retry-After", "0")), 0.0), LONGEST_REQUEST)
+    except ValueError:
+        return 0.0

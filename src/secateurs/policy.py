@@ -1,0 +1,65 @@
+"""Whether traces are a model's own: how much more they surprise it than what it would have said itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from secateurs.engines import Sampling
+from secateurs.traces import Trace
+
+LIMIT = 0.1  # nats a token; rounding and 8-bit weights cost a hundredth of it, another model several times it
+DOUBT = 6.0  # standard errors
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """`gap`: nats a token that traces surprise a model by, over what its own samples would. `z`: in standard errors.
+
+    Near or below 0 for the model's own traces (below, where top-p cuts off the unlikely ones). `num_tokens` were seen.
+    """
+
+    gap: float
+    z: float
+    num_tokens: int
+
+
+@torch.inference_mode()
+def surprise(model: Any, traces: Sequence[Trace], sampling: Sampling) -> Surprise:
+    """Teacher-forced: the mean of E[log p] - log p(token) over all completion tokens, p at the sampling temperature.
+
+    For samples of the model itself every term has mean 0 and variance Var[log p], whatever the text; for another
+    model's the mean is the KL divergence of the two, and more. Greedy traces are measured against the best token at
+    temperature 1, with z = infinity, as there is nothing random in them. Cost: a forward pass a trace.
+    """
+    total = variance = 0.0
+    count = 0
+    for trace in traces:
+        ids = torch.tensor([trace.prompt_ids + trace.completion_ids], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(trace.prompt_ids) - 1 : -1].float()
+        log_p = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
+        said = log_p.gather(1, ids[0, len(trace.prompt_ids) :, None])[:, 0]
+        if sampling.temperature == 0:
+            total += float((log_p.amax(-1) - said).sum(dtype=torch.float64))
+        else:
+            p = log_p.exp()
+            mean = (p * log_p).sum(-1)
+            total += float((mean - said).sum(dtype=torch.float64))
+            variance += float(((p * log_p**2).sum(-1) - mean**2).clamp_min(0).sum(dtype=torch.float64))
+        count += len(trace.completion_ids)
+    z = total / variance**0.5 if variance > 0 else float("inf") if total > 0 else 0.0
+    return Surprise(total / max(count, 1), z, count)
+
+
+def check_own(model: Any, traces: Sequence[Trace], sampling: Sampling) -> Surprise:
+    """ValueError, with the numbers, if `traces` are not what `model` says: more than LIMIT beyond doubt."""
+    found = surprise(model, traces, sampling)
+    if found.gap > LIMIT and found.z > DOUBT:
+        raise ValueError(
+            f"the engine does not serve the model to be pruned: over {found.num_tokens:,} tokens of its first "
+            f"{len(traces)} traces the local weights are {found.gap:.2f} nats a token more surprised than by what they "
+            f"would say ({found.z:.0f} standard errors; {LIMIT:g} nats are allowed). Serve the same weights at the "
+            "temperature that is asked for, and delete the trace store that holds these."
+        )
+    return found

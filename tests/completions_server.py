@@ -1,0 +1,149 @@
+"""A completions server in a thread, with vLLM's or SGLang's dialect, that misbehaves as asked.
+
+Its "model" is a function: the answer to a prompt is always the same, so a right one can be told from a wrong one.
+"""
+
+import asyncio
+import hashlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+
+FAULTS = (
+    "status 500", "status 429", "no answer", "half an answer", "torn JSON", "no JSON", "NaN", "no choices",
+    "two choices", "wrong count", "wrong ids", "another prompt", "slow", "endless",
+)  # fmt: skip
+
+
+def answer_to(prompt: list[int], size: int) -> list[int]:
+    """1 to 40 ids below `size`, by the prompt alone."""
+    digest = hashlib.sha256(repr(prompt).encode()).digest()
+    return [(digest[i % 32] * 31 + i) % size for i in range(1 + digest[0] % 40)]
+
+
+class CompletionsServer:
+    """`fault(prompt, attempt)` names what goes wrong (one of FAULTS) or "" for a right answer."""
+
+    def __init__(
+        self,
+        size: int,
+        dialect: str = "vllm",
+        fault: Callable[[list[int], int], str] = lambda prompt, attempt: "",
+        delay: float = 0.0,
+    ) -> None:
+        self.size, self.dialect, self.fault, self.delay = size, dialect, fault, delay
+        self.attempts: Counter[str] = Counter()
+        self.bodies: list[dict] = []
+        self.connections = self.in_flight = self.most_in_flight = 0
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._port = 0
+        self._run(self._open())
+        self.url = f"http://127.0.0.1:{self._port}/v1"
+
+    def _run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+
+    async def _open(self) -> None:
+        self._server = await asyncio.start_server(self._connection, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def _close(self) -> None:
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    def restart(self, seconds: float) -> None:
+        """Break every connection, refuse new ones for a while, come back at the same address."""
+
+        async def away() -> None:
+            await self._close()
+            await asyncio.sleep(seconds)
+            await self._open()
+
+        asyncio.run_coroutine_threadsafe(away(), self._loop)
+
+    def close(self) -> None:
+        self._run(self._close())
+        self._run(asyncio.sleep(0.01))  # for the handlers to notice
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def __enter__(self) -> "CompletionsServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self._writers.add(writer)
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = next(int(h[15:]) for h in head.lower().split(b"\r\n") if h.startswith(b"content-length:"))
+                body = json.loads(await reader.readexactly(length))
+                self.in_flight += 1
+                self.most_in_flight = max(self.most_in_flight, self.in_flight)
+                try:
+                    if not await self._reply(body, writer):
+                        return
+                finally:
+                    self.in_flight -= 1
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _reply(self, body: dict, writer: asyncio.StreamWriter) -> bool:
+        """Answer one request; whether the connection lives on."""
+        prompt = body["prompt"]
+        self.attempts[repr(prompt)] += 1
+        self.bodies.append(body)
+        fault = self.fault(prompt, self.attempts[repr(prompt)])
+        await asyncio.sleep(self.delay)
+        if fault == "no answer":
+            return False
+        status = {"status 500": "500 Oops", "status 429": "429 Slow down", "status 400": "400 No"}.get(fault, "200 OK")
+        content = json.dumps({"error": "as asked"} if status[0] != "2" else self._answer(body, fault)).encode()
+        if fault == "torn JSON":
+            content = content[: len(content) // 2]
+        if fault == "no JSON":
+            content = b"<html>a proxy speaking</html>"
+        if fault == "NaN":
+            content = content[:-1] + b', "logprobs": [NaN]}'
+        retry = "Retry-After: 0.05\r\n" if fault == "status 429" else ""
+        length = 10**9 if fault in ("endless", "slow") else len(content)
+        writer.write(f"HTTP/1.1 {status}\r\n{retry}Content-Length: {length}\r\n\r\n".encode())
+        if fault == "half an answer":
+            writer.write(content[: len(content) // 2])
+            await writer.drain()
+            return False
+        while fault == "slow":
+            writer.write(b" ")
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        while fault == "endless":
+            writer.write(b" " * 2**16)
+            await writer.drain()
+        writer.write(content)
+        await writer.drain()
+        return True
+
+    def _answer(self, body: dict, fault: str) -> dict:
+        prompt = body["prompt"]
+        asked = [*prompt, 1] if fault == "another prompt" else prompt
+        ids = answer_to(asked, self.size)[: body["max_tokens"]]
+        choice: dict = {
+            "index": 0, "text": "", "finish_reason": "length" if len(ids) == body["max_tokens"] else "stop"
+        }  # fmt: skip
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(ids) + (fault == "wrong count")}
+        if fault == "wrong ids":
+            ids = [self.size, *ids[1:]]
+        choice["response_token_ids" if self.dialect == "sglang" else "token_ids"] = ids
+        choice["prompt_token_ids"] = asked
+        choices = {"no choices": [], "two choices": [choice, choice]}.get(fault, [choice])
+        return {"choices": choices, "usage": usage}

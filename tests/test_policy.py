@@ -1,0 +1,71 @@
+"""Whether traces are a model's own: its samples are, another model's are not, and the numbers are those of theory."""
+
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+
+from secateurs.engines import Request, Sampling
+from secateurs.engines.hf import hf_engine
+from secateurs.models import load_model, load_tokenizer
+from secateurs.policy import check_own, surprise
+from secateurs.prompts import render
+from secateurs.questions.tiny import Tiny
+from secateurs.traces import Trace
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load_model("bundled"), load_tokenizer("bundled")
+
+
+def traces_of(model, tokenizer, sampling, count=8):
+    questions = Tiny()
+    asked = [
+        Request(question_id=q.id, sample=0, prompt_ids=render(tokenizer, questions.format, q), seed=i)
+        for i, q in enumerate(islice(questions.questions("calibration", 0), count))
+    ]
+    return [
+        Trace(
+            question_id=c.request.question_id, sample=0, prompt_ids=c.request.prompt_ids, completion_ids=c.ids,
+            think_tokens=len(c.ids), think_closed=True, finish=c.finish, reward=None, seed=c.request.seed,
+        )
+        for c in hf_engine(model, tokenizer, count).generate(asked, sampling)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=96), Sampling(temperature=0, max_new_tokens=96)])
+def test_own_samples_are_no_surprise_and_those_of_a_damaged_model_are(bundled, sampling):
+    model, tokenizer = bundled
+    own = traces_of(model, tokenizer, sampling)
+    found = check_own(model, own, sampling)
+    assert abs(found.gap) < 0.02 and found.num_tokens == sum(len(t.completion_ids) for t in own)
+    assert sampling.temperature == 0 or abs(found.z) < 4
+    other = load_model("bundled")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight += 0.4 * weight.std() * torch.randn_like(weight) if weight.ndim == 2 else 0
+    with pytest.raises(ValueError, match=r"does not serve the model to be pruned: over [\d,]+ tokens.* nats a token"):
+        check_own(model, traces_of(other, tokenizer, sampling), sampling)
+
+
+def test_the_gap_is_the_divergence_of_the_two_models(bundled):
+    """Text of the model at temperature 1.5, judged at 1: the mean of KL(1.5 || 1) plus the difference of entropies."""
+    model, tokenizer = bundled
+    hot = Sampling(temperature=1.5, max_new_tokens=64)
+    texts = traces_of(model, tokenizer, hot, 24)
+    found = surprise(model, texts, replace(hot, temperature=1.0))
+    expected = variance = count = 0.0
+    for trace in texts:
+        with torch.inference_mode():
+            logits = model(torch.tensor([trace.prompt_ids + trace.completion_ids])).logits[0]
+        logits = logits[len(trace.prompt_ids) - 1 : -1]
+        cool, warm = logits.log_softmax(-1), (logits / 1.5).log_softmax(-1)
+        mean = (warm.exp() * cool).sum(-1)
+        expected += float(((cool.exp() * cool).sum(-1) - mean).sum())
+        variance += float(((warm.exp() * cool**2).sum(-1) - mean**2).sum())
+        count += len(logits)
+    assert abs(found.gap * count - expected) < 4 * variance**0.5
+    assert expected > 0.02 * count and found.num_tokens == count
