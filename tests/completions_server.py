@@ -1,6 +1,7 @@
 """A completions server in a thread, with vLLM's or SGLang's dialect, that misbehaves as asked.
 
-Its "model" is a function: the answer to a prompt is always the same, so a right one can be told from a wrong one.
+Its "model" is a function of the request, `answer_to` the prompt if nothing else is given, so a right answer can be told
+from a wrong one. With the dialect "text" it takes and gives text; with "bare" it takes ids and still gives text.
 """
 
 import asyncio
@@ -31,8 +32,11 @@ class CompletionsServer:
         dialect: str = "vllm",
         fault: Callable[[list[int], int], str] = lambda prompt, attempt: "",
         delay: float = 0.0,
+        answer: Callable[[dict], list[int]] | None = None,
+        tokenizer=None,
     ) -> None:
-        self.size, self.dialect, self.fault, self.delay = size, dialect, fault, delay
+        self.size, self.dialect, self.fault, self.delay, self.tokenizer = size, dialect, fault, delay, tokenizer
+        self.answer = answer or (lambda body: answer_to(body["prompt"], size)[: body["max_tokens"]])
         self.attempts: Counter[str] = Counter()
         self.bodies: list[dict] = []
         self.connections = self.in_flight = self.most_in_flight = 0
@@ -56,6 +60,13 @@ class CompletionsServer:
         for writer in list(self._writers):
             writer.transport.abort()
 
+    async def _end(self) -> None:
+        await self._close()
+        handlers = asyncio.all_tasks() - {asyncio.current_task()}
+        for handler in handlers:
+            handler.cancel()
+        await asyncio.gather(*handlers, return_exceptions=True)
+
     def restart(self, seconds: float) -> None:
         """Break every connection, refuse new ones for a while, come back at the same address."""
 
@@ -67,8 +78,7 @@ class CompletionsServer:
         asyncio.run_coroutine_threadsafe(away(), self._loop)
 
     def close(self) -> None:
-        self._run(self._close())
-        self._run(asyncio.sleep(0.01))  # for the handlers to notice
+        self._run(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
@@ -135,15 +145,20 @@ class CompletionsServer:
 
     def _answer(self, body: dict, fault: str) -> dict:
         prompt = body["prompt"]
+        if self.dialect == "text":
+            prompt = self.tokenizer(prompt)["input_ids"]  # with whatever it adds by itself
         asked = [*prompt, 1] if fault == "another prompt" else prompt
-        ids = answer_to(asked, self.size)[: body["max_tokens"]]
+        ids = self.answer(body | {"prompt": asked})
         choice: dict = {
             "index": 0, "text": "", "finish_reason": "length" if len(ids) == body["max_tokens"] else "stop"
         }  # fmt: skip
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(ids) + (fault == "wrong count")}
         if fault == "wrong ids":
             ids = [self.size, *ids[1:]]
-        choice["response_token_ids" if self.dialect == "sglang" else "token_ids"] = ids
-        choice["prompt_token_ids"] = asked
+        if self.dialect in ("text", "bare"):
+            choice["text"] = self.tokenizer.decode(ids)
+        else:
+            choice["response_token_ids" if self.dialect == "sglang" else "token_ids"] = ids
+            choice["prompt_token_ids"] = asked
         choices = {"no choices": [], "two choices": [choice, choice]}.get(fault, [choice])
         return {"choices": choices, "usage": usage}

@@ -7,14 +7,17 @@ from itertools import islice
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from completions_server import FAULTS, CompletionsServer, answer_to
 from secateurs import run
 from secateurs.engines import Request, Sampling
+from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
-from secateurs.models import load_tokenizer
+from secateurs.models import load_model, load_tokenizer
 from secateurs.questions.tiny import Tiny
-from secateurs.traces import TraceStore
+from secateurs.recipe import Recipe, load_recipe
+from secateurs.traces import TraceStore, read_provenance
 
 TOKENIZER = load_tokenizer("bundled")
 SIZE = len(TOKENIZER)
@@ -167,3 +170,101 @@ def test_a_server_asks_for_time_and_gets_it():
         clock = time.monotonic()
         list(engine(server, pause=1e-6).generate(requests(1), SAMPLING))
         assert time.monotonic() - clock >= 0.05
+
+
+def served(model):
+    """A server's answers: those of a transformers model in this process, with the request's own sampling."""
+
+    def answer(body):
+        sampling = Sampling(temperature=body["temperature"], top_p=body["top_p"], max_new_tokens=body["max_tokens"])
+        request = Request(question_id="q", sample=0, prompt_ids=tuple(body["prompt"]), seed=body["seed"])
+        (completion,) = hf_engine(model, TOKENIZER, 1).generate([request], sampling)
+        return list(completion.ids)
+
+    return answer
+
+
+def traced(server, folder, **engine_options):
+    recipe = Recipe.model_validate(
+        {
+            "traces": {
+                "engine": {"name": "openai", "servers": [server.url], "model": "bundled"} | engine_options,
+                "sampling": {"max_new_tokens": 32},
+            },
+            "calibration": {"num_tokens": 400, "held_out_tokens": 100},
+        }
+    )
+    return run.trace(recipe, folder, 0, run.Dense(recipe))
+
+
+def test_a_run_traces_on_a_server_as_in_process_and_goes_on_where_it_stopped(tmp_path):
+    model = load_model("bundled")
+    with CompletionsServer(SIZE, answer=served(model)) as server:
+        first = traced(server, tmp_path)
+        asked = len(server.bodies)
+        assert sum(t.tokens for t in first.traces) >= 500
+        again = traced(server, tmp_path)
+        assert again.traces == first.traces and len(server.bodies) == asked
+    provenance = read_provenance(next((tmp_path / "traces").iterdir()))
+    assert provenance["engine"] == {"name": "openai", "model": "bundled", "ids": "sampled"}
+
+
+def test_a_server_with_another_model_is_found_out_after_a_few_traces(tmp_path):
+    other = load_model("bundled")
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight += 0.4 * weight.std() * torch.randn_like(weight) if weight.ndim == 2 else 0
+    with (
+        CompletionsServer(SIZE, answer=served(other)) as server,
+        pytest.raises(ValueError, match="does not serve the model to be pruned"),
+    ):
+        traced(server, tmp_path, concurrency=4)
+    assert len(server.bodies) <= 8 + 2 * 4
+
+
+def test_text_is_refused_unless_it_is_asked_for_and_then_it_is_marked(tmp_path):
+    options = {"answer": served(load_model("bundled")), "tokenizer": TOKENIZER}
+    with (
+        CompletionsServer(SIZE, "bare", **options) as server,
+        pytest.raises(ValueError, match="holds no token ids.*accept it: traces.engine.allow_retokenised"),
+    ):
+        traced(server, tmp_path / "refused")
+    with CompletionsServer(SIZE, "text", **options) as server:
+        found = traced(server, tmp_path / "marked", allow_retokenised=True)
+        assert all(t.completion_ids[-1] == TOKENIZER.eos_token_id for t in found.traces if t.finish == "eos")
+    provenance = read_provenance(next((tmp_path / "marked" / "traces").iterdir()))
+    assert provenance["engine"]["ids"] == "retokenised"
+
+
+def test_a_prompt_that_the_server_reads_otherwise_is_no_silent_success():
+    class WithBos:
+        def __call__(self, text):
+            return {"input_ids": [1, 1, *TOKENIZER(text)["input_ids"]]}
+
+        decode = staticmethod(TOKENIZER.decode)
+
+    with (
+        CompletionsServer(SIZE, "text", tokenizer=WithBos()) as server,
+        pytest.raises(ValueError, match=r"counts \d+ prompt tokens, we sent \d+: .*BOS"),
+    ):
+        list(engine(server, allow_retokenised=True).generate(requests(1), SAMPLING))
+
+
+@pytest.mark.parametrize(
+    ("options", "lesson"),
+    [
+        ({"name": "openai"}, 'engine "openai" needs `servers`'),
+        ({"servers": ["http://localhost:1/v1"]}, 'did you mean name = "openai"'),
+        ({"name": "openai", "servers": ["localhost:1"], "model": "m"}, "server 'localhost:1' is no URL"),
+        ({"name": "openai", "servers": ["http://a"], "model": "m", "api_key_env": "NO_SUCH"}, "names NO_SUCH"),
+        ({"name": "vllm"}, "should be 'hf' or 'openai'"),
+    ],
+)
+def test_mistakes_in_the_table_teach(options, lesson, tmp_path):
+    with pytest.raises(ValueError, match=lesson):
+        recipe = load_recipe("demo", [f"traces.engine={toml(options)}"])
+        run.trace_engine(recipe, run.Dense(recipe))
+
+
+def toml(options):
+    return "{" + ", ".join(f"{key}={value!r}".replace("'", '"') for key, value in options.items()) + "}"

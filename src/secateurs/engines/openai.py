@@ -36,6 +36,10 @@ class _Server:
     ready: float = 0.0
     """When it may be asked again, on the event loop's clock."""
 
+    def busy(self, now: float) -> tuple[float, bool, int]:
+        """Sorts servers by who should be asked next; one that could not be reached gets one request to try it with."""
+        return max(self.ready - now, 0.0), bool(self.failures and self.in_flight), self.in_flight
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenAI:
@@ -135,7 +139,7 @@ class OpenAI:
         """The least busy server that is to be had, again and again."""
         clock = asyncio.get_running_loop().time
         for attempt in range(1, self.attempts + 1):
-            server = min(states, key=lambda state: (max(state.ready - clock(), 0.0), state.in_flight))
+            server = min(states, key=lambda state: state.busy(clock()))
             while (wait := server.ready - clock()) > 0:
                 await asyncio.sleep(wait * self._random.uniform(1.0, 1.2))
             server.in_flight += 1
@@ -172,7 +176,7 @@ class OpenAI:
                     content += part
                     if len(content) > most:
                         raise _Fault(f"an answer of more than {most:,} bytes")
-        except httpx.ConnectError as error:
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise _Fault(f"no connection ({error})", unreachable=True) from None
         except httpx.HTTPError as error:
             raise _Fault(f"the connection broke ({type(error).__name__}: {error})") from None
