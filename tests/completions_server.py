@@ -1,12 +1,13 @@
 """A completions server in a thread, with vLLM's or SGLang's dialect, that misbehaves as asked.
 
 Its "model" is a function of the request, `answer_to` the prompt if nothing else is given, so a right answer can be told
-from a wrong one. With the dialect "text" it takes and gives text; with "bare" it takes ids and still gives text.
+from a wrong one. `python tests/completions_server.py SECONDS` serves by itself, each answer after so long. With the dialect "text" it takes and gives text; with "bare" it takes ids and still gives text.
 """
 
 import asyncio
 import hashlib
 import json
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -162,3 +163,9 @@ class CompletionsServer:
             choice["prompt_token_ids"] = asked
         choices = {"no choices": [], "two choices": [choice, choice]}.get(fault, [choice])
         return {"choices": choices, "usage": usage}
+
+
+if __name__ == "__main__":
+    server = CompletionsServer(50_000, delay=float(sys.argv[1]))
+    print(server.url, flush=True)
+    threading.Event().wait()

@@ -1,16 +1,19 @@
 """Servers over HTTP: every right answer once, whatever goes wrong on the way; nothing wrong ever."""
 
+import json
 import random
 import time
 import tracemalloc
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from completions_server import FAULTS, CompletionsServer, answer_to
-from secateurs import run
+from secateurs import cli, run
 from secateurs.engines import Request, Sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
@@ -248,6 +251,30 @@ def test_a_prompt_that_the_server_reads_otherwise_is_no_silent_success():
         pytest.raises(ValueError, match=r"counts \d+ prompt tokens, we sent \d+: .*BOS"),
     ):
         list(engine(server, allow_retokenised=True).generate(requests(1), SAMPLING))
+
+
+def test_two_machines_trace_a_half_each_and_a_run_on_the_merged_store_asks_no_more(tmp_path):
+    with CompletionsServer(SIZE, answer=served(load_model("bundled"))) as server:
+        options = [
+            f'traces.engine={{name="openai", servers=["{server.url}"], model="bundled"}}',
+            "traces.sampling.max_new_tokens=32", "calibration.num_tokens=400", "calibration.held_out_tokens=100",
+        ]  # fmt: skip
+        sets = [part for option in options for part in ("--set", option)]
+
+        def command(*words):
+            result = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+            return json.loads(result.stdout)
+
+        sets += ["--set", "sweep.seed=[0]", "--json"]
+        stores = [
+            command("trace", "demo", *sets, "--shard", f"{k}/2", "--out", f"{tmp_path}/{k}")["store"] for k in (1, 2)
+        ]
+        merged = Path(stores[0]).name
+        assert command("merge", *stores, "--into", f"{tmp_path}/all/traces/{merged}")["already"] == 0
+        asked = len(server.bodies)
+        whole = traced(server, tmp_path / "all")
+        assert len(server.bodies) - asked <= 2, "only what the halves overshot differently"
+        assert whole.traces == traced(server, tmp_path / "alone").traces
 
 
 @pytest.mark.parametrize(

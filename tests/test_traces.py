@@ -18,7 +18,16 @@ from typing import Any
 import pytest
 
 from secateurs.artifacts import read_json
-from secateurs.traces import FILTERS, Trace, TraceStore, apply_filters, looping, read_provenance, read_traces
+from secateurs.traces import (
+    FILTERS,
+    Trace,
+    TraceStore,
+    apply_filters,
+    looping,
+    merge_stores,
+    read_provenance,
+    read_traces,
+)
 
 PROVENANCE: dict[str, Any] = {
     "model": "a" * 64,
@@ -467,6 +476,52 @@ def test_seconds_add_up_over_runs(tmp_path: Path) -> None:
             store.add_seconds(1.5)
     assert store.seconds == 3.0
     assert read_json(tmp_path / "timing.json") == {"seconds": 3.0}
+
+
+def shards_of(tmp_path: Path, count: int = 3) -> list[Path]:
+    """What `count` machines leave that took every so-manieth request each."""
+    folders = [tmp_path / f"shard-{number}" for number in range(count)]
+    for number, folder in enumerate(folders):
+        with TraceStore(folder, PROVENANCE) as store:
+            store.append(make(*key, completion=20 + 10 * key[1]) for key in REQUESTS[number::count])
+            store.add_seconds(2.0)
+            if number == 1:  # one of them was used by itself
+                store.seal(store)
+    return folders
+
+
+def test_merged_shards_are_the_store_of_one_machine(tmp_path: Path) -> None:
+    fill(tmp_path / "alone", 500)
+    shards = shards_of(tmp_path)
+    merged = tmp_path / "merged"
+    assert merge_stores(merged, shards) == {"added": len(REQUESTS), "already": 0}
+    assert merge_stores(merged, shards[1:]) == {"added": 0, "already": 2 * len(REQUESTS) // 3}
+    with TraceStore(merged, PROVENANCE) as store:
+        assert store.seconds == 6.0
+        store.seal(store.prefix(REQUESTS, 500)[0])
+    assert sealed_bytes(merged) == sealed_bytes(tmp_path / "alone")
+
+
+def test_conflicts_and_other_settings_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+    first, second, third = shards_of(tmp_path)
+    other = make(*REQUESTS[0], completion=33)
+    with TraceStore(second, PROVENANCE) as store:
+        store.append([other])
+    merged = tmp_path / "merged"
+    with pytest.raises(
+        ValueError, match=rf"1 requests .*question 'q0' sample 0 in {first} and in {second}.*--keep-first"
+    ):
+        merge_stores(merged, [first, second])
+    assert read_traces(merged) == []
+    merge_stores(merged, [second, first], keep_first=True)
+    assert other in read_traces(merged) and len(read_traces(merged)) == 2 * len(REQUESTS) // 3
+    with TraceStore(tmp_path / "elsewhere", PROVENANCE | {"seed": 1}) as store:
+        store.append([make("q9")])
+    with pytest.raises(ValueError, match="seed: expected 0, found 1"):
+        merge_stores(merged, [third, tmp_path / "elsewhere"])
+    assert len(read_traces(merged)) == 2 * len(REQUESTS) // 3
+    with pytest.raises(ValueError, match="not a trace store"):
+        merge_stores(merged, [tmp_path / "nowhere"])
 
 
 def loop_by_definition(ids: tuple[int, ...], max_period: int) -> bool:

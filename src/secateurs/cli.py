@@ -122,22 +122,36 @@ def run_(
     _run(recipe, out, overrides, as_json, dry_run)
 
 
+def _shard(text: str) -> tuple[int, int]:
+    """`2/4` as (1, 4): which of how many. ValueError for anything else."""
+    number, _, total = text.partition("/")
+    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
+        raise ValueError(f"--shard is {text!r}; it should look like 2/4, the second of four machines")
+    return int(number) - 1, int(total)
+
+
 @app.command()
 def trace(
-    recipe: RecipeName, out: Out = Path("runs/run"), overrides: Set = [], as_json: Json = False, dry_run: DryRun = False
+    recipe: RecipeName,
+    out: Out = Path("runs/run"),
+    overrides: Set = [],
+    as_json: Json = False,
+    dry_run: DryRun = False,
+    shard: Annotated[str, typer.Option(help="Which of how many machines this is, as in 2/4.")] = "1/1",
 ) -> None:
-    """Only sample the dense model's chains of thought."""
+    """Only sample the dense model's chains of thought. With --shard 2/4, the second quarter of them: see `merge`."""
     from secateurs.recipe import load_recipe
     from secateurs.run import Dense
     from secateurs.run import trace as stage
 
     loaded = load_recipe(recipe, overrides)
+    part = _shard(shard)
     if dry_run:
         _plan(loaded, as_json)
         return
     dense = Dense(loaded)
     with _bars() as progress:
-        done = {seed: stage(loaded, out, seed, dense, progress) for seed in loaded.seeds}
+        done = {seed: stage(loaded, out, seed, dense, progress, part) for seed in loaded.seeds}
     for seed, traced in done.items():
         summary = traced.summary.model_dump()
         print(
@@ -145,6 +159,18 @@ def trace(
                 {"seed": seed, "store": str(out / "traces" / traced.key), **summary}, indent=None if as_json else 2
             )
         )
+
+
+@app.command()
+def merge(
+    shards: Annotated[list[Path], typer.Argument(help="Trace stores, as `trace` prints them.")],
+    into: Annotated[Path, typer.Option(help="The store they are brought together in.")],
+    keep_first: Annotated[bool, typer.Option(help="Of two answers to one request, keep the one named first.")] = False,
+) -> None:
+    """Bring together the traces that several machines sampled with one recipe (`trace --shard 1/4` and so on)."""
+    from secateurs.traces import merge_stores
+
+    print(json.dumps(merge_stores(into, shards, keep_first=keep_first)))
 
 
 @app.command()

@@ -221,8 +221,20 @@ def trace_engine(recipe: Recipe, dense: Dense) -> Engine:
     return OpenAI(servers=tuple(table.servers), tokenizer=dense.tokenizer, vocab_size=vocab_size, **options)
 
 
-def trace(recipe: Recipe, out: Path, seed: int, dense: Dense, progress: Progress = silent) -> Traced:
-    """Sample the dense model's own chains of thought until every arm has its tokens, held-out ones included."""
+def trace(
+    recipe: Recipe,
+    out: Path,
+    seed: int,
+    dense: Dense,
+    progress: Progress = silent,
+    shard: tuple[int, int] = (0, 1),
+) -> Traced:
+    """Sample the dense model's own chains of thought until every arm has its tokens, held-out ones included.
+
+    `shard` (which, of how many) takes every so-manieth request and its share of the tokens, and leaves them unsealed:
+    `traces.merge_stores` brings shards together, and a run on the merged store samples only what is then missing.
+    """
+    which, shards = shard
     questions = build_questions(recipe.traces.questions)
     sampling = _sampling(dense, recipe.traces.sampling)
     table = recipe.traces.engine
@@ -230,10 +242,11 @@ def trace(recipe: Recipe, out: Path, seed: int, dense: Dense, progress: Progress
     provenance["samples"] = recipe.traces.samples
     key = canonical_hash(provenance)[:12]
     drawn = questions.questions("calibration", seed)
-    asked = _Replayed((question, number) for question in drawn for number in range(recipe.traces.samples))
+    stream = ((question, number) for question in drawn for number in range(recipe.traces.samples))
+    asked = _Replayed(islice(stream, which, None, shards))
     needs = [(region_weights(arm), recipe.calibration.num_tokens) for arm in recipe.arms]
     rest = [(w, n // 2 if w.get("corpus") else n) for w, n in needs if w.get("think") or w.get("answer")]
-    budget = recipe.calibration.held_out_tokens + max((n for _, n in rest), default=0)
+    budget = -(-(recipe.calibration.held_out_tokens + max((n for _, n in rest), default=0)) // shards)
     with TraceStore(out / "traces" / key, provenance) as store:
         engine = trace_engine(recipe, dense)
         tokens, ahead = 0, iter(asked)
@@ -270,10 +283,11 @@ def trace(recipe: Recipe, out: Path, seed: int, dense: Dense, progress: Progress
             missing = max((n - sum(d.count(w) for d in pool) for w, n in rest), default=0)
             if not kept:
                 missing = max(missing, 1)
-            if missing <= 0 or not complete:
+            if shards > 1 or missing <= 0 or not complete:
                 break
             budget += max(missing, 1)
-        store.seal(run)
+        if shards == 1:
+            store.seal(run)
         seconds = store.seconds
     if not kept:
         raise ValueError(

@@ -270,6 +270,42 @@ class TraceStore:
         self.seconds += seconds
 
 
+def merge_stores(into: Path | str, shards: Sequence[Path | str], *, keep_first: bool = False) -> dict[str, int]:
+    """Bring the traces of `shards`, stores of one provenance that several machines wrote, into one store, unsealed.
+
+    Returns how many were "added" and how many were there "already". ValueError, and nothing is written, if a shard was
+    made with other settings, or if two stores answer one request differently, with the first five named; `keep_first`
+    lets the store that is named first win, `into` before all. Merging twice changes nothing.
+    """
+    if not shards:
+        raise ValueError("no trace store to merge: name at least one")
+    provenance = read_provenance(shards[0])
+    for shard in shards[1:]:
+        _check_provenance(Path(shard), expected=provenance, found=read_provenance(shard))
+    with TraceStore(into, provenance) as store:
+        holder = {trace.key: (Path(into), trace) for trace in store}
+        fresh: dict[Key, Trace] = {}
+        conflicts: list[str] = []
+        already = 0
+        for shard in shards:
+            for trace in read_traces(shard):
+                where, held = holder.setdefault(trace.key, (Path(shard), trace))
+                if held is trace:
+                    fresh[trace.key] = trace
+                elif held == trace or keep_first:
+                    already += 1
+                else:
+                    conflicts.append(f"question {trace.question_id!r} sample {trace.sample} in {where} and in {shard}")
+        if conflicts:
+            raise ValueError(
+                f"{len(conflicts)} requests are answered differently: {'; '.join(conflicts[:5])}"
+                f"{', ...' if len(conflicts) > 5 else ''}. Leave a store out, or let the first named win: --keep-first"
+            )
+        store.append(fresh.values())
+        store.add_seconds(sum(_read_seconds(Path(shard)) for shard in shards) if fresh else 0.0)
+    return {"added": len(fresh), "already": already}
+
+
 def read_traces(folder: Path | str, *, sealed_only: bool = False) -> list[Trace]:
     """Every trace in a store, sealed ones first in request order; needs no lock, also while another process writes.
 
