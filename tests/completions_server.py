@@ -1,7 +1,8 @@
 """A completions server in a thread, with vLLM's or SGLang's dialect, that misbehaves as asked.
 
 Its "model" is a function of the request, `answer_to` the prompt if nothing else is given, so a right answer can be told
-from a wrong one. `python tests/completions_server.py SECONDS` serves by itself, each answer after so long. With the dialect "text" it takes and gives text; with "bare" it takes ids and still gives text.
+from a wrong one. With the dialect "text" it takes and gives text; with "bare" it takes ids and still gives text.
+`python tests/completions_server.py SECONDS` serves by itself, each answer after so long.
 """
 
 import asyncio
