@@ -164,6 +164,17 @@ class TraceSummary(_Model):
     seconds: Seconds = Field(description="Wall-clock time of the sampling.")
 
 
+class LeakCheck(_Model):
+    """Whether evaluation questions were among the texts that calibrated (normalised text, shared runs of words)."""
+
+    evaluation: Count = Field(description="Evaluation questions looked at.")
+    calibration: Count = Field(description="Calibration texts they were compared with, of all arms.")
+    equal: Count = Field(description="Evaluation questions equal to a calibration text but for case and punctuation.")
+    near: Count = Field(description="Others that share at least half of their runs of words with calibration texts.")
+    run: Count = Field(description="Words in a run.")
+    examples: list[str] = Field(description="Some of those found.")
+
+
 class Stage(_Model):
     """One stage of the run."""
 
@@ -214,6 +225,7 @@ class Report(_Model):
     recipe_key: str = Field(description="Content key of the recipe.")
     stages: list[Stage] = Field(description="Where the time went, in order.")
     traces: TraceSummary | None = Field(description="The calibration traces.")
+    leaks: LeakCheck | None = Field(default=None, description="The check for evaluation questions in calibration.")
     cells: list[Cell] = Field(description="Every model measured.")
     summary: list[SummaryRow] = Field(description="`summarise(cells)`.")
 
@@ -224,6 +236,7 @@ def schema_markdown() -> str:
         Report,
         Stage,
         TraceSummary,
+        LeakCheck,
         Cell,
         Evaluation,
         Difference,
@@ -457,6 +470,7 @@ def merge(reports: Sequence[Report]) -> Report:
             for name, same in stages.items()
         ],
         traces=_merge_traces(_unique(r.traces for r in reports if r.traces)),
+        leaks=merge_leaks([r.leaks for r in reports if r.leaks]),
         cells=cells,
         summary=summarise(cells),
     )
@@ -506,6 +520,20 @@ def _merge_traces(stores: Sequence[TraceSummary]) -> TraceSummary | None:
         truncated=weighted([store.truncated for store in stores]),
         dropped=added([store.dropped for store in stores]),
         seconds=math.fsum(store.seconds for store in stores),
+    )
+
+
+def merge_leaks(checks: Sequence[LeakCheck]) -> LeakCheck | None:
+    """Several checks, of several seeds or runs, as one."""
+    if not checks:
+        return None
+    return LeakCheck(
+        evaluation=sum(check.evaluation for check in checks),
+        calibration=sum(check.calibration for check in checks),
+        equal=sum(check.equal for check in checks),
+        near=sum(check.near for check in checks),
+        run=checks[0].run,
+        examples=[text for check in checks for text in check.examples][:3],
     )
 
 
@@ -1099,8 +1127,17 @@ def _facts(report: Report) -> list[tuple[str, str]]:
             facts.append((name, ", ".join(values)))
     if report.cells:
         facts.append(("seeds", str(len({cell.seed for cell in report.cells}))))
+    if report.leaks:
+        facts.append(("leak check", _leak_sentence(report.leaks)))
     facts.append(("written", report.created))
     return facts
+
+
+def _leak_sentence(check: LeakCheck) -> str:
+    """What was compared with what, and what was found."""
+    compared = f"{check.evaluation:,} evaluation questions against {check.calibration:,} calibration texts"
+    equal = f"{check.equal or 'none'} equal to one but for case and punctuation"
+    return f"{compared}: {equal}, {check.near or 'none'} sharing half of its {check.run}-word runs with them"
 
 
 def _trace_facts(traces: TraceSummary) -> list[tuple[str, str]]:

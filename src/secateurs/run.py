@@ -42,6 +42,7 @@ from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
 from secateurs.export import export, verify
 from secateurs.layer import Gram, LayerProblem
+from secateurs.leaks import overlap
 from secateurs.models import load_model, load_tokenizer, model_path
 from secateurs.patterns import Pattern, Unstructured
 from secateurs.policy import check_own
@@ -58,7 +59,18 @@ from secateurs.recipe import (
     build_tune,
 )
 from secateurs.recipe import Sampling as SamplingOverrides
-from secateurs.report import Cell, Evaluation, HiddenError, LayerReport, Report, Stage, TraceSummary, summarise
+from secateurs.report import (
+    Cell,
+    Evaluation,
+    HiddenError,
+    LayerReport,
+    LeakCheck,
+    Report,
+    Stage,
+    TraceSummary,
+    merge_leaks,
+    summarise,
+)
 from secateurs.survey import survey
 from secateurs.traces import Trace, TraceStore, apply_filters
 
@@ -559,6 +571,7 @@ def run(recipe: Recipe, out: Path, progress: Progress = silent) -> Report:
     stages: dict[str, float] = {}
     traced = None
     summaries: list[TraceSummary] = []
+    leaks: list[LeakCheck] = []
     folders: list[Path] = []
     total = len(recipe.seeds) * len(recipe.arms) * len(recipe.patterns)
     for seed in recipe.seeds:
@@ -571,6 +584,7 @@ def run(recipe: Recipe, out: Path, progress: Progress = silent) -> Report:
         if recipe.evaluate.num_questions:
             baseline = answer(recipe, out / "dense", dense.model, "dense", seed, dense, "evaluate dense", progress)
             cells.append(_cell(None, baseline, baseline, seed, out / "dense"))
+            leaks.append(leak_check(recipe, seed, traced, dense))
         for pattern in recipe.patterns:
             for arm in recipe.arms:
                 pruned = prune(recipe, out, arm, pattern, seed, traced, dense, reference, progress)
@@ -601,9 +615,33 @@ def run(recipe: Recipe, out: Path, progress: Progress = silent) -> Report:
         recipe_key=canonical_hash(recipe.model_dump(exclude={"resources", "title"})),
         stages=[Stage(name=name, seconds=seconds) for name, seconds in stages.items()],
         traces=_merge_summaries(summaries),
+        leaks=merge_leaks(leaks),
         cells=cells,
         summary=summarise(cells),
     )
+
+
+def leak_check(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> LeakCheck:
+    """The evaluation questions of a seed against every text that any arm may have calibrated on."""
+    questions = build_questions(recipe.evaluate.questions or recipe.traces.questions)
+    asked = [q.prompt for q in islice(questions.questions("eval", seed), recipe.evaluate.num_questions)]
+    texts: list[str] = []
+    weights = [region_weights(arm) for arm in recipe.arms]
+    if any(w.get("corpus") for w in weights):
+        texts += Tiny().corpus("calibration", seed)
+    source = build_questions(recipe.traces.questions)
+    prompts_only = any(w.get("prompt") and not (w.get("think") or w.get("answer")) for w in weights)
+    missing = {t.question_id for t in traced.traces}
+    tokens = 0 if prompts_only else recipe.calibration.num_tokens
+    for question in source.questions("calibration", seed):
+        if not missing and tokens >= recipe.calibration.num_tokens:
+            break
+        if question.id not in missing and tokens < recipe.calibration.num_tokens:
+            tokens += len(render(dense.tokenizer, source.format, question))
+        missing.discard(question.id)
+        texts.append(question.prompt)
+    found = asdict(overlap(asked, texts))
+    return LeakCheck.model_validate(found | {"examples": list(found["examples"])})
 
 
 def _merge_summaries(parts: Sequence[TraceSummary]) -> TraceSummary | None:
