@@ -104,6 +104,24 @@ def test_another_batch_size_and_another_folder_give_the_same_files(finished, tmp
         assert ours[name] == theirs[name], name
 
 
+def test_solvers_of_one_run_share_traces_and_dense_answers(tmp_path, monkeypatch, capsys):
+    sets = [*SMALL[1:], "sweep.arm=['rac']", "sweep.solver=[{name='wanda'}, {name='sparsegpt', damp=0.02}]"]
+    assert call(monkeypatch, *arguments("run", "demo", "--out", str(tmp_path / "out"), sets=sets)) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [cell["solver"] for cell in report["cells"]] == ["none", "wanda", "sparsegpt(damp=0.02)"]
+    assert len(list((tmp_path / "out" / "traces").iterdir())) == len(list((tmp_path / "out" / "dense").iterdir())) == 1
+    errors = [sum(layer["error_held_out"] for layer in cell["layers"]) for cell in report["cells"][1:]]
+    assert errors[1] < errors[0], "each cell was pruned by its own solver"
+    leaks = report["leaks"]
+    assert leaks["evaluation"] == 6 and leaks["calibration"] >= 3 and leaks["equal"] == leaks["near"] == 0
+    assert "6 evaluation questions against" in (tmp_path / "out" / "report.html").read_text()
+    capsys.readouterr()
+    assert call(monkeypatch, *arguments("run", "demo", "--dry-run", "--json", sets=sets)) == 0
+    assert json.loads(capsys.readouterr().out)["cells"] == 2
+    assert call(monkeypatch, "show", "demo", "--set", "sweep.solver=[{name='wandb'}]") == 2
+    assert "sweep.solver: unknown solver `wandb`. Did you mean `wanda`?" in " ".join(capsys.readouterr().err.split())
+
+
 def test_everything_at_once_meets_the_same_budget_and_is_measured_once(tmp_path, monkeypatch):
     sets = [*SMALL[3:], "prune.tune.steps=2", "evaluate.num_questions=0"]
     words = arguments("run", "quality", "--out", str(tmp_path / "out"), sets=sets)

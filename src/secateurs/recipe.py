@@ -177,6 +177,7 @@ class Sweep(_Table):
     """Lists to try in one run, which share traces and dense results; an empty list means the recipe's own value."""
 
     arm: list[Arm] = []
+    solver: list[dict[str, Any]] = []
     sparsity: list[float] = []
     seed: list[int] = []
 
@@ -185,6 +186,13 @@ class Sweep(_Table):
     def _known_arms(cls, value: list[Arm]) -> list[Arm]:
         for arm in value:
             region_weights(arm)
+        return value
+
+    @field_validator("solver")
+    @classmethod
+    def _known_solvers(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for solver in value:
+            build_solver(solver)
         return value
 
     @field_validator("sparsity")
@@ -230,6 +238,15 @@ class Recipe(_Table):
         return self.sweep.arm or [self.calibration.arm]
 
     @property
+    def solvers(self) -> list[dict[str, Any]]:
+        """The solvers to try."""
+        return self.sweep.solver or [self.prune.solver]
+
+    def with_solver(self, solver: dict[str, Any]) -> "Recipe":
+        """The same with another solver."""
+        return self.model_copy(update={"prune": self.prune.model_copy(update={"solver": solver})})
+
+    @property
     def seeds(self) -> list[int]:
         """The seeds to try."""
         return self.sweep.seed or [self.seed]
@@ -239,6 +256,12 @@ class Recipe(_Table):
         """The patterns to try."""
         own = self.prune.pattern
         return [own | {"sparsity": sparsity} for sparsity in self.sweep.sparsity] or [own]
+
+
+def solver_label(spec: Mapping[str, Any]) -> str:
+    """How a report calls a solver: its name, with the options that were set."""
+    options = ", ".join(f"{key}={value}" for key, value in spec.items() if key != "name")
+    return f"{spec['name']}({options})" if options else str(spec["name"])
 
 
 def build_pattern(spec: Mapping[str, Any]) -> Pattern:

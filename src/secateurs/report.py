@@ -598,11 +598,11 @@ def _fate(row: SummaryRow, whole: bool = True) -> str:
     return f"{words} at {row.length_ratio:.1f}x"
 
 
-def _place(row: SummaryRow, rows: Sequence[SummaryRow]) -> str:
+def _place(row: SummaryRow, rows: Sequence[SummaryRow], unit: str = "") -> str:
     """The sparsity, and the rest of the setting where it would be ambiguous."""
     others = [_setting(r) for r in rows if r.arm != "dense"]
     extra = [value for i, value in enumerate(_setting(row)) if i and len({other[i] for other in others}) > 1]
-    return ", ".join([_percent(row.sparsity), *map(str, extra)])
+    return ", ".join([_percent(row.sparsity) + unit, *map(str, extra)])
 
 
 def headline(report: Report) -> str:
@@ -616,7 +616,7 @@ def headline(report: Report) -> str:
     if focus is None:
         dense = rows[0] if rows else None
         return f"Only the dense model was measured: it {_fate(dense)}." if dense else "Nothing was measured yet."
-    place = f"{_place(focus, rows)} sparsity"
+    place = _place(focus, rows, " sparsity")
     contests = sorted(_contests(rows), key=lambda contest: abs(contest.gap), reverse=True)
     if not contests:
         arms = [row for row in rows if _setting(row) == _setting(focus) and row.arm != "dense"]

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from fractions import Fraction
 from functools import cached_property
 from importlib.metadata import version
-from itertools import count, islice
+from itertools import count, islice, product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +57,7 @@ from secateurs.recipe import (
     build_questions,
     build_solver,
     build_tune,
+    solver_label,
 )
 from secateurs.recipe import Sampling as SamplingOverrides
 from secateurs.report import (
@@ -438,7 +439,7 @@ def prune(
         "arm": label,
         "pattern": "unstructured" if pattern_spec["name"] == "unstructured" else str(plan.pattern),
         "sparsity": pattern_spec.get("sparsity", sparsity),
-        "solver": recipe.prune.solver["name"],
+        "solver": solver_label(recipe.prune.solver),
         "seed": seed,
         "calibration_tokens": calibration.tokens,
     }
@@ -573,7 +574,8 @@ def run(recipe: Recipe, out: Path, progress: Progress = silent) -> Report:
     summaries: list[TraceSummary] = []
     leaks: list[LeakCheck] = []
     folders: list[Path] = []
-    total = len(recipe.seeds) * len(recipe.arms) * len(recipe.patterns)
+    variants = [recipe.with_solver(solver) for solver in recipe.solvers]
+    total = len(recipe.seeds) * len(recipe.arms) * len(recipe.patterns) * len(variants)
     for seed in recipe.seeds:
         traced = trace(recipe, out, seed, dense, progress)
         summaries.append(traced.summary)
@@ -586,12 +588,12 @@ def run(recipe: Recipe, out: Path, progress: Progress = silent) -> Report:
             cells.append(_cell(None, baseline, baseline, seed, out / "dense"))
             leaks.append(leak_check(recipe, seed, traced, dense))
         for pattern in recipe.patterns:
-            for arm in recipe.arms:
-                pruned = prune(recipe, out, arm, pattern, seed, traced, dense, reference, progress)
+            for variant, arm in product(variants, recipe.arms):
+                pruned = prune(variant, out, arm, pattern, seed, traced, dense, reference, progress)
                 folders.append(pruned.folder / "model")
                 if baseline is not None:
                     number = f"{len(folders)}/{total}"
-                    stage = f"evaluate {pruned.arm} {build_pattern(pattern)} ({number})"
+                    stage = f"evaluate {pruned.arm} {pruned.solver} {build_pattern(pattern)} ({number})"
                     model = load_model(str(pruned.folder / "model"), device=recipe.resources.device)
                     key = pruned.folder.name
                     answers = answer(recipe, pruned.folder / "answers", model, key, seed, dense, stage, progress)
@@ -701,6 +703,7 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
     found = sum(1 for _ in islice(questions.questions("eval", recipe.seeds[0]), recipe.evaluate.num_questions))
     if found < recipe.evaluate.num_questions:
         raise ValueError(f"evaluate.num_questions is {recipe.evaluate.num_questions:,}, the set has {found:,}")
+    models = len(recipe.arms) * len(recipe.patterns) * len(recipe.solvers)
     parameters = dense.model.num_parameters()
     tokens = recipe.calibration.num_tokens + recipe.calibration.held_out_tokens
     hidden = dense.model.config.get_text_config(decoder=True).hidden_size
@@ -713,17 +716,17 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
         "prunable_parameters": sum(a * b for a, b in shapes),
         "matrices": len(shapes),
         "zeros": counts,
-        "cells": len(recipe.seeds) * len(recipe.arms) * len(recipe.patterns),
+        "cells": len(recipe.seeds) * models,
         "trace_tokens_per_seed": tokens if traced else recipe.calibration.held_out_tokens,
         "answers": recipe.evaluate.num_questions * recipe.evaluate.samples
-        * len(recipe.seeds) * (1 + len(recipe.arms) * len(recipe.patterns)),
+        * len(recipe.seeds) * (1 + models),
         "memory_bytes": 2 * parameters * size + tokens * hidden * size + grams,
     }  # fmt: skip
 
 
 def estimate(recipe: Recipe, dense: Dense, plan: dict[str, Any]) -> dict[str, float]:
-    """Seconds a run will take, by stage, from short probes here: a batch of short replies, a forward pass and one
-    solve. Assumes that replies are half as long as they may be; a model that rambles takes up to twice as long."""
+    """Seconds a run will take, by stage, from short probes here: a batch of short replies, a forward pass and a
+    solve with each solver. Assumes that replies are half as long as they may be; rambling takes up to twice as long."""
     questions = build_questions(recipe.traces.questions)
     size = recipe.resources.batch_size
     asked = list(islice(questions.questions("calibration", recipe.seeds[0]), size))
@@ -736,13 +739,14 @@ def estimate(recipe: Recipe, dense: Dense, plan: dict[str, Any]) -> dict[str, fl
     clock = time.perf_counter()
     evaluate.reference_states(dense.model, [batch])
     forward = (time.perf_counter() - clock) / batch.tokens
-    spec = pruner.Plan(pattern=build_pattern(recipe.patterns[0]), solver=build_solver(recipe.prune.solver))
+    spec = plan_of(recipe, recipe.patterns[0])
     matrices = [matrix for block in pruner.prunable(dense.model, spec) for matrix in block]
     weight = sorted((matrix.weight for matrix in matrices), key=lambda w: w.numel())[len(matrices) // 2]
     gram = Gram(torch.eye(weight.shape[1], device=weight.device), 1e6, 10**6)
     clock = time.perf_counter()
-    spec.solver.solve(LayerProblem(name="probe", weight=weight, gram=gram, pattern=spec.pattern))
-    solve = (time.perf_counter() - clock) * len(matrices)
+    for solver in recipe.solvers:
+        build_solver(solver).solve(LayerProblem(name="probe", weight=weight, gram=gram, pattern=spec.pattern))
+    solve = (time.perf_counter() - clock) * len(matrices) / len(recipe.solvers)
     tokens = recipe.calibration.num_tokens + recipe.calibration.held_out_tokens
     length = (recipe.evaluate.sampling or recipe.traces.sampling).max_new_tokens / 2
     return {
