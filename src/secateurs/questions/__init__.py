@@ -46,6 +46,7 @@ QUESTION_SETS: dict[str, str] = {
     "tiny": "secateurs.questions.tiny:Tiny",
     "gsm8k": "secateurs.questions.jsonl:gsm8k",
     "svamp": "secateurs.questions.jsonl:svamp",
+    "math500": "secateurs.questions.jsonl:math500",
     "jsonl": "secateurs.questions.jsonl:Jsonl",
 }
 

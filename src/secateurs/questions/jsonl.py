@@ -1,16 +1,17 @@
-"""Questions from a file of JSON lines, and the two grade-school sets that ship with the package."""
+"""Questions from a file of JSON lines, and the public sets that ship with the package."""
 
 import gzip
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from secateurs.questions import PromptFormat, Question
+from secateurs.questions.math_judge import MathJudge
 
 DATA = Path(__file__).parent / "data"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -31,10 +32,10 @@ def last_number(text: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Jsonl:
-    """One JSON object a line with a question and a numeric answer.
+    """One JSON object a line with a question and an answer, compared as numbers or as mathematics (`math_judge`).
 
     The hash of a question decides its split: residue 0 to 6 of 10 calibrates, 7 to 9 evaluates. A set that comes with
-    a test file of its own names it as `eval_path`, and then nothing is split.
+    a test file of its own names it as `eval_path`, and then nothing is split; with no `path` it only evaluates.
     """
 
     path: str
@@ -43,9 +44,12 @@ class Jsonl:
     version: int = 1
     question_field: str = "question"
     answer_field: str = "answer"
+    family_field: str = ""
+    judge: Literal["number", "math"] = "number"
     system: str = STEP_BY_STEP.system
     prefill: str = ""
     examples: tuple[tuple[str, str], ...] = ()
+    _math: MathJudge = field(default_factory=MathJudge, init=False, repr=False, compare=False)
 
     @property
     def format(self) -> PromptFormat:
@@ -54,6 +58,11 @@ class Jsonl:
 
     def questions(self, split: str, seed: int) -> Iterator[Question]:
         """Distinct questions of `split` in an order fixed by `seed`. ValueError names the line that is wrong."""
+        if split != "eval" and not self.path:
+            raise ValueError(
+                f"question set `{self.name}` is for evaluation only; trace another, such as gsm8k, and name this one "
+                "under evaluate.questions"
+            )
         source = Path(self.eval_path if split == "eval" and self.eval_path else self.path)
         if not source.is_file():
             raise ValueError(f"question file {source}: no such file")
@@ -75,15 +84,19 @@ class Jsonl:
         try:
             row = json.loads(line)
             prompt, answer = str(row[self.question_field]), str(row[self.answer_field])
+            family = str(row[self.family_field]) if self.family_field else ""
         except (ValueError, KeyError, TypeError) as error:
             found = f"no field {error}" if isinstance(error, KeyError) else "not a JSON object"
             raise ValueError(
                 f"{source}:{number}: {found}; a question needs `{self.question_field}` and `{self.answer_field}`"
             ) from None
-        return Question(id=f"{self.name}-{sha256(prompt.encode()).hexdigest()[:16]}", prompt=prompt, answer=answer)
+        name = f"{self.name}-{sha256(prompt.encode()).hexdigest()[:16]}"
+        return Question(id=name, prompt=prompt, answer=answer, family=family)
 
     def check(self, question: Question, answer: str) -> bool:
-        """Whether the number the reply ends on is the one the reference answer ends on."""
+        """Whether the number the reply ends on is the reference's; or, judged as mathematics, the same expression."""
+        if self.judge == "math":
+            return self._math.same(question.answer, answer)
         found = last_number(answer)
         return found is not None and found == last_number(question.answer)
 
@@ -97,3 +110,11 @@ def gsm8k(**options: Any) -> Jsonl:
 def svamp(**options: Any) -> Jsonl:
     """SVAMP (MIT): 1,000 one-step word problems, split by hash."""
     return Jsonl(**{"name": "svamp", "path": str(DATA / "svamp.jsonl.gz"), **options})
+
+
+def math500(**options: Any) -> Jsonl:
+    """MATH-500 (Hendrycks et al. 2021, the split of Lightman et al. 2023; MIT): 500 problems, for evaluation only."""
+    path = str(DATA / "math500.jsonl.gz")
+    fixed: dict[str, Any] = {"path": "", "eval_path": path, "judge": "math", "family_field": "family"}
+    system = "Think step by step, then write the final answer in \\boxed{}."
+    return Jsonl(**{"name": "math500", "system": system, **fixed, **options})

@@ -1,0 +1,75 @@
+"""Whether two mathematical answers are the same, by math-verify in a process of its own, which may hang or crash.
+
+Run as a program this file is that process: a JSON line in, a JSON line out.
+"""
+
+import json
+import select
+import subprocess
+import sys
+import weakref
+from dataclasses import dataclass, field
+
+SECONDS = 10.0
+MEMORY = 4 << 30
+LONGEST = 20_000  # characters; an answer stands at the end
+
+
+@dataclass
+class MathJudge:
+    """Starts its process when first asked. A pair that takes too long, or kills the process, counts as different."""
+
+    seconds: float = SECONDS
+    unjudged: int = 0
+    """Pairs that could not be judged."""
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
+
+    def same(self, reference: str, reply: str) -> bool:
+        """Whether the answer in `reply` (in a box, else the last one in it) equals `reference`, which is LaTeX."""
+        line = json.dumps({"reference": reference, "reply": reply[-LONGEST:]}).encode() + b"\n"
+        process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            ready, _, _ = select.select([process.stdout], [], [], self.seconds)
+            verdict = process.stdout.readline() if ready else b""
+        except BrokenPipeError:
+            verdict = b""
+        if verdict:
+            return bool(json.loads(verdict)["same"])
+        self.unjudged += 1
+        process.kill()
+        process.wait()
+        self._process = None
+        return False
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "secateurs.questions.math_judge"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        weakref.finalize(self, _end, process)
+        self._process = process
+        return process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def main() -> None:
+    """Judge what comes in until nothing more does."""
+    import resource
+
+    if sys.platform == "linux":  # elsewhere the limit on address space cannot be set or is not kept
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    from math_verify import parse, verify
+
+    for line in sys.stdin:
+        pair = json.loads(line)
+        reference = parse(f"${pair['reference']}$")
+        print(json.dumps({"same": bool(verify(reference, parse(pair["reply"])))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
