@@ -239,6 +239,16 @@ def test_text_is_refused_unless_it_is_asked_for_and_then_it_is_marked(tmp_path):
     assert provenance["engine"]["ids"] == "retokenised"
 
 
+def test_a_prompt_that_no_text_stands_for_is_refused():
+    with (
+        CompletionsServer(SIZE, "text", tokenizer=TOKENIZER) as server,
+        pytest.raises(ValueError, match="only .* as ids"),
+    ):
+        odd = Request(question_id="q", sample=0, prompt_ids=(SIZE - 1, 0, SIZE - 1, 3, 3), seed=0)
+        list(engine(server, allow_retokenised=True).generate([odd], SAMPLING))
+    assert not server.bodies
+
+
 def test_a_prompt_that_the_server_reads_otherwise_is_no_silent_success():
     class WithBos:
         def __call__(self, text):
@@ -250,7 +260,8 @@ def test_a_prompt_that_the_server_reads_otherwise_is_no_silent_success():
         CompletionsServer(SIZE, "text", tokenizer=WithBos()) as server,
         pytest.raises(ValueError, match=r"counts \d+ prompt tokens, we sent \d+: .*BOS"),
     ):
-        list(engine(server, allow_retokenised=True).generate(requests(1), SAMPLING))
+        words = Request(question_id="q", sample=0, prompt_ids=tuple(TOKENIZER("12+34=")["input_ids"]), seed=0)
+        list(engine(server, allow_retokenised=True).generate([words], SAMPLING))
 
 
 def test_two_machines_trace_a_half_each_and_a_run_on_the_merged_store_asks_no_more(tmp_path):

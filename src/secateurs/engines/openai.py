@@ -204,10 +204,14 @@ class OpenAI:
         return body | {"prompt": list(request.prompt_ids), "return_token_ids": True}
 
     def _text(self, request: Request) -> str:
-        """The prompt in words, without the BOS that the server's own tokenizer writes."""
-        bos = self.tokenizer.bos_token_id
-        ids = request.prompt_ids[1:] if bos is not None and request.prompt_ids[:1] == (bos,) else request.prompt_ids
-        return self.tokenizer.decode(ids)
+        """The prompt in words that the model's own tokenizer turns into these ids, with the BOS that it may write."""
+        for ids in (request.prompt_ids, request.prompt_ids[1:]):
+            text = self.tokenizer.decode(ids)
+            if tuple(self.tokenizer(text)["input_ids"]) == request.prompt_ids:
+                return text
+        raise ValueError(
+            f"question {request.question_id!r}: no text is tokenised to its prompt ids, so it can only be sent as ids"
+        )
 
     def _completion(self, request: Request, sampling: Sampling, content: bytes | bytearray, url: str) -> Completion:
         """The answer, if it is one; _Fault if not."""
