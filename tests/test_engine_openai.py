@@ -187,14 +187,14 @@ def served(model):
     return answer
 
 
-def traced(server, folder, **engine_options):
+def traced(server, folder, tokens=400, **engine_options):
     recipe = Recipe.model_validate(
         {
             "traces": {
                 "engine": {"name": "openai", "servers": [server.url], "model": "bundled"} | engine_options,
                 "sampling": {"max_new_tokens": 32},
             },
-            "calibration": {"num_tokens": 400, "held_out_tokens": 100},
+            "calibration": {"num_tokens": tokens, "held_out_tokens": tokens // 4},
         }
     )
     return run.trace(recipe, folder, 0, run.Dense(recipe))
@@ -223,6 +223,11 @@ def test_a_server_with_another_model_is_found_out_after_a_few_traces(tmp_path):
     ):
         traced(server, tmp_path, concurrency=4)
     assert len(server.bodies) <= 8 + 2 * 4
+    with (
+        CompletionsServer(SIZE, answer=served(other)) as server,
+        pytest.raises(ValueError, match=r"tokens of its first [1-7] traces"),
+    ):
+        traced(server, tmp_path / "few", tokens=30)
 
 
 def test_text_is_refused_unless_it_is_asked_for_and_then_it_is_marked(tmp_path):
@@ -294,6 +299,7 @@ def test_two_machines_trace_a_half_each_and_a_run_on_the_merged_store_asks_no_mo
         ({"name": "openai"}, 'engine "openai" needs `servers`'),
         ({"servers": ["http://localhost:1/v1"]}, 'did you mean name = "openai"'),
         ({"name": "openai", "servers": ["localhost:1"], "model": "m"}, "server 'localhost:1' is no URL"),
+        ({"name": "openai", "servers": ["http://:x"], "model": "m"}, "is no URL"),
         ({"name": "openai", "servers": ["http://a"], "model": "m", "api_key_env": "NO_SUCH"}, "names NO_SUCH"),
         ({"name": "vllm"}, "should be 'hf' or 'openai'"),
     ],

@@ -479,7 +479,7 @@ def test_seconds_add_up_over_runs(tmp_path: Path) -> None:
 
 
 def shards_of(tmp_path: Path, count: int = 3) -> list[Path]:
-    """What `count` machines leave that took every so-manieth request each."""
+    """What `count` machines leave that took every third request each."""
     folders = [tmp_path / f"shard-{number}" for number in range(count)]
     for number, folder in enumerate(folders):
         with TraceStore(folder, PROVENANCE) as store:

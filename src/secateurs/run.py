@@ -244,7 +244,7 @@ def trace(
 ) -> Traced:
     """Sample the dense model's own chains of thought until every arm has its tokens, held-out ones included.
 
-    `shard` (which, of how many) takes every so-manieth request and its share of the tokens, and leaves them unsealed:
+    `shard` (which, of how many) takes one request of so many and its share of the tokens, and leaves them unsealed:
     `traces.merge_stores` brings shards together, and a run on the merged store samples only what is then missing.
     """
     which, shards = shard
@@ -266,11 +266,16 @@ def trace(
         following = next(ahead, None)
         trusted = table.name == "hf"
 
-        def enough() -> bool:
-            nonlocal tokens, following, trusted
-            if not trusted and len(store) >= CHECKED_TRACES:
+        def trust() -> None:
+            nonlocal trusted
+            if not trusted:
                 check_own(dense.model, list(islice(store, CHECKED_TRACES)), sampling)
                 trusted = True
+
+        def enough() -> bool:
+            nonlocal tokens, following
+            if len(store) >= CHECKED_TRACES:
+                trust()
             while following and tokens < budget and (found := store.get(following[0].id, following[1])):
                 tokens += found.tokens
                 following = next(ahead, None)
@@ -289,6 +294,7 @@ def trace(
                 recipe.resources.batch_size,
                 enough,
             )
+            trust()  # also where there are only a few
             run, complete = store.prefix(((question.id, number) for question, number in asked), budget)
             kept, dropped = apply_filters(run, recipe.traces.filters)
             documents = [trace_document(t) for t in kept]

@@ -78,7 +78,7 @@ class OpenAI:
         if not self.servers:
             raise ValueError('servers is empty: name at least one, as in servers = ["http://localhost:8000/v1"]')
         for url in self.servers:
-            if not url.startswith(("http://", "https://")):
+            if not _is_http(url):
                 raise ValueError(f"server {url!r} is no URL; it should look like http://localhost:8000/v1")
         for name in ("concurrency", "timeout", "attempts"):
             if not getattr(self, name) > 0:
@@ -233,7 +233,7 @@ class OpenAI:
         if self.allow_retokenised:
             ids = self._retokenised(choice.get("text"), reason, sampling)
         else:
-            ids = choice.get("token_ids", choice.get("response_token_ids"))
+            ids = choice.get("token_ids") or choice.get("response_token_ids")
             if ids is None:
                 raise ValueError(
                     f"{url}: the answer holds no token ids, so the trace would have to be tokenised again and differ "
@@ -258,6 +258,13 @@ class OpenAI:
         if reason == "stop" and ids[-1] != self.tokenizer.eos_token_id:
             ids.append(self.tokenizer.eos_token_id)
         return ids[: sampling.max_new_tokens]
+
+
+def _is_http(url: str) -> bool:
+    try:
+        return httpx.URL(url).scheme in ("http", "https") and bool(httpx.URL(url).host)
+    except httpx.InvalidURL:
+        return False
 
 
 def _refuse(constant: str) -> None:
