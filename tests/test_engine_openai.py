@@ -81,16 +81,19 @@ def test_two_thousand_requests_with_a_fifth_of_faults_are_stored_once_and_right(
     """Over run.sample, a store and two servers, one of which restarts in the middle; the store is opened twice."""
     quick = [fault for fault in FAULTS if fault not in ("slow", "endless")]
 
-    def fault(prompt, attempt):
-        r = random.Random(repr((prompt, attempt)))
-        kinds = ["slow", "endless"] if r.random() < 0.01 else quick
-        return r.choice(kinds) if r.random() < 0.2 else ""
+    def faults(server):
+        def fault(prompt, attempt):
+            r = random.Random(repr((server, prompt, attempt)))
+            kinds = ["slow", "endless"] if r.random() < 0.01 else quick
+            return r.choice(kinds) if r.random() < 0.2 else ""
+
+        return fault
 
     questions = Tiny()
     wanted = list(islice(questions.questions("calibration", 0), 2000))
     asked = [(question, 0) for question in wanted]
-    with CompletionsServer(SIZE, fault=fault) as one, CompletionsServer(SIZE, "sglang", fault) as two:
-        servers = engine(one, two, timeout=0.5)
+    with CompletionsServer(SIZE, "vllm", faults(1)) as one, CompletionsServer(SIZE, "sglang", faults(2)) as two:
+        servers = engine(one, two, timeout=0.5, pause=0.02)
         for stop in (700, 2000):  # a run that ends, and one that goes on
             with TraceStore(tmp_path / "store", {}) as store:
 
@@ -187,13 +190,14 @@ def served(model):
     return answer
 
 
-def traced(server, folder, tokens=400, **engine_options):
+def traced(server, folder, tokens=400, at_once=64, **engine_options):
     recipe = Recipe.model_validate(
         {
             "traces": {
                 "engine": {"name": "openai", "servers": [server.url], "model": "bundled"} | engine_options,
                 "sampling": {"max_new_tokens": 32},
             },
+            "resources": {"batch_size": at_once},
             "calibration": {"num_tokens": tokens, "held_out_tokens": tokens // 4},
         }
     )
@@ -227,7 +231,7 @@ def test_a_server_with_another_model_is_found_out_after_a_few_traces(tmp_path):
         CompletionsServer(SIZE, answer=served(other)) as server,
         pytest.raises(ValueError, match=r"tokens of its first [1-7] traces"),
     ):
-        traced(server, tmp_path / "few", tokens=30)
+        traced(server, tmp_path / "few", tokens=30, at_once=1, concurrency=1)
 
 
 def test_text_is_refused_unless_it_is_asked_for_and_then_it_is_marked(tmp_path):
