@@ -1137,7 +1137,7 @@ def _leak_sentence(check: LeakCheck) -> str:
     """What was compared with what, and what was found."""
     compared = f"{check.evaluation:,} evaluation questions against {check.calibration:,} calibration texts"
     equal = f"{check.equal or 'none'} equal to one but for case and punctuation"
-    return f"{compared}: {equal}, {check.near or 'none'} sharing half of its {check.run}-word runs with them"
+    return f"{compared}: {equal}, {check.near or 'none'} sharing half of their {check.run}-word runs with them"
 
 
 def _trace_facts(traces: TraceSummary) -> list[tuple[str, str]]:
