@@ -7,7 +7,8 @@ import secateurs
 
 SOURCE = Path(secateurs.__file__).parent
 ORDER = [
-    {"artifacts", "patterns", "linalg", "questions", "leaks"},
+    {"artifacts", "patterns", "linalg", "leaks", "rows"},
+    {"questions"},
     {"layer", "traces", "prompts"},
     {"scores", "engines"},
     {"solvers", "goals", "tune", "allocators", "calibration", "policy"},
@@ -21,7 +22,7 @@ ORDER = [
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-NO_TORCH = {"artifacts", "leaks", "questions", "traces", "prompts", "report"}
+NO_TORCH = {"artifacts", "leaks", "rows", "questions", "traces", "prompts", "report"}
 
 
 def room(path: Path) -> str:

@@ -18,16 +18,18 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from fractions import Fraction
 from functools import cached_property
+from glob import escape
 from importlib.metadata import version
 from itertools import count, islice, product
 from pathlib import Path
+from random import Random
 from typing import Any, Protocol
 
 import torch
 
 from secateurs import evaluate, pruner
 from secateurs.allocators import Layer
-from secateurs.artifacts import canonical_hash, model_hash, read_json, tokenizer_hash, write_json
+from secateurs.artifacts import canonical_hash, folder_hash, model_hash, read_json, tokenizer_hash, write_json
 from secateurs.calibration import (
     CalibrationSet,
     Document,
@@ -72,10 +74,12 @@ from secateurs.report import (
     merge_leaks,
     summarise,
 )
+from secateurs.rows import read_rows
 from secateurs.survey import survey
 from secateurs.traces import Trace, TraceStore, apply_filters
 
 CHECKED_TRACES = 8  # of a server's, before it is believed
+CORPUS_ROWS = 20_000
 Asked = tuple[Question, int]  # and which sample of its answer
 
 
@@ -341,6 +345,21 @@ def _split(documents: Sequence[Document], held_out_tokens: int) -> tuple[list[Do
     return list(documents[:at]), list(documents[at:])
 
 
+def corpus_texts(recipe: Recipe, seed: int) -> Iterator[str]:
+    """The texts of the recipe's corpus in an order fixed by `seed`; of a large file the first CORPUS_ROWS."""
+    table = recipe.calibration
+    if not table.corpus:
+        yield from Tiny().corpus("calibration", seed)
+        return
+    texts: list[str] = []
+    for place, row in islice(read_rows(table.corpus), CORPUS_ROWS):
+        if not isinstance(row.get(table.corpus_field), str):
+            raise ValueError(f"{place}: no text in field `{table.corpus_field}`; there are {', '.join(row) or 'none'}")
+        texts.append(row[table.corpus_field])
+    Random(seed).shuffle(texts)
+    yield from texts
+
+
 def calibration_set(recipe: Recipe, arm: Arm, seed: int, traced: Traced, dense: Dense) -> CalibrationSet:
     """The documents of one arm, all arms with the same token budget and the same held-out traces.
 
@@ -352,8 +371,13 @@ def calibration_set(recipe: Recipe, arm: Arm, seed: int, traced: Traced, dense: 
     held, pool = _split([trace_document(t) for t in traced.traces], recipe.calibration.held_out_tokens)
     documents: list[Document] = []
     if weights.get("corpus"):
-        texts = Tiny().corpus("calibration", seed)
-        pieces = (plain_document(dense.tokenizer(text)["input_ids"], "corpus") for text in texts)
+        size = recipe.calibration.corpus_tokens
+        tokenized = (dense.tokenizer(text)["input_ids"] for text in corpus_texts(recipe, seed))
+        pieces = (
+            plain_document(ids[start : start + size], "corpus")
+            for ids in tokenized
+            for start in range(0, len(ids), size)
+        )
         share = budget if set(w for w in weights if weights[w]) == {"corpus"} else budget // 2
         documents += take(pieces, share, weights, "corpus")
         budget -= share
@@ -408,6 +432,7 @@ def prune(
             "traces": traced.key, "filters": recipe.traces.filters,
             "calibration": recipe.calibration.model_dump() | {"arm": arm},
             "prune": recipe.prune.model_dump() | {"pattern": pattern_spec}, "seed": seed, **dense.key,
+            "corpus": _corpus_hash(recipe),
             "resolved": [repr(plan.solver), repr(build_allocator(recipe.prune.allocator))],  # defaults may change
         }
     )[:12]  # fmt: skip
@@ -467,6 +492,12 @@ def prune(
     return Pruned(folder, **data)
 
 
+def _corpus_hash(recipe: Recipe) -> str:
+    """Of the corpus' content; a file may change under its name."""
+    path = Path(recipe.calibration.corpus)
+    return folder_hash(path.parent, [escape(path.name)]) if recipe.calibration.corpus else ""
+
+
 def plan_of(recipe: Recipe, pattern_spec: dict[str, Any]) -> pruner.Plan:
     """What the recipe says to do to the model, with one pattern for all matrices."""
     return pruner.Plan(
@@ -505,7 +536,7 @@ def allocate(
         {
             "traces": traced.key, "filters": recipe.traces.filters,
             "calibration": recipe.calibration.model_dump() | {"arm": arm}, "seed": seed, **dense.key,
-            "sparsity": pattern_spec["sparsity"], "curves": allocator.needs_curves,
+            "corpus": _corpus_hash(recipe), "sparsity": pattern_spec["sparsity"], "curves": allocator.needs_curves,
             "matrices": [matrix.name for block in selected for matrix in block],
         }
     )[:12]  # fmt: skip
@@ -636,7 +667,7 @@ def leak_check(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> LeakC
     texts: list[str] = []
     weights = [region_weights(arm) for arm in recipe.arms]
     if any(w.get("corpus") for w in weights):
-        texts += Tiny().corpus("calibration", seed)
+        texts += corpus_texts(recipe, seed)
     source = build_questions(recipe.traces.questions)
     prompts_only = any(w.get("prompt") and not (w.get("think") or w.get("answer")) for w in weights)
     missing = {t.question_id for t in traced.traces}
@@ -705,6 +736,8 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
         matrices = [matrix for block in pruner.prunable(dense.model, plan) for matrix in block]
         shapes = [tuple(matrix.weight.shape) for matrix in matrices]
         counts[str(plan.pattern)] = sum(plan.pattern.num_zeros(*shape) for shape in shapes)
+    if any(region_weights(arm).get("corpus") for arm in recipe.arms):
+        next(corpus_texts(recipe, recipe.seeds[0]), None)  # says what is wrong with the file
     questions = build_questions(recipe.evaluate.questions or recipe.traces.questions)
     found = sum(1 for _ in islice(questions.questions("eval", recipe.seeds[0]), recipe.evaluate.num_questions))
     if found < recipe.evaluate.num_questions:

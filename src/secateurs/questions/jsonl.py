@@ -1,7 +1,5 @@
-"""Questions from a file of JSON lines, and the public sets that ship with the package."""
+"""Questions from a file of JSON lines or Parquet, and the public sets that ship with the package."""
 
-import gzip
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +10,7 @@ from typing import Any, Literal
 
 from secateurs.questions import PromptFormat, Question
 from secateurs.questions.math_judge import MathJudge
+from secateurs.rows import read_rows
 
 DATA = Path(__file__).parent / "data"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -32,7 +31,7 @@ def last_number(text: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Jsonl:
-    """One JSON object a line with a question and an answer, compared as numbers or as mathematics (`math_judge`).
+    """One row (`rows.py`) with a question and an answer each, compared as numbers or as mathematics (`math_judge`).
 
     The hash of a question decides its split: residue 0 to 6 of 10 calibrates, 7 to 9 evaluates. A set that comes with
     a test file of its own names it as `eval_path`, and then nothing is split; with no `path` it only evaluates.
@@ -63,16 +62,11 @@ class Jsonl:
                 f"question set `{self.name}` is for evaluation only; trace another, such as gsm8k, and name this one "
                 "under evaluate.questions"
             )
-        source = Path(self.eval_path if split == "eval" and self.eval_path else self.path)
-        if not source.is_file():
-            raise ValueError(f"question file {source}: no such file")
-        opener = gzip.open if source.suffix == ".gz" else open
+        source = self.eval_path if split == "eval" and self.eval_path else self.path
         rows: dict[str, Question] = {}
-        with opener(source, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    question = self._question(source, number, line)
-                    rows.setdefault(question.id, question)
+        for place, row in read_rows(source):
+            question = self._question(place, row)
+            rows.setdefault(question.id, question)
         ordered = list(rows.values())
         if not self.eval_path:
             evaluated = {row.id for row in ordered if int(sha256(row.prompt.encode()).hexdigest(), 16) % 10 >= 7}
@@ -80,15 +74,13 @@ class Jsonl:
         Random(seed).shuffle(ordered)
         yield from ordered
 
-    def _question(self, source: Path, number: int, line: str) -> Question:
+    def _question(self, place: str, row: dict[str, Any]) -> Question:
         try:
-            row = json.loads(line)
             prompt, answer = str(row[self.question_field]), str(row[self.answer_field])
             family = str(row[self.family_field]) if self.family_field else ""
-        except (ValueError, KeyError, TypeError) as error:
-            found = f"no field {error}" if isinstance(error, KeyError) else "not a JSON object"
+        except KeyError as error:
             raise ValueError(
-                f"{source}:{number}: {found}; a question needs `{self.question_field}` and `{self.answer_field}`"
+                f"{place}: no field {error}; a question needs `{self.question_field}` and `{self.answer_field}`"
             ) from None
         name = f"{self.name}-{sha256(prompt.encode()).hexdigest()[:16]}"
         return Question(id=name, prompt=prompt, answer=answer, family=family)

@@ -1,0 +1,73 @@
+"""Rows of local files: JSON lines, Parquet, plain text. Files are untrusted; an error names the place. No torch."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROWS_AT_ONCE = 1024
+KINDS = (".jsonl", ".json", ".parquet", ".txt")
+
+
+def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a file with its place, as in `file:12`: JSON lines and text may be gzipped (`.jsonl.gz`).
+
+    A text is cut at blank lines, and each paragraph is a row {"text": ...}. ValueError for a file that is not there,
+    is of no known kind (by its name) or is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind not in KINDS or (kind == ".parquet" and path.suffix == ".gz"):
+        raise ValueError(f"{path}: not a known kind of file; known are {', '.join(KINDS)}, and .gz of all but Parquet")
+    if kind == ".parquet":
+        yield from _parquet(path)
+        return
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            yield from _paragraphs(path, lines) if kind == ".txt" else _json_lines(path, lines)
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged, or not UTF-8 text ({error})") from None
+
+
+def _json_lines(path: Path, lines: Iterator[str] | Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: not a JSON object")
+        yield f"{path}:{number}", row
+
+
+def _paragraphs(path: Path, lines: Iterator[str] | Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    paragraph: list[str] = []
+    start = 1
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            start = start if paragraph else number
+            paragraph.append(line.strip())
+        elif paragraph:
+            yield f"{path}:{start}", {"text": "\n".join(paragraph)}
+            paragraph = []
+    if paragraph:
+        yield f"{path}:{start}", {"text": "\n".join(paragraph)}
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a Parquet file ({str(error).splitlines()[0]})") from None

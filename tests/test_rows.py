@@ -1,0 +1,75 @@
+"""Rows come out of every kind of file as they went in; what is wrong is named with its place."""
+
+import gzip
+import json
+
+import pandas as pd
+import pytest
+
+from secateurs import run
+from secateurs.questions.jsonl import Jsonl
+from secateurs.recipe import load_recipe
+from secateurs.rows import read_rows
+
+ROWS = [{"text": f"Sentence number {i} is long enough. " * 3, "other": i} for i in range(40)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    lines = "\n".join(map(json.dumps, ROWS)) + "\n\n"
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pd.DataFrame(ROWS).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text("\n\n\n".join(row["text"].strip().replace(". ", ".\n") for row in ROWS))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt"])
+def test_every_kind_of_file_gives_its_rows_with_their_places(files, name):
+    found = list(read_rows(files / name))
+    assert [" ".join(row["text"].split()) for _, row in found] == [row["text"].strip() for row in ROWS]
+    assert found[1][0] == f"{files / name}" + {"a.parquet": ", row 2", "a.txt": ":6"}.get(name, ":2")
+    recipe = load_recipe("demo", [f'calibration.corpus="{files / name}"'])
+    texts = list(run.corpus_texts(recipe, 0))
+    assert sorted(" ".join(t.split()) for t in texts) == sorted(row["text"].strip() for row in ROWS)
+    assert texts != list(run.corpus_texts(recipe, 1)) and texts == list(run.corpus_texts(recipe, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "lesson"),
+    [
+        ("a.csv", b"x", "a.csv: not a known kind of file; known are .jsonl"),
+        ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a.jsonl:2: not a JSON object"),
+        ("a.jsonl", b"\xff\xfe{}", "a.jsonl: damaged, or not UTF-8"),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged"),
+        ("a.parquet", b"PAR1 not really", "a.parquet: damaged or not a Parquet file"),
+        ("a.jsonl", b'{"body": "x", "id": 1}', "a.jsonl:1: no text in field `text`; there are body, id"),
+    ],
+)
+def test_what_is_wrong_with_a_corpus_is_said_before_anything_runs(tmp_path, name, content, lesson):
+    (tmp_path / name).write_bytes(content)
+    recipe = load_recipe("demo", [f'calibration.corpus="{tmp_path / name}"'])
+    with pytest.raises(ValueError, match=lesson):
+        run.plan_check(recipe, run.Dense(recipe))
+
+
+def test_a_corpus_calibrates_in_pieces_and_its_content_is_in_the_key(files):
+    def documents(size):
+        options = [f'calibration.corpus="{files / "a.jsonl"}"', f"calibration.corpus_tokens={size}"]
+        recipe = load_recipe("demo", [*options, "calibration.num_tokens=500", "calibration.held_out_tokens=100"])
+        traced = run.Traced((), None, "")
+        return recipe, run.calibration_set(recipe, "corpus", 0, traced, run.Dense(recipe)).documents
+
+    recipe, small = documents(16)
+    assert max(len(d.ids) for d in small) == 16 and 500 <= sum(len(d.ids) for d in small) < 516
+    assert max(len(d.ids) for d in documents(2048)[1]) > 16
+    before = run._corpus_hash(recipe)
+    (files / "a.jsonl").write_text(json.dumps({"text": "other"}))
+    assert run._corpus_hash(recipe) != before
+
+
+def test_questions_come_from_parquet_too(files):
+    path = files / "q.parquet"
+    pd.DataFrame([{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(30)]).to_parquet(path)
+    found = [q for split in ("calibration", "eval") for q in Jsonl(path=str(path)).questions(split, 0)]
+    assert sorted(q.prompt for q in found) == sorted(f"{i} + 1?" for i in range(30))
