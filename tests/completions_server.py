@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 FAULTS = (
     "status 500", "status 429", "no answer", "half an answer", "torn JSON", "no JSON", "NaN", "no choices",
-    "two choices", "wrong count", "wrong ids", "another prompt", "slow", "endless",
+    "two choices", "wrong count", "wrong ids", "no ids", "another prompt", "slow", "endless",
 )  # fmt: skip
 
 
@@ -155,6 +155,8 @@ class CompletionsServer:
             "index": 0, "text": "", "finish_reason": "length" if len(ids) == body["max_tokens"] else "stop"
         }  # fmt: skip
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(ids) + (fault == "wrong count")}
+        if fault == "no ids":
+            ids = []
         if fault == "wrong ids":
             ids = [self.size, *ids[1:]]
         if self.dialect in ("text", "bare"):

@@ -36,3 +36,13 @@ def tiny_model(family):
 def make_model(family: str):
     torch.manual_seed(1)
     return FAMILIES[family]().eval()
+
+
+def damaged(model):
+    """The same model with noise in every matrix: another model, for whoever must tell the two apart."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight += 0.4 * weight.std() * torch.randn(weight.shape, generator=generator)
+    return model

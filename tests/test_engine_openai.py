@@ -9,10 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from completions_server import FAULTS, CompletionsServer, answer_to
+from families import damaged
 from secateurs import cli, run
 from secateurs.engines import Request, Sampling
 from secateurs.engines.hf import hf_engine
@@ -217,10 +217,7 @@ def test_a_run_traces_on_a_server_as_in_process_and_goes_on_where_it_stopped(tmp
 
 
 def test_a_server_with_another_model_is_found_out_after_a_few_traces(tmp_path):
-    other = load_model("bundled")
-    with torch.no_grad():
-        for weight in other.parameters():
-            weight += 0.4 * weight.std() * torch.randn_like(weight) if weight.ndim == 2 else 0
+    other = damaged(load_model("bundled"))
     with (
         CompletionsServer(SIZE, answer=served(other)) as server,
         pytest.raises(ValueError, match="does not serve the model to be pruned"),

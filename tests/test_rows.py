@@ -42,6 +42,7 @@ def test_every_kind_of_file_gives_its_rows_with_their_places(files, name):
         ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a.jsonl:2: not a JSON object"),
         ("a.jsonl", b"\xff\xfe{}", "a.jsonl: damaged, or not UTF-8"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged"),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 40, "a.jsonl.gz: damaged"),
         ("a.parquet", b"PAR1 not really", "a.parquet: damaged or not a Parquet file"),
         ("a.jsonl", b'{"body": "x", "id": 1}', "a.jsonl:1: no text in field `text`; there are body, id"),
     ],
@@ -63,9 +64,9 @@ def test_a_corpus_calibrates_in_pieces_and_its_content_is_in_the_key(files):
     recipe, small = documents(16)
     assert max(len(d.ids) for d in small) == 16 and 500 <= sum(len(d.ids) for d in small) < 516
     assert max(len(d.ids) for d in documents(2048)[1]) > 16
-    before = run._corpus_hash(recipe)
+    before = run.Dense(recipe).corpus_hash
     (files / "a.jsonl").write_text(json.dumps({"text": "other"}))
-    assert run._corpus_hash(recipe) != before
+    assert run.Dense(recipe).corpus_hash != before
 
 
 def test_questions_come_from_parquet_too(files):

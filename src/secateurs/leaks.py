@@ -19,7 +19,7 @@ class Overlap:
     equal: int
     near: int
     run: int
-    examples: tuple[str, ...]
+    examples: list[str]
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -41,7 +41,8 @@ def overlap(evaluation: Sequence[str], calibration: Iterable[str]) -> Overlap:
         whole.add(found)
         runs.update(map(hash, _runs(found)))
         count += 1
-    equal, near, examples = 0, 0, []
+    equal, near = 0, 0
+    examples: list[str] = []
     for text in evaluation:
         found = words(text)
         own = [hash(run) for run in _runs(found)]
@@ -52,7 +53,7 @@ def overlap(evaluation: Sequence[str], calibration: Iterable[str]) -> Overlap:
         else:
             continue
         examples.append(text)
-    return Overlap(len(evaluation), count, equal, near, RUN, tuple(examples[:3]))
+    return Overlap(len(evaluation), count, equal, near, RUN, examples[:3])
 
 
 def _runs(found: tuple[str, ...]) -> Iterable[tuple[str, ...]]:

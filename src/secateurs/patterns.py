@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 SAMPLED_FROM = 1 << 16  # scores; below, one selection is faster
-SAMPLE = 16_384
+SAMPLE = 1 << 14
 COMPARED_UP_TO = 8  # members of a group
 
 

@@ -469,7 +469,7 @@ def merge(reports: Sequence[Report]) -> Report:
             )
             for name, same in stages.items()
         ],
-        traces=_merge_traces(_unique(r.traces for r in reports if r.traces)),
+        traces=merge_traces(_unique(r.traces for r in reports if r.traces)),
         leaks=merge_leaks([r.leaks for r in reports if r.leaks]),
         cells=cells,
         summary=summarise(cells),
@@ -498,7 +498,8 @@ def _same_or_keyed(reports: Sequence[Report], part: Callable[[Report], dict[str,
     return {f"run {i}, {report.recipe_key}": part(report) for i, report in enumerate(reports, 1)}
 
 
-def _merge_traces(stores: Sequence[TraceSummary]) -> TraceSummary | None:
+def merge_traces(stores: Sequence[TraceSummary]) -> TraceSummary | None:
+    """The traces of several seeds or runs as one."""
     if len(stores) < 2:
         return stores[0] if stores else None
 

@@ -2,7 +2,8 @@
 
 import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             yield from _paragraphs(path, lines) if kind == ".txt" else _json_lines(path, lines)
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged, or not UTF-8 text ({error})") from None
 
 
-def _json_lines(path: Path, lines: Iterator[str] | Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -48,7 +49,7 @@ def _json_lines(path: Path, lines: Iterator[str] | Any) -> Iterator[tuple[str, d
         yield f"{path}:{number}", row
 
 
-def _paragraphs(path: Path, lines: Iterator[str] | Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _paragraphs(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     paragraph: list[str] = []
     start = 1
     for number, line in enumerate(lines, start=1):

@@ -72,6 +72,7 @@ from secateurs.report import (
     Stage,
     TraceSummary,
     merge_leaks,
+    merge_traces,
     summarise,
 )
 from secateurs.rows import read_rows
@@ -119,6 +120,12 @@ class Dense:
         if not Path(folder).is_dir():  # a hub id: its weights are pinned by the commit transformers resolved
             return {"model": f"{self.recipe.model}@{getattr(self.model.config, '_commit_hash', None)}", "tokenizer": ""}
         return {"model": model_hash(folder), "tokenizer": tokenizer_hash(folder)}
+
+    @cached_property
+    def corpus_hash(self) -> str:
+        """Of the content of the recipe's corpus, as a file may change under its name; "" for the one that ships."""
+        path = Path(self.recipe.calibration.corpus)
+        return folder_hash(path.parent, [escape(path.name)]) if self.recipe.calibration.corpus else ""
 
 
 @dataclass(frozen=True)
@@ -432,7 +439,7 @@ def prune(
             "traces": traced.key, "filters": recipe.traces.filters,
             "calibration": recipe.calibration.model_dump() | {"arm": arm},
             "prune": recipe.prune.model_dump() | {"pattern": pattern_spec}, "seed": seed, **dense.key,
-            "corpus": _corpus_hash(recipe),
+            "corpus": dense.corpus_hash,
             "resolved": [repr(plan.solver), repr(build_allocator(recipe.prune.allocator))],  # defaults may change
         }
     )[:12]  # fmt: skip
@@ -492,12 +499,6 @@ def prune(
     return Pruned(folder, **data)
 
 
-def _corpus_hash(recipe: Recipe) -> str:
-    """Of the corpus' content; a file may change under its name."""
-    path = Path(recipe.calibration.corpus)
-    return folder_hash(path.parent, [escape(path.name)]) if recipe.calibration.corpus else ""
-
-
 def plan_of(recipe: Recipe, pattern_spec: dict[str, Any]) -> pruner.Plan:
     """What the recipe says to do to the model, with one pattern for all matrices."""
     return pruner.Plan(
@@ -536,7 +537,7 @@ def allocate(
         {
             "traces": traced.key, "filters": recipe.traces.filters,
             "calibration": recipe.calibration.model_dump() | {"arm": arm}, "seed": seed, **dense.key,
-            "corpus": _corpus_hash(recipe), "sparsity": pattern_spec["sparsity"], "curves": allocator.needs_curves,
+            "corpus": dense.corpus_hash, "sparsity": pattern_spec["sparsity"], "curves": allocator.needs_curves,
             "matrices": [matrix.name for block in selected for matrix in block],
         }
     )[:12]  # fmt: skip
@@ -653,7 +654,7 @@ def run(recipe: Recipe, out: Path, progress: Progress = silent) -> Report:
         recipe=recipe.model_dump(),
         recipe_key=canonical_hash(recipe.model_dump(exclude={"resources", "title"})),
         stages=[Stage(name=name, seconds=seconds) for name, seconds in stages.items()],
-        traces=_merge_summaries(summaries),
+        traces=merge_traces(summaries),
         leaks=merge_leaks(leaks),
         cells=cells,
         summary=summarise(cells),
@@ -679,29 +680,7 @@ def leak_check(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> LeakC
             tokens += len(render(dense.tokenizer, source.format, question))
         missing.discard(question.id)
         texts.append(question.prompt)
-    found = asdict(overlap(asked, texts))
-    return LeakCheck.model_validate(found | {"examples": list(found["examples"])})
-
-
-def _merge_summaries(parts: Sequence[TraceSummary]) -> TraceSummary | None:
-    """The traces of all seeds as one."""
-    if not parts:
-        return None
-    count = sum(part.traces for part in parts)
-
-    def mean(values: Iterable[float]) -> float:
-        return sum(value * part.traces for value, part in zip(values, parts, strict=True)) / count
-
-    return TraceSummary(
-        traces=count,
-        tokens=sum(part.tokens for part in parts),
-        by_region={region: sum(part.by_region[region] for part in parts) for region in parts[0].by_region},
-        pass_at_1=mean(part.pass_at_1 or 0.0 for part in parts),
-        mean_think_tokens=mean(part.mean_think_tokens for part in parts),
-        truncated=mean(part.truncated for part in parts),
-        dropped={name: sum(part.dropped[name] for part in parts) for name in parts[0].dropped},
-        seconds=sum(part.seconds for part in parts),
-    )
+    return LeakCheck.model_validate(asdict(overlap(asked, texts)))
 
 
 def _cell(pruned: Pruned | None, answers: Answers, baseline: Answers, seed: int, folder: Path) -> Cell:

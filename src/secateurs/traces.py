@@ -302,7 +302,8 @@ def merge_stores(into: Path | str, shards: Sequence[Path | str], *, keep_first: 
                 f"{', ...' if len(conflicts) > 5 else ''}. Leave a store out, or let the first named win: --keep-first"
             )
         store.append(fresh.values())
-        store.add_seconds(sum(_read_seconds(Path(shard)) for shard in shards) if fresh else 0.0)
+        sources = {holder[key][0] for key in fresh}
+        store.add_seconds(sum(_read_seconds(shard) for shard in sources))
     return {"added": len(fresh), "already": already}
 
 

@@ -17,6 +17,7 @@ from secateurs.engines import Completion, Request, Sampling
 LONGEST_PAUSE = 30.0  # seconds between two attempts, unless a server asks for more
 LONGEST_REQUEST = 600.0  # seconds a server may ask us to wait
 BYTES_A_TOKEN = 64  # of an answer's JSON, generously; anything longer is no answer
+ID_FIELDS = ("token_ids", "response_token_ids")  # vLLM, SGLang
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
@@ -233,7 +234,7 @@ class OpenAI:
         if self.allow_retokenised:
             ids = self._retokenised(choice.get("text"), reason, sampling)
         else:
-            ids = choice.get("token_ids") or choice.get("response_token_ids")
+            ids = next((choice[name] for name in ID_FIELDS if choice.get(name) is not None), None)
             if ids is None:
                 raise ValueError(
                     f"{url}: the answer holds no token ids, so the trace would have to be tokenised again and differ "
