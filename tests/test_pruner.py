@@ -318,3 +318,35 @@ def test_linears_that_the_block_never_calls_are_named():
     model.model.layers[1].unused = nn.Linear(32, 32)
     with pytest.raises(ValueError, match="unused is never called by its block"):
         pruner.prune(model, CALIBRATION, PLAN)
+
+
+def test_plans_that_see_the_same_inputs_share_their_grams(tiny_model, tmp_path, monkeypatch):
+    """Solved together, plans give what each gives alone, and the block loop then only reads them back."""
+    dense = replace(PLAN, propagate="dense")
+    plans = {
+        tmp_path / "a": dense,
+        tmp_path / "b": replace(dense, pattern=Unstructured(sparsity=0.3)),
+        tmp_path / "c": replace(dense, solver=Masking(score="wanda")),
+    }
+    alone = {folder: pruner.prune(deepcopy(tiny_model), CALIBRATION, plan) for folder, plan in plans.items()}
+    before = {name: p.clone() for name, p in tiny_model.state_dict().items()}
+    passes = []
+    collected = pruner.collect
+    monkeypatch.setattr(pruner, "collect", lambda *args, **options: passes.append(1) or collected(*args, **options))
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pruner.solve_alike(deepcopy(tiny_model), CALIBRATION, plans, progress=stop)
+    pruner.solve_alike(tiny_model, CALIBRATION, plans)
+    _, blocks = decoder_blocks(tiny_model)
+    assert len(passes) == len(blocks) + 1  # the block that was not finished, again
+    assert all(torch.equal(p, before[name]) for name, p in tiny_model.state_dict().items())
+    monkeypatch.setattr(pruner, "capture", None)
+    for folder, plan in plans.items():
+        results = pruner.prune(deepcopy(tiny_model), CALIBRATION, plan, folder=folder)
+        assert [replace(r, seconds=0) for r in results] == [replace(r, seconds=0) for r in alone[folder]]
+    with pytest.raises(ValueError, match="share Grams"):
+        pruner.solve_alike(tiny_model, CALIBRATION, {tmp_path / "d": PLAN})

@@ -129,7 +129,8 @@ def prune(
     selected = prunable(model, plan)
     total = sum(map(len, selected))
     _, blocks = decoder_blocks(model)
-    streams = capture(model, calibration, batch_tokens)
+    complete = all(_is_saved(folder, index) for index in range(len(blocks)))
+    streams = [] if complete else capture(model, calibration, batch_tokens)
     results: list[LayerResult] = []
     for index, block in enumerate(blocks):
         saved = _load_block(folder, index, selected[index])
@@ -150,6 +151,53 @@ def prune(
         results += solved
         progress(len(results), total, f"block {index + 1} of {len(blocks)}")
     return results
+
+
+@torch.no_grad()
+def solve_alike(
+    model: PreTrainedModel,
+    calibration: CalibrationSet,
+    plans: Mapping[Path, Plan],
+    *,
+    batch_tokens: int = 8192,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> None:
+    """Solve several plans on the same Grams, and write the blocks of each to its folder, where `prune` finds them.
+
+    The plans differ in pattern and solver only, and see the inputs of the dense model, which stays as it is: then a
+    block's Grams are the same for all of them. ValueError for other plans. Blocks that are there are not solved again.
+    """
+    first, *others = plans.values()
+    alike = all((p.propagate, p.goal, p.tune) == ("dense", "own", None) for p in plans.values())
+    if not alike or any((p.targets, p.ignore) != (first.targets, first.ignore) for p in others):
+        raise ValueError('only plans with propagate = "dense", the goal "own", no tune and the same targets share Grams')
+    per_plan = [prunable(model, plan) for plan in plans.values()]
+    selected, total = per_plan[0], len(plans) * sum(map(len, per_plan[0]))
+    _, blocks = decoder_blocks(model)
+    if all(_is_saved(folder, index) for folder in plans for index in range(len(blocks))):
+        return
+    streams = capture(model, calibration, batch_tokens)
+    done = 0
+    for index, block in enumerate(blocks):
+        matrices = selected[index]
+        missing = {folder: plan for folder, plan in plans.items() if not _is_saved(folder, index)}
+        done += len(matrices) * (len(plans) - len(missing))
+        if missing:
+            groups = groups_of(block, index, matrices, streams[0])
+            sums = collect(block, index, groups, streams, keep_out=True)
+        for folder, plan in missing.items():
+            solved = []
+            for group in groups:
+                solved += _solve_group(group, groups, sums, calibration.weights, plan)
+                progress(done + len(solved), total, group.name)
+            results = [_result(one, index, plan.pattern_of(one.aim.matrix), None) for one in solved]
+            _save_block(folder, index, matrices, results)
+            for one in solved:
+                one.aim.matrix.weight.copy_(one.aim.dense)
+            done += len(solved)
+        for stream in streams:
+            stream.hidden = _known(stream.out) if missing else stream.run(block, index)
+            stream.dense, stream.out = stream.hidden, None
 
 
 def _prune_block(
@@ -176,12 +224,8 @@ def _prune_block(
             keep_out=needs_out, imitate=plan.goal != "own", writers=writers, dense=dense,
         )  # fmt: skip
         for group in batch:
-            gram, note = train_gram(group, groups, sums.train, weights)
-            aims = [_aim(matrix, group, gram, sums, weights) for matrix in group.matrices]
-            for aim, solution in zip(aims, _solutions(aims, gram, plan), strict=True):
-                solved.append(_Solved(aim, gram, sums.held[group.name], solution, note))
-                aim.matrix.weight.copy_(solution.weight)
-                progress(done + len(solved), total, aim.matrix.name)
+            solved.extend(_solve_group(group, groups, sums, weights, plan))
+            progress(done + len(solved), total, group.name)
 
     for batch in [[group] for group in groups] if plan.propagate == "group" else [groups]:
         solve(batch)
@@ -213,6 +257,21 @@ class _Solved:
     held: Grams
     solution: LayerSolution
     note: str
+
+
+def _solve_group(
+    group: Group, groups: Sequence[Group], sums: Sums, weights: Mapping[str, float], plan: Plan
+) -> list[_Solved]:
+    """Solve the matrices of a group and put the solutions in their places."""
+    gram, note = train_gram(group, groups, sums.train, weights)
+    aims = [_aim(matrix, group, gram, sums, weights) for matrix in group.matrices]
+    solved = [
+        _Solved(aim, gram, sums.held[group.name], solution, note)
+        for aim, solution in zip(aims, _solutions(aims, gram, plan), strict=True)
+    ]
+    for one in solved:
+        one.aim.matrix.weight.copy_(one.solution.weight)
+    return solved
 
 
 def _aim(matrix: Matrix, group: Group, gram: Gram, sums: Sums, weights: Mapping[str, float]) -> _Aim:
@@ -320,6 +379,10 @@ def _block_path(folder: Path, index: int) -> Path:
     return folder / f"block-{index:05d}"
 
 
+def _is_saved(folder: Path | None, index: int) -> bool:
+    return folder is not None and _block_path(folder, index).with_suffix(".json").exists()
+
+
 def _save_block(folder: Path | None, index: int, matrices: Sequence[Matrix], results: Sequence[LayerResult]) -> None:
     """Weights first, results last: the results file says that the block is complete."""
     if folder is None:
@@ -333,7 +396,7 @@ def _save_block(folder: Path | None, index: int, matrices: Sequence[Matrix], res
 def _load_block(
     folder: Path | None, index: int, matrices: Sequence[Matrix]
 ) -> tuple[dict[str, Tensor], list[LayerResult]] | None:
-    if folder is None or not _block_path(folder, index).with_suffix(".json").exists():
+    if folder is None or not _is_saved(folder, index):
         return None
     rows = read_json(_block_path(folder, index).with_suffix(".json"))
     pairs = ("shape", "block_error")
