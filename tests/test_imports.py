@@ -7,7 +7,7 @@ import secateurs
 
 SOURCE = Path(secateurs.__file__).parent
 ORDER = [
-    {"artifacts", "patterns", "linalg", "leaks", "rows"},
+    {"artifacts", "patterns", "linalg", "leaks", "rows", "parallel"},
     {"questions"},
     {"layer", "traces", "prompts"},
     {"scores", "engines"},
@@ -19,6 +19,7 @@ ORDER = [
     {"report"},
     {"recipe"},
     {"run"},
+    {"study"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -57,9 +57,12 @@ def test_what_is_wrong_with_a_corpus_is_said_before_anything_runs(tmp_path, name
 def test_a_corpus_calibrates_in_pieces_and_its_content_is_in_the_key(files):
     def documents(size):
         options = [f'calibration.corpus="{files / "a.jsonl"}"', f"calibration.corpus_tokens={size}"]
-        recipe = load_recipe("demo", [*options, "calibration.num_tokens=500", "calibration.held_out_tokens=100"])
+        recipe = load_recipe(
+            "demo",
+            [*options, "calibration.arm=corpus", "calibration.num_tokens=500", "calibration.held_out_tokens=100"],
+        )
         traced = run.Traced((), None, "")
-        return recipe, run.calibration_set(recipe, "corpus", 0, traced, run.Dense(recipe)).documents
+        return recipe, run.calibration_set(recipe, 0, traced, run.Dense(recipe)).documents
 
     recipe, small = documents(16)
     assert max(len(d.ids) for d in small) == 16 and 500 <= sum(len(d.ids) for d in small) < 516

@@ -34,28 +34,29 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with its
 
 
 class Bars:
-    """A run's progress on the terminal: one line a stage, with an estimate of what is left."""
+    """A run's progress on the terminal: one line a stage at work, with an estimate of what is left."""
 
-    def __init__(self, bars: Progress) -> None:
-        self.bars, self.tasks = bars, {}
+    def __init__(self, bars: Progress, lines: int) -> None:
+        self.bars, self.lines = bars, lines
+        self.tasks: dict[str, Any] = {}  # in the order they last moved
 
     def __call__(self, stage: str, done: float, total: float, unit: str) -> None:
-        """Move a stage's bar; a new stage gets a new one and the one before is closed."""
-        if stage not in self.tasks:
-            for task in self.tasks.values():
-                self.bars.remove_task(task)
-            self.tasks = {stage: self.bars.add_task(stage, total=total or None)}
-        self.bars.update(self.tasks[stage], completed=done, total=total or None)
+        """Move a stage's bar; a new stage beyond `lines` takes the place of the one that moved longest ago."""
+        if stage not in self.tasks and len(self.tasks) == self.lines:
+            self.bars.remove_task(self.tasks.pop(next(iter(self.tasks))))
+        task = self.tasks.pop(stage) if stage in self.tasks else self.bars.add_task(stage, total=total or None)
+        self.tasks[stage] = task
+        self.bars.update(task, completed=done, total=total or None)
 
 
 @contextmanager
-def _bars() -> Iterator[Bars]:
+def _bars(lines: int = 1) -> Iterator[Bars]:
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bars:
-        yield Bars(bars)
+        yield Bars(bars, lines)
 
 
 def _plan(recipe: Any, as_json: bool) -> None:
@@ -93,16 +94,16 @@ def _finish(report: Any, out: Path, as_json: bool) -> None:
     screen.print(f"report: {out / 'report.html'}")
 
 
-def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: bool) -> None:
+def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: bool, jobs: int = 1) -> None:
     from secateurs.recipe import load_recipe
-    from secateurs.run import run
+    from secateurs.study import study
 
     recipe = load_recipe(name, overrides)
     if dry_run:
         _plan(recipe, as_json)
         return
-    with _bars() as progress:
-        report = run(recipe, out, progress)
+    with _bars(jobs) as progress:
+        report = study(recipe, out, progress, jobs)
     _finish(report, out, as_json)
 
 
@@ -120,6 +121,19 @@ def run_(
 ) -> None:
     """Everything a recipe asks for: trace, prune, export, evaluate, report. Run it again to go on after a stop."""
     _run(recipe, out, overrides, as_json, dry_run)
+
+
+@app.command(name="study")
+def study_(
+    recipe: RecipeName,
+    out: Out = Path("runs/study"),
+    overrides: Set = [],
+    as_json: Json = False,
+    dry_run: DryRun = False,
+    jobs: Annotated[int, typer.Option(help="Processes that share the cells, each with its share of the cores.")] = 2,
+) -> None:
+    """The grid of `[sweep]` (arm x solver x pattern x seed) in parallel processes. Run it again after a stop."""
+    _run(recipe, out, overrides, as_json, dry_run, jobs)
 
 
 def _shard(text: str) -> tuple[int, int]:

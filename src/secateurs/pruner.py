@@ -170,7 +170,9 @@ def solve_alike(
     first, *others = plans.values()
     alike = all((p.propagate, p.goal, p.tune) == ("dense", "own", None) for p in plans.values())
     if not alike or any((p.targets, p.ignore) != (first.targets, first.ignore) for p in others):
-        raise ValueError('only plans with propagate = "dense", the goal "own", no tune and the same targets share Grams')
+        raise ValueError(
+            'only plans with propagate = "dense", the goal "own", no tune and the same targets share Grams'
+        )
     per_plan = [prunable(model, plan) for plan in plans.values()]
     selected, total = per_plan[0], len(plans) * sum(map(len, per_plan[0]))
     _, blocks = decoder_blocks(model)

@@ -4,6 +4,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,10 +180,13 @@ class Evaluate(_Table):
 
 
 class Sweep(_Table):
-    """Lists to try in one run, which share traces and dense results; an empty list means the recipe's own value."""
+    """Lists to try in one run, which share traces and dense results; an empty list means the recipe's own value.
+
+    `sparsity` is short for patterns that are the recipe's own at other sparsities."""
 
     arm: list[Arm] = []
     solver: list[dict[str, Any]] = []
+    pattern: list[dict[str, Any]] = []
     sparsity: list[float] = []
     seed: list[int] = []
 
@@ -198,6 +202,13 @@ class Sweep(_Table):
     def _known_solvers(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for solver in value:
             build_solver(solver)
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_patterns(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for pattern in value:
+            build_pattern(pattern)
         return value
 
     @field_validator("sparsity")
@@ -231,6 +242,8 @@ class Recipe(_Table):
 
     @model_validator(mode="after")
     def _sweepable(self) -> "Recipe":
+        if self.sweep.sparsity and self.sweep.pattern:
+            raise ValueError("sweep.sparsity and sweep.pattern both say what to remove; give one of them")
         if self.sweep.sparsity and self.prune.pattern["name"] != "unstructured":
             raise ValueError(
                 'sweep.sparsity needs prune.pattern.name = "unstructured"; an N:M pattern has one sparsity'
@@ -247,9 +260,19 @@ class Recipe(_Table):
         """The solvers to try."""
         return self.sweep.solver or [self.prune.solver]
 
-    def with_solver(self, solver: dict[str, Any]) -> "Recipe":
-        """The same with another solver."""
-        return self.model_copy(update={"prune": self.prune.model_copy(update={"solver": solver})})
+    @property
+    def grid(self) -> "list[Recipe]":
+        """The recipe of every cell for one seed: an arm, a pattern and a solver each, and nothing to sweep."""
+        return [
+            self.model_copy(
+                update={
+                    "calibration": self.calibration.model_copy(update={"arm": arm}),
+                    "prune": self.prune.model_copy(update={"pattern": pattern, "solver": solver}),
+                    "sweep": Sweep(),
+                }
+            )
+            for pattern, solver, arm in product(self.patterns, self.solvers, self.arms)
+        ]
 
     @property
     def seeds(self) -> list[int]:
@@ -260,7 +283,7 @@ class Recipe(_Table):
     def patterns(self) -> list[dict[str, Any]]:
         """The patterns to try."""
         own = self.prune.pattern
-        return [own | {"sparsity": sparsity} for sparsity in self.sweep.sparsity] or [own]
+        return self.sweep.pattern or [own | {"sparsity": sparsity} for sparsity in self.sweep.sparsity] or [own]
 
 
 def solver_label(spec: Mapping[str, Any]) -> str:

@@ -10,20 +10,17 @@ KEY is the hash of everything that can change what is in the folder, so a change
 repeated command goes on where it stopped.
 """
 
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from fractions import Fraction
 from functools import cached_property
 from glob import escape
 from importlib.metadata import version
-from itertools import count, islice, product
+from itertools import count, islice
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -42,10 +39,10 @@ from secateurs.calibration import (
 from secateurs.engines import Completion, Engine, Request, Sampling, default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
-from secateurs.export import export, verify
+from secateurs.export import export
 from secateurs.layer import Gram, LayerProblem
-from secateurs.leaks import overlap
 from secateurs.models import load_model, load_tokenizer, model_path
+from secateurs.parallel import Progress, silent
 from secateurs.patterns import Pattern, Unstructured
 from secateurs.policy import check_own
 from secateurs.prompts import answer_text, render, think_split, trace_seed
@@ -62,19 +59,7 @@ from secateurs.recipe import (
     solver_label,
 )
 from secateurs.recipe import Sampling as SamplingOverrides
-from secateurs.report import (
-    Cell,
-    Evaluation,
-    HiddenError,
-    LayerReport,
-    LeakCheck,
-    Report,
-    Stage,
-    TraceSummary,
-    merge_leaks,
-    merge_traces,
-    summarise,
-)
+from secateurs.report import TraceSummary
 from secateurs.rows import read_rows
 from secateurs.survey import survey
 from secateurs.traces import Trace, TraceStore, apply_filters
@@ -82,16 +67,6 @@ from secateurs.traces import Trace, TraceStore, apply_filters
 CHECKED_TRACES = 8  # of a server's, before it is believed
 CORPUS_ROWS = 20_000
 Asked = tuple[Question, int]  # and which sample of its answer
-
-
-class Progress(Protocol):
-    """Where a stage says how far it is; total 0 means unknown."""
-
-    def __call__(self, stage: str, done: float, total: float, unit: str) -> None: ...
-
-
-def silent(stage: str, done: float, total: float, unit: str) -> None:
-    """No progress shown."""
 
 
 @dataclass
@@ -343,6 +318,11 @@ def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: floa
     )
 
 
+def held_out(recipe: Recipe, traced: Traced) -> list[Document]:
+    """The documents that judge every arm and calibrate none."""
+    return _split([trace_document(t) for t in traced.traces], recipe.calibration.held_out_tokens)[0]
+
+
 def _split(documents: Sequence[Document], held_out_tokens: int) -> tuple[list[Document], list[Document]]:
     """Whole traces from the front until `held_out_tokens` are held out; the rest calibrates."""
     total, at = 0, 0
@@ -367,13 +347,13 @@ def corpus_texts(recipe: Recipe, seed: int) -> Iterator[str]:
     yield from texts
 
 
-def calibration_set(recipe: Recipe, arm: Arm, seed: int, traced: Traced, dense: Dense) -> CalibrationSet:
-    """The documents of one arm, all arms with the same token budget and the same held-out traces.
+def calibration_set(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> CalibrationSet:
+    """The documents of the recipe's arm, all arms with the same token budget and the same held-out traces.
 
     Prompts come from the traces' own question stream, distinct and never a held-out one; a corpus comes in the pieces
     it is stored in. A mixture with a corpus gives it half of the budget.
     """
-    weights = region_weights(arm)
+    weights = region_weights(recipe.calibration.arm)
     budget = recipe.calibration.num_tokens
     held, pool = _split([trace_document(t) for t in traced.traces], recipe.calibration.held_out_tokens)
     documents: list[Document] = []
@@ -420,11 +400,51 @@ def arm_label(arm: Arm) -> str:
     return arm if isinstance(arm, str) else "+".join(f"{weight:g}{region}" for region, weight in arm.items() if weight)
 
 
+def cell_folder(recipe: Recipe, out: Path, seed: int, traced: Traced, dense: Dense) -> Path:
+    """Where a cell's model, blocks and answers are kept."""
+    plan = plan_of(recipe)
+    key = canonical_hash(
+        {
+            "traces": traced.key, "filters": recipe.traces.filters,
+            "calibration": recipe.calibration.model_dump(), "prune": recipe.prune.model_dump(),
+            "seed": seed, **dense.key, "corpus": dense.corpus_hash,
+            "resolved": [repr(plan.solver), repr(build_allocator(recipe.prune.allocator))],  # defaults may change
+        }
+    )[:12]  # fmt: skip
+    pattern = str(plan.pattern).replace("%", "pct").replace(":", "of")
+    return out / "cells" / f"{arm_label(recipe.calibration.arm)}-{pattern}-s{seed}-{key}"
+
+
+def solve_alike(
+    recipes: Sequence[Recipe], out: Path, seed: int, traced: Traced, dense: Dense, progress: Progress = silent
+) -> None:
+    """Solve the blocks of several cells on the same Grams, where `prune` finds them.
+
+    The recipes differ in pattern and solver only, and their layers see what they see in the dense model.
+    """
+    folders = {cell_folder(recipe, out, seed, traced, dense): recipe for recipe in recipes}
+    missing = {folder: recipe for folder, recipe in folders.items() if not (folder / "prune.json").exists()}
+    if len(missing) < 2:
+        return
+    calibration = calibration_set(recipes[0], seed, traced, dense)
+    model = dense.fresh()
+    plans = {}
+    for folder, recipe in missing.items():
+        patterns = allocate(recipe, out, seed, traced, dense, model, calibration, progress)
+        plans[folder / "blocks"] = replace(plan_of(recipe), patterns=patterns)
+    stage = f"prune {arm_label(recipes[0].calibration.arm)}, {len(missing)} models at once"
+    pruner.solve_alike(
+        model,
+        calibration,
+        plans,
+        batch_tokens=recipes[0].calibration.batch_tokens,
+        progress=lambda done, total, what: progress(stage, done, total, "layers"),
+    )
+
+
 def prune(
     recipe: Recipe,
     out: Path,
-    arm: Arm,
-    pattern_spec: dict[str, Any],
     seed: int,
     traced: Traced,
     dense: Dense,
@@ -432,31 +452,19 @@ def prune(
     progress: Progress = silent,
 ) -> Pruned:
     """Prune one cell and export it; a finished cell is read back, an unfinished one goes on after its last block."""
-    plan = plan_of(recipe, pattern_spec)
-    label = arm_label(arm)
-    key = canonical_hash(
-        {
-            "traces": traced.key, "filters": recipe.traces.filters,
-            "calibration": recipe.calibration.model_dump() | {"arm": arm},
-            "prune": recipe.prune.model_dump() | {"pattern": pattern_spec}, "seed": seed, **dense.key,
-            "corpus": dense.corpus_hash,
-            "resolved": [repr(plan.solver), repr(build_allocator(recipe.prune.allocator))],  # defaults may change
-        }
-    )[:12]  # fmt: skip
-    name = f"{label}-{str(plan.pattern).replace('%', 'pct').replace(':', 'of')}-s{seed}-{key}"
-    folder = out / "cells" / name
+    label, pattern_spec = arm_label(recipe.calibration.arm), recipe.prune.pattern
+    folder = cell_folder(recipe, out, seed, traced, dense)
     record = folder / "prune.json"
     if record.exists() and (folder / "model" / "secateurs.json").exists():
         data: dict[str, Any] = read_json(record)
         return Pruned(folder, **data)
     clock = time.perf_counter()
-    calibration = calibration_set(recipe, arm, seed, traced, dense)
+    calibration = calibration_set(recipe, seed, traced, dense)
     seconds = {"calibrate": time.perf_counter() - clock}
     clock = time.perf_counter()
     model = dense.fresh()
-    plan = replace(
-        plan, patterns=allocate(recipe, out, arm, pattern_spec, seed, traced, dense, plan, model, calibration, progress)
-    )
+    patterns = allocate(recipe, out, seed, traced, dense, model, calibration, progress)
+    plan = replace(plan_of(recipe), patterns=patterns)
     results = pruner.prune(
         model,
         calibration,
@@ -487,7 +495,8 @@ def prune(
         [matrix for block in pruner.prunable(model, plan) for matrix in block],
         folder / "model",
         provenance={
-            **facts, "model": recipe.model, "hashes": dense.key, "key": key, "secateurs": version("secateurs"),
+            **facts, "model": recipe.model, "hashes": dense.key, "key": folder.name.rsplit("-", 1)[1],
+            "secateurs": version("secateurs"),
             "recipe": recipe.model_dump(exclude={"resources"}), "held_out": hidden,
         },
         layers=layers,
@@ -499,10 +508,10 @@ def prune(
     return Pruned(folder, **data)
 
 
-def plan_of(recipe: Recipe, pattern_spec: dict[str, Any]) -> pruner.Plan:
+def plan_of(recipe: Recipe) -> pruner.Plan:
     """What the recipe says to do to the model, with one pattern for all matrices."""
     return pruner.Plan(
-        pattern=build_pattern(pattern_spec),
+        pattern=build_pattern(recipe.prune.pattern),
         solver=build_solver(recipe.prune.solver),
         propagate=recipe.prune.propagate,
         goal=recipe.prune.goal,
@@ -515,12 +524,9 @@ def plan_of(recipe: Recipe, pattern_spec: dict[str, Any]) -> pruner.Plan:
 def allocate(
     recipe: Recipe,
     out: Path,
-    arm: Arm,
-    pattern_spec: dict[str, Any],
     seed: int,
     traced: Traced,
     dense: Dense,
-    plan: pruner.Plan,
     model: Any,
     calibration: CalibrationSet,
     progress: Progress = silent,
@@ -529,15 +535,16 @@ def allocate(
 
     What the allocator wants to know of the dense model is measured once and kept in out/surveys.
     """
-    allocator, label = build_allocator(recipe.prune.allocator), f"{arm_label(arm)} {plan.pattern}"
+    allocator, plan = build_allocator(recipe.prune.allocator), plan_of(recipe)
     if not allocator.needs_survey:
         return {}
+    label, sparsity = f"{arm_label(recipe.calibration.arm)} {plan.pattern}", recipe.prune.pattern["sparsity"]
     selected = pruner.prunable(model, plan)
     key = canonical_hash(
         {
             "traces": traced.key, "filters": recipe.traces.filters,
-            "calibration": recipe.calibration.model_dump() | {"arm": arm}, "seed": seed, **dense.key,
-            "corpus": dense.corpus_hash, "sparsity": pattern_spec["sparsity"], "curves": allocator.needs_curves,
+            "calibration": recipe.calibration.model_dump(), "seed": seed, **dense.key,
+            "corpus": dense.corpus_hash, "sparsity": sparsity, "curves": allocator.needs_curves,
             "matrices": [matrix.name for block in selected for matrix in block],
         }
     )[:12]  # fmt: skip
@@ -550,7 +557,7 @@ def allocate(
             model,
             calibration,
             selected,
-            pattern_spec["sparsity"],
+            sparsity,
             curves=allocator.needs_curves,
             batch_tokens=recipe.calibration.batch_tokens,
             progress=lambda done, total, what: progress(f"survey {label}", done, total, "layers"),
@@ -601,117 +608,11 @@ def answer(
     return Answers(tuple(traces), families, f"{questions.name} v{questions.version}", seconds)
 
 
-def run(recipe: Recipe, out: Path, progress: Progress = silent) -> Report:
-    """Every stage, for every arm, pattern and seed of the recipe; then the report, built but not written."""
-    dense = Dense(recipe)
-    out.mkdir(parents=True, exist_ok=True)
-    plan_check(recipe, dense)
-    cells: list[Cell] = []
-    stages: dict[str, float] = {}
-    traced = None
-    summaries: list[TraceSummary] = []
-    leaks: list[LeakCheck] = []
-    folders: list[Path] = []
-    variants = [recipe.with_solver(solver) for solver in recipe.solvers]
-    total = len(recipe.seeds) * len(recipe.arms) * len(recipe.patterns) * len(variants)
-    for seed in recipe.seeds:
-        traced = trace(recipe, out, seed, dense, progress)
-        summaries.append(traced.summary)
-        stages["trace"] = stages.get("trace", 0.0) + traced.summary.seconds
-        held, _ = _split([trace_document(t) for t in traced.traces], recipe.calibration.held_out_tokens)
-        reference = evaluate.reference_states(dense.model, list(batches(held, recipe.calibration.batch_tokens)))
-        baseline = None
-        if recipe.evaluate.num_questions:
-            baseline = answer(recipe, out / "dense", dense.model, "dense", seed, dense, "evaluate dense", progress)
-            cells.append(_cell(None, baseline, baseline, seed, out / "dense"))
-            leaks.append(leak_check(recipe, seed, traced, dense))
-        for pattern in recipe.patterns:
-            for variant, arm in product(variants, recipe.arms):
-                pruned = prune(variant, out, arm, pattern, seed, traced, dense, reference, progress)
-                folders.append(pruned.folder / "model")
-                if baseline is not None:
-                    number = f"{len(folders)}/{total}"
-                    stage = f"evaluate {pruned.arm} {pruned.solver} {build_pattern(pattern)} ({number})"
-                    model = load_model(str(pruned.folder / "model"), device=recipe.resources.device)
-                    key = pruned.folder.name
-                    answers = answer(recipe, pruned.folder / "answers", model, key, seed, dense, stage, progress)
-                    cells.append(_cell(pruned, answers, baseline, seed, pruned.folder))
-    clock = time.perf_counter()
-    progress("verify exported models", 0, 0, "")
-    verify([folder for folder in folders])
-    stages["verify"] = time.perf_counter() - clock
-    for cell in cells:
-        for name, seconds in cell.seconds.items():
-            stages[name] = stages.get(name, 0.0) + seconds
-    model = dense.model
-    return Report(
-        title=recipe.title or f"{recipe.model} pruned on its own chain of thought",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        secateurs=version("secateurs"),
-        versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
-        hardware=hardware(recipe.resources.device),
-        model={"name": recipe.model, "parameters": model.num_parameters(), **dense.key},
-        recipe=recipe.model_dump(),
-        recipe_key=canonical_hash(recipe.model_dump(exclude={"resources", "title"})),
-        stages=[Stage(name=name, seconds=seconds) for name, seconds in stages.items()],
-        traces=merge_traces(summaries),
-        leaks=merge_leaks(leaks),
-        cells=cells,
-        summary=summarise(cells),
-    )
-
-
-def leak_check(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> LeakCheck:
-    """The evaluation questions of a seed against every text that any arm may have calibrated on."""
-    questions = build_questions(recipe.evaluate.questions or recipe.traces.questions)
-    asked = [q.prompt for q in islice(questions.questions("eval", seed), recipe.evaluate.num_questions)]
-    texts: list[str] = []
-    weights = [region_weights(arm) for arm in recipe.arms]
-    if any(w.get("corpus") for w in weights):
-        texts += corpus_texts(recipe, seed)
-    source = build_questions(recipe.traces.questions)
-    prompts_only = any(w.get("prompt") and not (w.get("think") or w.get("answer")) for w in weights)
-    missing = {t.question_id for t in traced.traces}
-    tokens = 0 if prompts_only else recipe.calibration.num_tokens
-    for question in source.questions("calibration", seed):
-        if not missing and tokens >= recipe.calibration.num_tokens:
-            break
-        if question.id not in missing and tokens < recipe.calibration.num_tokens:
-            tokens += len(render(dense.tokenizer, source.format, question))
-        missing.discard(question.id)
-        texts.append(question.prompt)
-    return LeakCheck.model_validate(asdict(overlap(asked, texts)))
-
-
-def _cell(pruned: Pruned | None, answers: Answers, baseline: Answers, seed: int, folder: Path) -> Cell:
-    measured = evaluate.measure(
-        answers.traces,
-        answers.families,
-        question_set=answers.question_set,
-        seconds=answers.seconds,
-        dense=None if pruned is None else baseline.traces,
-    )
-    seconds = {"evaluate": answers.seconds} | (pruned.seconds if pruned else {})
-    return Cell(
-        arm=pruned.arm if pruned else "dense",
-        sparsity=pruned.sparsity if pruned else 0.0,
-        pattern=pruned.pattern if pruned else "dense",
-        solver=pruned.solver if pruned else "none",
-        seed=seed,
-        calibration_tokens=pruned.calibration_tokens if pruned else 0,
-        evaluation=Evaluation.model_validate(measured),
-        hidden_error=HiddenError.model_validate(pruned.hidden_error) if pruned else None,
-        layers=[LayerReport.model_validate(layer) for layer in pruned.layers] if pruned else [],
-        seconds=seconds,
-        path=str(folder),
-    )
-
-
 def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
     """What a run will do, without doing it: sizes, tokens, memory. ValueError for what cannot work."""
     counts: dict[str, Any] = {}
-    for spec in recipe.patterns:
-        plan = plan_of(recipe, spec)
+    for cell in recipe.grid:
+        plan = plan_of(cell)
         matrices = [matrix for block in pruner.prunable(dense.model, plan) for matrix in block]
         shapes = [tuple(matrix.weight.shape) for matrix in matrices]
         counts[str(plan.pattern)] = sum(plan.pattern.num_zeros(*shape) for shape in shapes)
@@ -721,7 +622,7 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
     found = sum(1 for _ in islice(questions.questions("eval", recipe.seeds[0]), recipe.evaluate.num_questions))
     if found < recipe.evaluate.num_questions:
         raise ValueError(f"evaluate.num_questions is {recipe.evaluate.num_questions:,}, the set has {found:,}")
-    models = len(recipe.arms) * len(recipe.patterns) * len(recipe.solvers)
+    models = len(recipe.grid)
     parameters = dense.model.num_parameters()
     tokens = recipe.calibration.num_tokens + recipe.calibration.held_out_tokens
     hidden = dense.model.config.get_text_config(decoder=True).hidden_size
@@ -757,13 +658,13 @@ def estimate(recipe: Recipe, dense: Dense, plan: dict[str, Any]) -> dict[str, fl
     clock = time.perf_counter()
     evaluate.reference_states(dense.model, [batch])
     forward = (time.perf_counter() - clock) / batch.tokens
-    spec = plan_of(recipe, recipe.patterns[0])
-    matrices = [matrix for block in pruner.prunable(dense.model, spec) for matrix in block]
+    plan_ = plan_of(recipe.grid[0])
+    matrices = [matrix for block in pruner.prunable(dense.model, plan_) for matrix in block]
     weight = sorted((matrix.weight for matrix in matrices), key=lambda w: w.numel())[len(matrices) // 2]
     gram = Gram(torch.eye(weight.shape[1], device=weight.device), 1e6, 10**6)
     clock = time.perf_counter()
     for solver in recipe.solvers:
-        build_solver(solver).solve(LayerProblem(name="probe", weight=weight, gram=gram, pattern=spec.pattern))
+        build_solver(solver).solve(LayerProblem(name="probe", weight=weight, gram=gram, pattern=plan_.pattern))
     solve = (time.perf_counter() - clock) * len(matrices) / len(recipe.solvers)
     tokens = recipe.calibration.num_tokens + recipe.calibration.held_out_tokens
     length = (recipe.evaluate.sampling or recipe.traces.sampling).max_new_tokens / 2
@@ -771,15 +672,4 @@ def estimate(recipe: Recipe, dense: Dense, plan: dict[str, Any]) -> dict[str, fl
         "trace": plan["trace_tokens_per_seed"] * len(recipe.seeds) * per_token,
         "prune": plan["cells"] * (3 * tokens * forward + solve),
         "evaluate": plan["answers"] * length * per_token,
-    }
-
-
-def hardware(device: str) -> dict[str, Any]:
-    """The machine, as far as it matters for the figures."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {
-        "device": name,
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
     }

@@ -1,0 +1,100 @@
+"""Tasks in processes of their own: results in order, progress from all of them, none that outlives its parent."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+import torch
+
+MISTAKES = (ValueError, OSError, RuntimeError, ArithmeticError)  # what a command turns into one sentence
+Task = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+class Progress(Protocol):
+    """Where a stage says how far it is; total 0 means unknown."""
+
+    def __call__(self, stage: str, done: float, total: float, unit: str) -> None: ...
+
+
+def silent(stage: str, done: float, total: float, unit: str) -> None:
+    """No progress shown."""
+
+
+def run_tasks(make: Callable[[Progress], Any], tasks: Sequence[Task], jobs: int, progress: Progress) -> list[Any]:
+    """function(made, *args) of every (function, args), in order; `made` is make(progress), once a process.
+
+    With `jobs` above 1 everything must be picklable, and each process gets its share of torch's threads. A task's error
+    is raised here and ends the others at once, so tasks must leave nothing behind that a kill would spoil. A process
+    that dies is a RuntimeError; one whose parent dies ends at its next word of progress.
+    """
+    if jobs == 1 or len(tasks) < 2:
+        made = make(progress)
+        return [function(made, *args) for function, args in tasks]
+    jobs = min(jobs, len(tasks))
+    context = multiprocessing.get_context("spawn")
+    results: dict[int, Any] = {}
+    waiting = list(enumerate(tasks))
+    with ExitStack() as stack:
+        workers: dict[Connection, Any] = {}
+        for _ in range(jobs):
+            ours, theirs = context.Pipe()
+            worker = context.Process(
+                target=_serve, args=(theirs, make, max(1, torch.get_num_threads() // jobs)), daemon=True
+            )
+            worker.start()
+            stack.callback(_end, worker, ours)
+            theirs.close()
+            workers[ours] = worker
+            ours.send(waiting.pop(0))
+        while len(results) < len(tasks):
+            for pipe in wait(list(workers)):
+                assert isinstance(pipe, Connection)
+                try:
+                    kind, *content = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    workers[pipe].join()
+                    code = workers[pipe].exitcode
+                    reason = f"by signal {-code}, perhaps for want of memory" if code and code < 0 else f"with {code}"
+                    raise RuntimeError(
+                        f"a worker process ended {reason}; what is done is kept, so run the command again, with fewer "
+                        "jobs if memory was short"
+                    ) from None
+                if kind == "progress":
+                    progress(*content)
+                elif kind == "failed":
+                    raise content[0]
+                else:
+                    index, results[index] = content
+                    if waiting:
+                        pipe.send(waiting.pop(0))
+    return [results[index] for index in range(len(tasks))]
+
+
+def _serve(pipe: Connection, make: Callable[[Progress], Any], threads: int) -> None:
+    """A process' life: a task in, its result out, until the parent closes the pipe or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends us
+    torch.set_num_threads(threads)
+    try:
+
+        def progress(stage: str, done: float, total: float, unit: str) -> None:
+            pipe.send(("progress", stage, done, total, unit))
+
+        made = make(progress)
+        while True:
+            index, (function, args) = pipe.recv()
+            pipe.send(("done", index, function(made, *args)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(1)  # nobody is left to tell
+    except MISTAKES as error:
+        builtin = type(error).__module__ == "builtins"  # others may not survive being pickled
+        pipe.send(("failed", error if builtin else RuntimeError(str(error))))
+
+
+def _end(worker: Any, pipe: Connection) -> None:
+    worker.terminate()
+    worker.join()
+    pipe.close()

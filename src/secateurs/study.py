@@ -1,0 +1,232 @@
+"""The whole grid of a recipe, one cell after the other or in parallel processes, and the report of it."""
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from importlib.metadata import version
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateurs import evaluate
+from secateurs.artifacts import canonical_hash
+from secateurs.calibration import batches, region_weights
+from secateurs.export import verify
+from secateurs.leaks import overlap
+from secateurs.models import load_model
+from secateurs.parallel import Progress, Task, run_tasks, silent
+from secateurs.prompts import render
+from secateurs.recipe import Recipe, build_pattern, build_questions
+from secateurs.report import (
+    Cell,
+    Evaluation,
+    HiddenError,
+    LayerReport,
+    LeakCheck,
+    Report,
+    Stage,
+    merge_leaks,
+    merge_traces,
+    summarise,
+)
+from secateurs.run import (
+    Answers,
+    Dense,
+    Pruned,
+    Traced,
+    answer,
+    corpus_texts,
+    held_out,
+    plan_check,
+    prune,
+    solve_alike,
+    trace,
+)
+
+
+def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1) -> Report:
+    """Every stage, for every seed and every cell of the recipe's grid; then the report, built but not written.
+
+    `jobs` processes share the work: first the seeds (traces, and the dense model's answers), then the cells. What is
+    on disk is not done again, so a study that was stopped goes on. ValueError if `jobs` is below 1.
+    """
+    if jobs < 1:
+        raise ValueError(f"--jobs is {jobs}; it must be 1 or more")
+    dense = Dense(recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    plan_check(recipe, dense)
+    bench = partial(_Bench, recipe, out)
+    if jobs == 1:  # the model that was just loaded will do
+        made = bench(progress, dense)
+        bench = lambda progress: made  # noqa: E731
+    seeds: list[_Seed] = run_tasks(bench, [(_ask_dense, (seed,)) for seed in recipe.seeds], jobs, progress)
+    groups: list[Task] = []
+    total = len(recipe.seeds) * len(recipe.grid)
+    for seed, found in zip(recipe.seeds, seeds, strict=True):
+        for recipes in _alike(recipe.grid):
+            first = sum(len(args[2]) for _, args in groups) + 1
+            groups.append((_do_cells, (seed, found.traced, recipes, first, total)))
+    done: list[list[_Done]] = run_tasks(bench, groups, jobs, progress)
+    cells: list[Cell] = []
+    for seed, found in zip(recipe.seeds, seeds, strict=True):
+        if found.answers:
+            cells.append(_cell(None, found.answers, found.answers, seed, out / "dense"))
+        mine = [one for (_, args), group in zip(groups, done, strict=True) if args[0] == seed for one in group]
+        for one in mine:
+            if one.answers and found.answers:
+                cells.append(_cell(one.pruned, one.answers, found.answers, seed, one.pruned.folder))
+    clock = time.perf_counter()
+    progress("verify exported models", 0, 0, "")
+    verify([one.pruned.folder / "model" for group in done for one in group])
+    seconds = {"trace": sum(found.traced.summary.seconds for found in seeds), "verify": time.perf_counter() - clock}
+    for cell in cells:
+        for name, spent in cell.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + spent
+    model = dense.model
+    return Report(
+        title=recipe.title or f"{recipe.model} pruned on its own chain of thought",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        secateurs=version("secateurs"),
+        versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
+        hardware=hardware(recipe.resources.device) | {"jobs": jobs},
+        model={"name": recipe.model, "parameters": model.num_parameters(), **dense.key},
+        recipe=recipe.model_dump(),
+        recipe_key=canonical_hash(recipe.model_dump(exclude={"resources", "title"})),
+        stages=[Stage(name=name, seconds=spent) for name, spent in seconds.items()],
+        traces=merge_traces([found.traced.summary for found in seeds]),
+        leaks=merge_leaks([found.leaks for found in seeds if found.leaks]),
+        cells=cells,
+        summary=summarise(cells),
+    )
+
+
+@dataclass
+class _Bench:
+    """What a process works with."""
+
+    recipe: Recipe
+    out: Path
+    progress: Progress
+    given: Dense | None = None
+
+    @cached_property
+    def dense(self) -> Dense:
+        return self.given or Dense(self.recipe)
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """What the cells of a seed share."""
+
+    traced: Traced
+    answers: Answers | None
+    leaks: LeakCheck | None
+
+
+@dataclass(frozen=True)
+class _Done:
+    pruned: Pruned
+    answers: Answers | None
+
+
+def _ask_dense(bench: _Bench, seed: int) -> _Seed:
+    """The dense model's traces of a seed and its answers."""
+    recipe, dense = bench.recipe, bench.dense
+    traced = trace(recipe, bench.out, seed, dense, bench.progress)
+    if not recipe.evaluate.num_questions:
+        return _Seed(traced, None, None)
+    stage = "evaluate dense"
+    answers = answer(recipe, bench.out / "dense", dense.model, "dense", seed, dense, stage, bench.progress)
+    return _Seed(traced, answers, leak_check(recipe, seed, traced, dense))
+
+
+def _alike(grid: Sequence[Recipe]) -> list[list[Recipe]]:
+    """Cells that are done by one process, one after the other: those that can share Grams, else each alone."""
+    if grid[0].prune.propagate != "dense" or grid[0].prune.tune.steps:
+        return [[cell] for cell in grid]
+    by_arm = sorted(grid, key=lambda cell: repr(cell.calibration.arm))
+    return [list(cells) for _, cells in groupby(by_arm, key=lambda cell: repr(cell.calibration.arm))]
+
+
+def _do_cells(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe], first: int, total: int) -> list[_Done]:
+    """Prune, export and evaluate some cells of a seed."""
+    out, dense, progress = bench.out, bench.dense, bench.progress
+    if len(cells) > 1:
+        solve_alike(cells, out, seed, traced, dense, progress)
+    states = batches(held_out(bench.recipe, traced), bench.recipe.calibration.batch_tokens)
+    reference = evaluate.reference_states(dense.model, list(states))
+    done = []
+    for number, recipe in enumerate(cells, start=first):
+        pruned = prune(recipe, out, seed, traced, dense, reference, progress)
+        answers = None
+        if recipe.evaluate.num_questions:
+            pattern = build_pattern(recipe.prune.pattern)
+            stage = f"evaluate {pruned.arm} {pruned.solver} {pattern} ({number}/{total})"
+            model = load_model(str(pruned.folder / "model"), device=recipe.resources.device)
+            key = pruned.folder.name
+            answers = answer(recipe, pruned.folder / "answers", model, key, seed, dense, stage, progress)
+        done.append(_Done(pruned, answers))
+    return done
+
+
+def leak_check(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> LeakCheck:
+    """The evaluation questions of a seed against every text that any arm may have calibrated on."""
+    questions = build_questions(recipe.evaluate.questions or recipe.traces.questions)
+    asked = [q.prompt for q in islice(questions.questions("eval", seed), recipe.evaluate.num_questions)]
+    texts: list[str] = []
+    weights = [region_weights(arm) for arm in recipe.arms]
+    if any(w.get("corpus") for w in weights):
+        texts += corpus_texts(recipe, seed)
+    source = build_questions(recipe.traces.questions)
+    prompts_only = any(w.get("prompt") and not (w.get("think") or w.get("answer")) for w in weights)
+    missing = {t.question_id for t in traced.traces}
+    tokens = 0 if prompts_only else recipe.calibration.num_tokens
+    for question in source.questions("calibration", seed):
+        if not missing and tokens >= recipe.calibration.num_tokens:
+            break
+        if question.id not in missing and tokens < recipe.calibration.num_tokens:
+            tokens += len(render(dense.tokenizer, source.format, question))
+        missing.discard(question.id)
+        texts.append(question.prompt)
+    return LeakCheck.model_validate(asdict(overlap(asked, texts)))
+
+
+def _cell(pruned: Pruned | None, answers: Answers, baseline: Answers, seed: int, folder: Path) -> Cell:
+    measured = evaluate.measure(
+        answers.traces,
+        answers.families,
+        question_set=answers.question_set,
+        seconds=answers.seconds,
+        dense=None if pruned is None else baseline.traces,
+    )
+    seconds = {"evaluate": answers.seconds} | (pruned.seconds if pruned else {})
+    return Cell(
+        arm=pruned.arm if pruned else "dense",
+        sparsity=pruned.sparsity if pruned else 0.0,
+        pattern=pruned.pattern if pruned else "dense",
+        solver=pruned.solver if pruned else "none",
+        seed=seed,
+        calibration_tokens=pruned.calibration_tokens if pruned else 0,
+        evaluation=Evaluation.model_validate(measured),
+        hidden_error=HiddenError.model_validate(pruned.hidden_error) if pruned else None,
+        layers=[LayerReport.model_validate(layer) for layer in pruned.layers] if pruned else [],
+        seconds=seconds,
+        path=str(folder),
+    )
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """The machine, as far as it matters for the figures."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
