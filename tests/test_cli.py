@@ -57,7 +57,7 @@ def finished(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_reports_traces_and_models_that_load(finished):
     report = json.loads((finished / "report.json").read_text())
-    assert report["schema"] == "secateurs.report" and report["version"] == 1
+    assert report["schema"] == "secateurs.report" and report["version"] == 2
     assert [cell["arm"] for cell in report["cells"]] == ["dense", "prompt", "rac"]
     for cell in report["cells"][1:]:
         assert cell["evaluation"]["questions"] == 6
@@ -159,6 +159,31 @@ def test_a_run_killed_again_and_again_ends_the_same(finished, tmp_path, kills):
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     assert results(out) == results(finished)
     assert not [path for path in out.rglob(".*tmp*")], "temporary files were left"
+
+
+def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path):
+    """Grams shared between cells or not, in one process or two, killed or not: equal files."""
+    sets = [*SMALL[2:], "sweep.arm=['prompt', 'rac']", "sweep.sparsity=[0.4, 0.5]", "prune.propagate='dense'"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two processes on two cores have one thread each
+
+    def command(*words):
+        return [sys.executable, "-m", "secateurs.cli", *arguments(*words, sets=sets)]
+
+    alone = command("run", "demo", "--out", str(tmp_path / "alone"))
+    assert subprocess.run(alone, stdout=subprocess.DEVNULL, env=environment).returncode == 0
+    study = command("study", "demo", "--jobs", "2", "--out", str(tmp_path / "study"))
+    process = subprocess.Popen(study, stdout=subprocess.DEVNULL, env=environment)
+    wait = time.monotonic() + 120
+    while not list(tmp_path.glob("study/cells/*/blocks/*.json")) and time.monotonic() < wait:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "study" / "report.json").exists()
+    assert subprocess.run(study, stdout=subprocess.DEVNULL, env=environment).returncode == 0
+    assert results(tmp_path / "study") == results(tmp_path / "alone")
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("alone", "study")]
+    assert [len(report["cells"]) for report in reports] == [5, 5] and len(reports[0]["comparisons"]) == 2
+    assert reports[0]["comparisons"] == reports[1]["comparisons"]
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):

@@ -1,13 +1,11 @@
 """Figures computed by hand, intervals that behave, and the drift of hidden states."""
 
-import math
-
 import pytest
 import torch
 
 from families import make_model
 from secateurs.calibration import CODES, Document, batches
-from secateurs.evaluate import drift, mean_interval, measure, reference_states, share_interval
+from secateurs.evaluate import by_cap, drift, measure, reference_states
 from secateurs.traces import Trace
 
 
@@ -27,7 +25,7 @@ PRUNED = [
 
 
 def test_figures_by_hand():
-    m = measure(PRUNED, {"a": "sum", "b": "loop"}, question_set="q", seconds=4.0, dense=DENSE)
+    m = measure(PRUNED, {"a": "sum", "b": "loop"}, question_set="q", seconds=4.0, max_new_tokens=40, dense=DENSE)
     assert (m["questions"], m["samples"], m["pass_at_1"]) == (2, 2, 0.25)
     assert m["by_family"] == {"sum": 0.5, "loop": 0.0}
     assert m["difference"]["mean"] == -0.5
@@ -35,28 +33,21 @@ def test_figures_by_hand():
     assert m["think_tokens"] == 28.5 and m["answer_tokens"] == 1.5
     assert m["truncated"] == 0.25 and m["unclosed_think"] == 0.25 and m["looping"] == 0
     assert m["tokens_per_correct"] == 120 and m["tokens"] == 120 and m["tokens_per_second"] == 30
-    nothing = measure([trace("a", 0, 0.0, 5, 5)], {}, question_set="q", seconds=0.0)
+    nothing = measure([trace("a", 0, 0.0, 5, 5)], {}, question_set="q", seconds=0.0, max_new_tokens=8)
     assert nothing["tokens_per_correct"] is None and nothing["difference"] is None
+
+
+def test_accuracy_under_a_cap_is_what_was_right_within_it():
+    at = {point["cap"]: point["pass_at_1"] for point in by_cap([*DENSE, trace("c", 0, 1.0, 40, 33)], 40)}
+    assert list(at) == [1, 2, 4, 5, 7, 10, 14, 20, 28, 40]
+    assert at[7] == 0 and at[10] == at[14] == pytest.approx(1 / 3)
+    assert at[20] == at[28] == pytest.approx((1 + 0.5) / 3) and at[40] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert measure(PRUNED, {}, question_set="q", seconds=1.0, max_new_tokens=40)["scores"] == {"a": 0.5, "b": 0.0}
 
 
 def test_unpaired_questions_are_refused():
     with pytest.raises(ValueError, match="the dense model answered other questions"):
-        measure(PRUNED, {}, question_set="q", seconds=1.0, dense=DENSE[:2])
-
-
-def test_share_interval_is_wilsons_and_wider_when_samples_agree():
-    low, high = share_interval([1.0] * 50 + [0.0] * 50)
-    assert low == pytest.approx(0.4038, abs=2e-3) and high == pytest.approx(0.5962, abs=2e-3)
-    assert share_interval([1.0] * 20)[0] == pytest.approx(1 / (1 + 1.959964**2 / 20))
-    assert share_interval([1.0] * 20)[1] == 1.0
-    clustered, spread = share_interval([1.0, 0.0] * 10), share_interval([0.5, 0.5, 1.0, 0.0] * 5)
-    assert clustered[1] - clustered[0] > spread[1] - spread[0]
-
-
-def test_mean_interval():
-    low, high = mean_interval([0.0, 1.0, 1.0, 0.0])
-    half = 1.959964 * math.sqrt(1 / 3 / 4)
-    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
+        measure(PRUNED, {}, question_set="q", seconds=1.0, max_new_tokens=40, dense=DENSE[:2])
 
 
 def test_drift_is_zero_for_the_same_model_and_placed_where_the_damage_is():

@@ -7,7 +7,7 @@ import secateurs
 
 SOURCE = Path(secateurs.__file__).parent
 ORDER = [
-    {"artifacts", "patterns", "linalg", "leaks", "rows", "parallel"},
+    {"artifacts", "patterns", "linalg", "leaks", "rows", "parallel", "statistics"},
     {"questions"},
     {"layer", "traces", "prompts"},
     {"scores", "engines"},
@@ -17,13 +17,14 @@ ORDER = [
     {"pruner", "survey"},
     {"export", "evaluate"},
     {"report"},
+    {"page"},
     {"recipe"},
     {"run"},
     {"study"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-NO_TORCH = {"artifacts", "leaks", "rows", "questions", "traces", "prompts", "report"}
+NO_TORCH = {"artifacts", "statistics", "leaks", "rows", "questions", "traces", "prompts", "report", "page"}
 
 
 def room(path: Path) -> str:

@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from secateurs import page as pages
 from secateurs import report as reports
-from secateurs.report import Cell, Evaluation, HiddenError, LayerReport, Report, Stage, TraceSummary, summarise
+from secateurs.report import Cell, Evaluation, HiddenError, LayerReport, Report, Stage, TraceSummary, compare, summarise
 
 
-def cell(arm, sparsity, seed, correct, tokens, budget=1000) -> Cell:
+def cell(arm, sparsity, seed, correct, tokens, budget=1000, scores=None, solver="sparsegpt") -> Cell:
     """A made-up cell: 100 questions, of which a share `correct` is right, `tokens` each."""
     half = 1.96 * (correct * (1 - correct) / 100) ** 0.5
     evaluation = Evaluation(
         question_set="made up", questions=100, samples=1, pass_at_1=correct,
         interval=(max(0.0, correct - half), min(1.0, correct + half)), by_family={"all": correct},
+        by_cap=[{"cap": 50, "pass_at_1": correct / 2}, {"cap": 100, "pass_at_1": correct}], scores=scores or {},
         difference=None if arm == "dense" else {"mean": correct - 0.9, "interval": (correct - 1.0, correct - 0.8)},
         prompt_tokens=10.0, think_tokens=tokens - 5.0, answer_tokens=5.0, completion_tokens=tokens,
         length_ratio=None if arm == "dense" else tokens / 100, truncated=0.0, looping=0.0, unclosed_think=0.0,
@@ -36,7 +38,7 @@ def cell(arm, sparsity, seed, correct, tokens, budget=1000) -> Cell:
     pruned = arm != "dense"
     return Cell(
         arm=arm, sparsity=sparsity, pattern="unstructured" if pruned else "dense",
-        solver="sparsegpt" if pruned else "none",
+        solver=solver if pruned else "none",
         seed=seed, calibration_tokens=budget if pruned else 0, evaluation=evaluation,
         hidden_error=hidden if pruned else None, layers=[layer] if pruned else [], seconds={"evaluate": 1.0}, path="x",
     )  # fmt: skip
@@ -46,7 +48,7 @@ def report_of(cells, name="made up", **parts) -> Report:
     return Report(**{
         "title": "Made up", "created": "2026-01-01T00:00:00+00:00", "secateurs": "0", "versions": {}, "hardware": {},
         "model": {"name": name}, "recipe": {}, "recipe_key": "0", "stages": [], "traces": None, "cells": cells,
-        "summary": summarise(cells),
+        "summary": summarise(cells), "comparisons": compare(cells),
     } | parts)  # fmt: skip
 
 
@@ -88,12 +90,61 @@ def test_rows_come_dense_first_then_by_sparsity_then_arm():
     assert order == [(0.0, "dense")] + [(s, arm) for s in (0.4, 0.6) for arm in reversed(arms)]
 
 
+def scored(arm, seed, right, **options) -> Cell:
+    """A cell whose first `right` of 20 questions are right."""
+    scores = {f"q{i}": float(i < right) for i in range(20)}
+    return cell(arm, 0.5, seed, right / 20, 100.0, scores=scores, **options)
+
+
+def test_arms_and_solvers_are_compared_on_the_same_questions():
+    cells = [scored("dense", 0, 20), scored("rac", 0, 16), scored("prompt", 0, 10), scored("corpus", 0, 15),
+             scored("rac", 0, 18, solver="admm"), scored("prompt", 0, 2, solver="admm", budget=9000)]  # fmt: skip
+    found = {(*test.arms, *test.solvers): test for test in compare(cells)}
+    assert set(found) == {
+        ("rac", "prompt", "sparsegpt", "sparsegpt"), ("rac", "corpus", "sparsegpt", "sparsegpt"),
+        ("rac", "rac", "admm", "sparsegpt"),
+    }, "nothing is compared with another budget or in two respects"  # fmt: skip
+    best = found["rac", "prompt", "sparsegpt", "sparsegpt"]
+    assert (best.questions, best.seeds, best.mean) == (20, 1, pytest.approx(0.3))
+    assert best.p == pytest.approx(2 / 2**6) and best.p_holm == pytest.approx(3 * 2 / 2**6)
+    half = 1.959964 * (20 / 19 * (0.3 * 0.7) / 20) ** 0.5
+    assert best.interval == pytest.approx((0.3 - half, 0.3 + half))
+    assert found["rac", "corpus", "sparsegpt", "sparsegpt"].p == 1.0
+    page, text = pages.to_html(report_of(cells)), pages.to_markdown(report_of(cells))
+    assert "Is it chance?" in page and "rac over prompt" in text and "admm over sparsegpt" in text
+
+
+def test_several_seeds_answers_to_a_question_count_once_and_their_spread_widens_the_interval():
+    cells = [scored("rac", 0, 16), scored("prompt", 0, 10), scored("rac", 1, 20), scored("prompt", 1, 10)]
+    (test,) = compare(cells)
+    assert (test.questions, test.seeds, test.mean) == (20, 2, pytest.approx(0.4))
+    (alone,) = compare([scored("rac", 0, 18), scored("prompt", 0, 10)])
+    assert test.interval[1] - test.interval[0] > alone.interval[1] - alone.interval[0]
+    assert test.p == pytest.approx(2 / 2**10), "six whole and four half differences: no other choice of signs is as far"
+    assert compare([scored("rac", 0, 16), scored("prompt", 1, 10)]) == []
+
+
+def test_the_headline_goes_by_the_paired_test():
+    def sentence(rac):
+        return pages.headline(report_of([scored("dense", 0, 20), scored("rac", 0, rac), scored("prompt", 0, 5)]))
+
+    assert sentence(12).startswith("At 50 %"), (
+        "unpaired intervals overlap, but seven of seven differences point one way"
+    )
+    assert "does not clearly help" in sentence(9) and "chance may be all of (p = .12)" in sentence(9)
+
+
+def test_accuracy_under_a_cap_is_on_the_page():
+    page = pages.to_html(report_of(HELPS))
+    assert "Accuracy under a cap on thinking" in page and "dense, 50: 45 %" in page and "rac, 100: 85 %" in page
+
+
 def test_a_little_overshoot_is_one_budget_and_a_double_is_another():
     cells = [cell("rac", 0.5, 0, 0.8, 100.0, 30_002), cell("rac", 0.5, 1, 0.8, 100.0, 30_367)]
     assert [row.seeds for row in summarise(cells)] == [2]
     rows = summarise([*cells, cell("rac", 0.5, 0, 0.8, 100.0, 60_010)])
     assert [(row.seeds, row.calibration_tokens) for row in rows] == [(2, 30_184), (1, 60_010)]
-    page = reports.to_html(report_of([*cells, cell("rac", 0.5, 0, 0.8, 100.0, 60_010)]))
+    page = pages.to_html(report_of([*cells, cell("rac", 0.5, 0, 0.8, 100.0, 60_010)]))
     assert "rac, 30k tokens" in page and "rac, 60k tokens" in page
 
 
@@ -109,10 +160,10 @@ def test_without_the_dense_model_the_paired_difference_speaks():
 
 def test_the_files_read_back_and_the_schema_is_strict(tmp_path):
     report = report_of(HELPS)
-    reports.write(report, tmp_path)
+    pages.write(report, tmp_path)
     assert reports.read(tmp_path / "report.json") == report
     data = json.loads((tmp_path / "report.json").read_text())
-    for change, sentence in (({"version": 2}, "version"), ({"extra": 1}, "extra"), ({"cells": 3}, "cells")):
+    for change, sentence in (({"version": 1}, "version"), ({"extra": 1}, "extra"), ({"cells": 3}, "cells")):
         (tmp_path / "bad.json").write_text(json.dumps(data | change))
         with pytest.raises(ValueError, match=sentence):
             reports.read(tmp_path / "bad.json")
@@ -125,7 +176,7 @@ def test_the_files_read_back_and_the_schema_is_strict(tmp_path):
 
 def test_a_report_of_another_version_is_named(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"schema": "secateurs.report", "version": 7}))
-    with pytest.raises(ValueError, match=r"report version 7 found, this secateurs reads version 1"):
+    with pytest.raises(ValueError, match=r"report version 7 found, this secateurs reads version 2"):
         reports.read(tmp_path)
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a secateurs report"):
@@ -156,7 +207,7 @@ def test_the_page_is_whole_loads_nothing_and_escapes_everything(part):
     evil = "<script>alert('1')</script>|`x`"
     cells = [c if c.arm in reports.ARMS[:4] and c.seed == 0 else c.model_copy(update={"path": evil}) for c in cells]
     report = report_of(cells, name=evil, title=evil, recipe={"deep": {evil: [evil]}}, **extra)
-    page, text = reports.to_html(report), reports.to_markdown(report)
+    page, text = pages.to_html(report), pages.to_markdown(report)
     assert "<script" not in page and "<script" not in text and "&lt;script&gt;" in page
     loads = r"(?:src|href|xlink:href|srcset|action|data)\s*=|url\(|@import|<(?:link|iframe|img|object|embed)"
     assert not re.findall(loads, page, re.IGNORECASE), "the page must open offline"
@@ -184,7 +235,7 @@ def _open_tags(page: str) -> list[str]:
 
 
 def test_what_was_measured_is_on_the_page():
-    page = reports.to_html(report_of(HELPS, stages=STAGES, traces=TRACES))
+    page = pages.to_html(report_of(HELPS, stages=STAGES, traces=TRACES))
     for words in ("Accuracy", "Length of an answer", "Along the chain of thought", "Layer outputs, by region",
                   "What it cost: 2.0 min", "Calibration traces", "How the intervals are computed"):  # fmt: skip
         assert words in page
@@ -194,14 +245,14 @@ def test_what_was_measured_is_on_the_page():
 def test_small_plots_of_layers_share_one_scale():
     layers = [HELPS[4].layers[0].model_copy(update={"name": f"layer.{i}.k{i}", "error_held_out": e})
               for i, e in enumerate((0.001, 0.1))]  # fmt: skip
-    small, large = reports._layer_plots({"rac": [HELPS[4].model_copy(update={"layers": layers})]})
+    small, large = pages._layer_plots({"rac": [HELPS[4].model_copy(update={"layers": layers})]})
     assert small["y_ticks"] == large["y_ticks"]
     assert small["lines"][0]["marks"][0]["y"] > large["lines"][0]["marks"][0]["y"]
 
 
 def test_the_terminal_gets_the_same_numbers():
     screen = Console(width=140, file=io.StringIO(), color_system=None)
-    screen.print(reports.console_table(report_of(HELPS)))
+    screen.print(pages.console_table(report_of(HELPS)))
     line = next(line for line in screen.file.getvalue().splitlines() if "prompt" in line)  # pyright: ignore
     assert [part.strip() for part in line.strip("│").split("│")][:8] == [
         "prompt", "50 %", "20.0 %", "0.0–41.0", "−70.0", "400", "4.00×", "4.00×",
@@ -209,7 +260,7 @@ def test_the_terminal_gets_the_same_numbers():
 
 
 def test_the_headline_says_what_rac_saves():
-    assert reports.headline(report_of(HELPS)) == (
+    assert pages.headline(report_of(HELPS)) == (
         "At 50 % sparsity prompt-only calibration loses 70.0 points and writes 4.0x the dense model's tokens; "
         "rac loses 5.0 points at 1.1x."
     )
@@ -217,9 +268,9 @@ def test_the_headline_says_what_rac_saves():
 
 def test_the_headline_says_when_rac_does_not_help():
     worse = [*HELPS[:2], cell("prompt", 0.5, 0, 0.8, 100.0), cell("rac", 0.5, 0, 0.05, 600.0)]
-    assert reports.headline(report_of(worse)).startswith("rac does not help: at 50 % sparsity prompt-only calibration")
+    assert pages.headline(report_of(worse)).startswith("rac does not help: at 50 % sparsity prompt-only calibration")
     close = [*HELPS[:2], cell("prompt", 0.5, 0, 0.82, 100.0), cell("rac", 0.5, 0, 0.85, 100.0)]
-    sentence = reports.headline(report_of(close))
+    sentence = pages.headline(report_of(close))
     assert sentence.startswith("rac does not clearly help") and "within its 95 % interval" in sentence
 
 
@@ -229,7 +280,7 @@ def test_the_headline_takes_the_better_rival_and_names_the_settings_rac_does_not
         cell("prompt", 0.2, 0, 0.89, 100.0), cell("rac", 0.2, 0, 0.9, 100.0),
         cell("prompt", 0.3, 0, 0.9, 100.0), cell("rac", 0.3, 0, 0.6, 100.0),
     ]  # fmt: skip
-    sentence = reports.headline(report_of(cells))
+    sentence = pages.headline(report_of(cells))
     assert sentence.startswith("At 50 % sparsity corpus calibration loses 50.0 points")
     assert sentence.endswith("at 20 % the gap is within its 95 % interval; at 30 % rac is behind.")
 
@@ -244,7 +295,7 @@ def test_the_headline_takes_the_better_rival_and_names_the_settings_rac_does_not
     ],
 )
 def test_the_headline_says_what_is_missing(cells, words):
-    assert words in reports.headline(report_of(cells))
+    assert words in pages.headline(report_of(cells))
 
 
 def test_runs_merge():

@@ -82,15 +82,16 @@ def _plan(recipe: Any, as_json: bool) -> None:
 
 
 def _finish(report: Any, out: Path, as_json: bool) -> None:
-    from secateurs import report as reports
+    from secateurs import page
+    from secateurs.report import to_json
 
-    reports.write(report, out)
+    page.write(report, out)
     if as_json:
-        print(reports.to_json(report))
+        print(to_json(report))
         return
     screen = Console(width=None if sys.stdout.isatty() else 120)  # a pipe or a log has no width of its own
-    screen.print(reports.console_table(report))
-    screen.print(reports.headline(report))
+    screen.print(page.console_table(report))
+    screen.print(page.headline(report))
     screen.print(f"report: {out / 'report.html'}")
 
 

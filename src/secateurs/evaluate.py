@@ -1,9 +1,8 @@
 """Evidence: what a set of sampled answers says about a model, with intervals, and how far its hidden states drifted."""
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,34 +11,11 @@ from transformers import PreTrainedModel
 
 from secateurs.calibration import CODES, Batch
 from secateurs.models import hidden_states
+from secateurs.statistics import mean_interval, share_interval
 from secateurs.traces import Trace, looping
 
-Z = 1.959964  # two-sided 95 % of the normal distribution
 CURVE_BUCKETS = 20
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % normal interval of the mean of independent values. A single value has none: it comes back twice."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, mean
-    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-    return mean - Z * error, mean + Z * error
-
-
-def share_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % Wilson interval of a mean of shares in [0, 1], one a question.
-
-    Several samples of one question are not independent, so the count that enters is the effective one, p(1-p)/SE²,
-    with SE over questions; at 0 or 1, where no spread is seen, it is the number of questions. Never leaves [0, 1].
-    """
-    n = len(values)
-    p = sum(values) / n
-    variance = sum((v - p) ** 2 for v in values) / max(n - 1, 1) / n
-    effective = p * (1 - p) / variance if variance > 0 else n
-    centre = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
-    half = Z / (1 + Z**2 / effective) * math.sqrt(p * (1 - p) / effective + Z**2 / (4 * effective**2))
-    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+CAPS = 12
 
 
 def by_question(traces: Sequence[Trace]) -> dict[str, float]:
@@ -50,12 +26,28 @@ def by_question(traces: Sequence[Trace]) -> dict[str, float]:
     return {question: sum(values) / len(values) for question, values in rewards.items()}
 
 
+def by_cap(traces: Sequence[Trace], most: int) -> list[dict[str, Any]]:
+    """pass@1 if thinking had been cut off, from replies that were not: those that thought longer count as wrong.
+
+    Caps are `most` tokens and as much divided by sqrt(2) again and again, twelve in all. What a model would do if it
+    were made to answer at the cap is another question, which would need another run.
+    """
+    caps = sorted({round(most / 2 ** (step / 2)) for step in range(CAPS)} - {0})
+    count = len({trace.question_id for trace in traces})
+    points = []
+    for cap in caps:
+        within = [trace if trace.think_tokens <= cap else replace(trace, reward=0.0) for trace in traces]
+        points.append({"cap": cap, "pass_at_1": sum(by_question(within).values()) / count})
+    return points
+
+
 def measure(
     traces: Sequence[Trace],
     families: Mapping[str, str],
     *,
     question_set: str,
     seconds: float,
+    max_new_tokens: int,
     dense: Sequence[Trace] | None = None,
 ) -> dict[str, Any]:
     """The fields of a report's `Evaluation` from scored traces.
@@ -90,6 +82,8 @@ def measure(
         "pass_at_1": sum(values) / len(values),
         "interval": share_interval(values),
         "by_family": {name: sum(v) / len(v) for name, v in sorted(per_family.items())},
+        "by_cap": by_cap(traces, max_new_tokens),
+        "scores": scores,
         "difference": difference,
         "prompt_tokens": mean([len(trace.prompt_ids) for trace in traces]),
         "think_tokens": mean([trace.think_tokens for trace in traces]),

@@ -1,8 +1,10 @@
 """Tasks in processes of their own: results in order, progress from all of them, none that outlives its parent."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import Connection, wait
@@ -11,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 MISTAKES = (ValueError, OSError, RuntimeError, ArithmeticError)  # what a command turns into one sentence
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
@@ -29,7 +32,8 @@ def run_tasks(make: Callable[[Progress], Any], tasks: Sequence[Task], jobs: int,
 
     With `jobs` above 1 everything must be picklable, and each process gets its share of torch's threads. A task's error
     is raised here and ends the others at once, so tasks must leave nothing behind that a kill would spoil. A process
-    that dies is a RuntimeError; one whose parent dies ends at its next word of progress.
+    that dies is a RuntimeError; one whose parent dies is killed with it on Linux, elsewhere it ends at its next word
+    of progress.
     """
     if jobs == 1 or len(tasks) < 2:
         made = make(progress)
@@ -43,7 +47,7 @@ def run_tasks(make: Callable[[Progress], Any], tasks: Sequence[Task], jobs: int,
         for _ in range(jobs):
             ours, theirs = context.Pipe()
             worker = context.Process(
-                target=_serve, args=(theirs, make, max(1, torch.get_num_threads() // jobs)), daemon=True
+                target=_serve, args=(theirs, make, max(1, torch.get_num_threads() // jobs), os.getpid()), daemon=True
             )
             worker.start()
             stack.callback(_end, worker, ours)
@@ -74,9 +78,13 @@ def run_tasks(make: Callable[[Progress], Any], tasks: Sequence[Task], jobs: int,
     return [results[index] for index in range(len(tasks))]
 
 
-def _serve(pipe: Connection, make: Callable[[Progress], Any], threads: int) -> None:
+def _serve(pipe: Connection, make: Callable[[Progress], Any], threads: int, parent: int) -> None:
     """A process' life: a task in, its result out, until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends us
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
     torch.set_num_threads(threads)
     try:
 

@@ -580,6 +580,7 @@ class Answers:
     families: dict[str, str]
     question_set: str
     seconds: float
+    max_new_tokens: int
 
 
 def answer(
@@ -605,7 +606,7 @@ def answer(
         store.seal(traces)
         seconds = store.seconds
     families = {question.id: question.family for question in wanted}
-    return Answers(tuple(traces), families, f"{questions.name} v{questions.version}", seconds)
+    return Answers(tuple(traces), families, f"{questions.name} v{questions.version}", seconds, sampling.max_new_tokens)
 
 
 def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from secateurs.report import (
     LeakCheck,
     Report,
     Stage,
+    compare,
     merge_leaks,
     merge_traces,
     summarise,
@@ -103,6 +104,7 @@ def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1)
         leaks=merge_leaks([found.leaks for found in seeds if found.leaks]),
         cells=cells,
         summary=summarise(cells),
+        comparisons=compare(cells),
     )
 
 
@@ -203,6 +205,7 @@ def _cell(pruned: Pruned | None, answers: Answers, baseline: Answers, seed: int,
         answers.families,
         question_set=answers.question_set,
         seconds=answers.seconds,
+        max_new_tokens=answers.max_new_tokens,
         dense=None if pruned is None else baseline.traces,
     )
     seconds = {"evaluate": answers.seconds} | (pruned.seconds if pruned else {})
