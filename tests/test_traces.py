@@ -581,8 +581,9 @@ def test_filters_count_what_each_dropped() -> None:
         make("z", 0, reward=1.0, completion_ids=make("a", 0).completion_ids),
         make("b", 1, reward=1.0, completion_ids=make("b", 0).completion_ids),  # its twin is not kept
     ]
-    spec: dict[str, bool | int] = {
+    spec: dict[str, bool | int | float] = {
         "distinct": True,
+        "max_solved": 1.0,
         "correct": True,
         "min_tokens": 10,
         "max_tokens": 100,
@@ -596,6 +597,7 @@ def test_filters_count_what_each_dropped() -> None:
         "finished": 1,
         "min_tokens": 1,
         "max_tokens": 1,
+        "max_solved": 0,
         "correct": 2,
         "not_looping": 2,
         "distinct": 1,
@@ -609,9 +611,23 @@ def test_filters_count_what_each_dropped() -> None:
     assert apply_filters([cut], {"not_looping": True}) == ([cut], {"not_looping": 0})
 
 
+def test_hard_questions_that_were_solved_are_found_by_all_their_samples() -> None:
+    """Question a is solved every time, b once in four, c never; one sample of d is all there is."""
+    traces = [make("a", n, reward=1.0) for n in range(4)]
+    traces += [make("b", n, reward=float(n == 2)) for n in range(4)]
+    traces += [make("c", n, reward=0.0) for n in range(4)] + [make("d", 0, reward=1.0)]
+    kept, dropped = apply_filters(traces, {"max_solved": 0.5, "correct": True})
+    assert [trace.key for trace in kept] == [("b", 2)]
+    assert dropped == {"max_solved": 5, "correct": 7}
+    assert [t.question_id for t in apply_filters(traces, {"max_solved": 0.25})[0]] == ["b"] * 4 + ["c"] * 4
+    assert len(apply_filters(traces, {"max_solved": 0.0})[0]) == 4
+
+
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
+        ({"max_solved": 1}, "must be a share of a question's samples from 0.0 to 1.0"),
+        ({"max_solved": 1.5}, "must be a share of a question's samples"),
         ({"corect": True}, "unknown trace filter `corect`.*`correct`"),
         ({"correct": 1}, "must be true or false"),
         ({"min_tokens": True}, "must be a number of completion tokens"),

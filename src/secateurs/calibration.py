@@ -77,14 +77,17 @@ def region_weights(arm: str | Mapping[str, float]) -> dict[str, float]:
     return dict(arm)
 
 
-def trace_document(trace: Trace) -> Document:
-    """A trace as the model saw it while generating.
+def trace_document(trace: Trace, first_tokens: int = 0) -> Document:
+    """A trace as the model saw it while generating, or its prompt and the first `first_tokens` of its completion.
 
     The last completion id is left out: it was produced but never fed back, so no layer has ever seen it.
     """
-    ids = (trace.prompt_ids + trace.completion_ids)[:-1]
+    length = trace.tokens - 1
+    if first_tokens:
+        length = min(length, len(trace.prompt_ids) + first_tokens)
+    ids = trace.prompt_ids + trace.completion_ids
     codes = [CODES[region] for region, start, stop in trace.regions for _ in range(start, stop)]
-    return Document(ids, tuple(codes[:-1]))
+    return Document(ids[:length], tuple(codes[:length]))
 
 
 def plain_document(ids: Sequence[int], region: str) -> Document:

@@ -72,7 +72,7 @@ class Traces(_Table):
     samples: int = Field(default=1, ge=1)
     engine: EngineTable = EngineTable()
     sampling: Sampling = Sampling()
-    filters: dict[str, bool | int] = {}
+    filters: dict[str, bool | int | float] = {}
 
     @field_validator("questions")
     @classmethod
@@ -82,7 +82,7 @@ class Traces(_Table):
 
     @field_validator("filters")
     @classmethod
-    def _known_filters(cls, value: dict[str, bool | int]) -> dict[str, bool | int]:
+    def _known_filters(cls, value: dict[str, bool | int | float]) -> dict[str, bool | int | float]:
         apply_filters([], value)
         return value
 
@@ -95,6 +95,8 @@ class Calibration(_Table):
     held_out_tokens: int = Field(default=6_000, ge=1)
     batch_tokens: int = Field(default=16_384, ge=1)
     """Padded tokens in a forward pass. Not a resource: another number rounds otherwise, and near-ties then turn."""
+    first_tokens: int = Field(default=0, ge=0)
+    """Only so many tokens of a completion calibrate; 0: all. Held-out traces stay whole."""
     corpus: str = ""
     """A file of JSON lines, Parquet or text (`rows.py`) for the region `corpus`; "" is the C4 sample that ships."""
     corpus_field: str = "text"

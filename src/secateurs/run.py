@@ -283,8 +283,7 @@ def trace(
             trust()  # also where there are only a few
             run, complete = store.prefix(((question.id, number) for question, number in asked), budget)
             kept, dropped = apply_filters(run, recipe.traces.filters)
-            documents = [trace_document(t) for t in kept]
-            _, pool = _split(documents, recipe.calibration.held_out_tokens)
+            _, pool = _split(recipe, kept)
             missing = max((n - sum(d.count(w) for d in pool) for w, n in rest), default=0)
             if not kept:
                 missing = max(missing, 1)
@@ -319,17 +318,18 @@ def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: floa
 
 
 def held_out(recipe: Recipe, traced: Traced) -> list[Document]:
-    """The documents that judge every arm and calibrate none."""
-    return _split([trace_document(t) for t in traced.traces], recipe.calibration.held_out_tokens)[0]
+    """The documents that judge every arm and calibrate none: whole traces from the front until there are enough."""
+    return _split(recipe, traced.traces)[0]
 
 
-def _split(documents: Sequence[Document], held_out_tokens: int) -> tuple[list[Document], list[Document]]:
-    """Whole traces from the front until `held_out_tokens` are held out; the rest calibrates."""
+def _split(recipe: Recipe, traces: Sequence[Trace]) -> tuple[list[Document], list[Document]]:
+    """What is held out, whole, and what calibrates, as far as it does."""
     total, at = 0, 0
-    while at < len(documents) and total < held_out_tokens:
-        total += len(documents[at].ids)
+    while at < len(traces) and total < recipe.calibration.held_out_tokens:
+        total += traces[at].tokens - 1
         at += 1
-    return list(documents[:at]), list(documents[at:])
+    first = recipe.calibration.first_tokens
+    return [trace_document(t) for t in traces[:at]], [trace_document(t, first) for t in traces[at:]]
 
 
 def corpus_texts(recipe: Recipe, seed: int) -> Iterator[str]:
@@ -355,7 +355,7 @@ def calibration_set(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> 
     """
     weights = region_weights(recipe.calibration.arm)
     budget = recipe.calibration.num_tokens
-    held, pool = _split([trace_document(t) for t in traced.traces], recipe.calibration.held_out_tokens)
+    held, pool = _split(recipe, traced.traces)
     documents: list[Document] = []
     if weights.get("corpus"):
         size = recipe.calibration.corpus_tokens

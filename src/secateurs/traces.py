@@ -531,14 +531,15 @@ def looping(ids: Sequence[int], max_period: int = 512) -> bool:
 
 @dataclass(frozen=True)
 class Filter:
-    """A reason to drop traces. `takes` is bool for a switch, int for a number of completion tokens.
+    """A reason to drop traces. `takes` is what its value must be, `allowed` says so in words.
 
-    `keep(value)` makes the test a trace must pass. It may remember the traces it passed, so make a new one for each
-    run.
+    `keep(value, traces)` makes the test each of `traces` must pass. It may remember the traces it passed, so make a
+    new one for each run.
     """
 
-    takes: type[bool] | type[int]
-    keep: Callable[[int], Predicate]
+    takes: type[bool] | type[int] | type[float]
+    allowed: str
+    keep: Callable[[float, Sequence[Trace]], Predicate]
 
 
 def _is_correct(trace: Trace) -> bool:
@@ -563,19 +564,32 @@ def _is_first_of_its_kind() -> Predicate:
     return is_first
 
 
+def _is_hard(most: float, traces: Sequence[Trace]) -> Predicate:
+    solved: dict[str, list[bool]] = {}
+    for trace in traces:
+        solved.setdefault(trace.question_id, []).append(_is_correct(trace))
+    return lambda trace: sum(solved[trace.question_id]) <= most * len(solved[trace.question_id])
+
+
+_SWITCH, _TOKENS = "true or false", "a number of completion tokens, 0 or more"
+
 # In the order they are applied: a trace counts as dropped by the first it fails. `distinct` is last, so that it
-# compares only with traces that are kept. `correct` drops unscored traces.
+# compares only with traces that are kept. `correct` drops unscored traces. `max_solved` needs several samples of a
+# question; with `correct`, it keeps the right answers to questions that are hard for the model.
 FILTERS: Mapping[str, Filter] = {
-    "finished": Filter(bool, lambda _: lambda trace: trace.finish == "eos"),
-    "min_tokens": Filter(int, lambda least: lambda trace: len(trace.completion_ids) >= least),
-    "max_tokens": Filter(int, lambda most: lambda trace: len(trace.completion_ids) <= most),
-    "correct": Filter(bool, lambda _: _is_correct),
-    "not_looping": Filter(bool, lambda _: _is_not_looping),
-    "distinct": Filter(bool, lambda _: _is_first_of_its_kind()),
+    "finished": Filter(bool, _SWITCH, lambda _, __: lambda trace: trace.finish == "eos"),
+    "min_tokens": Filter(int, _TOKENS, lambda least, _: lambda trace: len(trace.completion_ids) >= least),
+    "max_tokens": Filter(int, _TOKENS, lambda most, _: lambda trace: len(trace.completion_ids) <= most),
+    "max_solved": Filter(float, "a share of a question's samples from 0.0 to 1.0", _is_hard),
+    "correct": Filter(bool, _SWITCH, lambda _, __: _is_correct),
+    "not_looping": Filter(bool, _SWITCH, lambda _, __: _is_not_looping),
+    "distinct": Filter(bool, _SWITCH, lambda _, __: _is_first_of_its_kind()),
 }
 
 
-def apply_filters(traces: Iterable[Trace], spec: Mapping[str, bool | int]) -> tuple[list[Trace], dict[str, int]]:
+def apply_filters(
+    traces: Iterable[Trace], spec: Mapping[str, bool | int | float]
+) -> tuple[list[Trace], dict[str, int]]:
     """The traces that pass, in order, and how many each filter of `spec` dropped.
 
     `spec` is for example {"correct": True, "max_tokens": 8192}; False switches a filter off, and the order of its
@@ -585,14 +599,14 @@ def apply_filters(traces: Iterable[Trace], spec: Mapping[str, bool | int]) -> tu
         if name not in FILTERS:
             raise ValueError(unknown_name("trace filter", name, list(FILTERS)))
         takes = FILTERS[name].takes
-        if type(value) is not takes or value < 0:
-            allowed = "true or false" if takes is bool else "a number of completion tokens, 0 or more"
-            raise ValueError(f"trace filter `{name}` is {value!r}; it must be {allowed}")
+        if type(value) is not takes or value < 0 or (takes is float and value > 1):
+            raise ValueError(f"trace filter `{name}` is {value!r}; it must be {FILTERS[name].allowed}")
     if "min_tokens" in spec and "max_tokens" in spec and spec["min_tokens"] > spec["max_tokens"]:
         raise ValueError(
             f"min_tokens is {spec['min_tokens']}, above max_tokens {spec['max_tokens']}: no trace can pass"
         )
-    tests = {name: FILTERS[name].keep(spec[name]) for name in FILTERS if spec.get(name, False) is not False}
+    traces = list(traces)
+    tests = {name: FILTERS[name].keep(spec[name], traces) for name in FILTERS if spec.get(name, False) is not False}
     kept: list[Trace] = []
     dropped = dict.fromkeys(tests, 0)
     for trace in traces:

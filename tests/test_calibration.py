@@ -1,0 +1,32 @@
+"""What of a trace calibrates, and what judges."""
+
+from secateurs import run
+from secateurs.calibration import CODES, trace_document
+from secateurs.recipe import load_recipe
+from secateurs.report import TraceSummary
+from secateurs.traces import Trace
+
+
+def trace(number: int, length: int = 40) -> Trace:
+    ids = tuple(range(10, 10 + length))
+    return Trace(question_id=f"q{number}", sample=0, prompt_ids=(1, 2, 3), completion_ids=ids,
+                 think_tokens=length - 5, think_closed=True, finish="eos", reward=1.0, seed=0)  # fmt: skip
+
+
+def test_a_document_ends_where_the_model_stopped_looking_or_earlier():
+    whole = trace_document(trace(0))
+    assert whole.ids == (1, 2, 3, *range(10, 49)) and len(whole.codes) == 42
+    assert [whole.codes.count(CODES[region]) for region in ("prompt", "think", "answer")] == [3, 35, 4]
+    start = trace_document(trace(0), first_tokens=8)
+    assert start.ids == whole.ids[:11] and start.codes == whole.codes[:11]
+    assert trace_document(trace(0), first_tokens=40) == trace_document(trace(0), first_tokens=1000) == whole
+
+
+def test_the_first_tokens_calibrate_and_whole_traces_judge():
+    sets = ["calibration.first_tokens=8", "calibration.num_tokens=50", "calibration.held_out_tokens=50"]
+    recipe = load_recipe("demo", ["calibration.arm=rac", *sets])
+    summary = TraceSummary(traces=9, tokens=0, by_region={}, pass_at_1=None, mean_think_tokens=0.0, truncated=0.0,
+                           dropped={}, seconds=0.0)  # fmt: skip
+    found = run.calibration_set(recipe, 0, run.Traced(tuple(map(trace, range(9))), summary, ""), run.Dense(recipe))
+    assert [len(d.ids) for d in found.held_out] == [42, 42] and [len(d.ids) for d in found.documents] == [11] * 5
+    assert list(found.held_out) == run.held_out(recipe, run.Traced(tuple(map(trace, range(9))), summary, ""))
