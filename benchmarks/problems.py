@@ -83,7 +83,9 @@ def main() -> None:
     dense = run.Dense(recipe)
     traced = run.trace(recipe, options.out.with_suffix(""), recipe.seed, dense, lambda *done: print(*done, flush=True))
     print(traced.summary)
-    parts = split([trace_document(trace) for trace in traced.traces], recipe.calibration.held_out_tokens)
+    parts = split(
+        [trace_document(trace) for trace in (*traced.held_out, *traced.traces)], recipe.calibration.held_out_tokens
+    )
     prefix, blocks = decoder_blocks(dense.model)
     chosen = {
         f"{prefix}.{index}.{name}": module

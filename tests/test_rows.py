@@ -61,7 +61,7 @@ def test_a_corpus_calibrates_in_pieces_and_its_content_is_in_the_key(files):
             "demo",
             [*options, "calibration.arm=corpus", "calibration.num_tokens=500", "calibration.held_out_tokens=100"],
         )
-        traced = run.Traced((), None, "")
+        traced = run.Traced((), (), None, "")
         return recipe, run.calibration_set(recipe, 0, traced, run.Dense(recipe)).documents
 
     recipe, small = documents(16)

@@ -105,9 +105,12 @@ class Dense:
 
 @dataclass(frozen=True)
 class Traced:
-    """What the trace stage leaves: kept traces in request order, and how it went."""
+    """What the trace stage leaves, in request order, and how it went."""
 
+    held_out: tuple[Trace, ...]
+    """What judges every arm: the model's traces as they come, whatever the filters keep for calibration."""
     traces: tuple[Trace, ...]
+    """What may calibrate."""
     summary: TraceSummary
     key: str
 
@@ -282,22 +285,21 @@ def trace(
             )
             trust()  # also where there are only a few
             run, complete = store.prefix(((question.id, number) for question, number in asked), budget)
-            kept, dropped = apply_filters(run, recipe.traces.filters)
-            _, pool = _split(recipe, kept)
+            held = _held_out(run, recipe.calibration.held_out_tokens)
+            kept, dropped = apply_filters(run[len(held) :], recipe.traces.filters)
+            pool = [trace_document(t, recipe.calibration.first_tokens) for t in kept]
             missing = max((n - sum(d.count(w) for d in pool) for w, n in rest), default=0)
-            if not kept:
-                missing = max(missing, 1)
             if shards > 1 or missing <= 0 or not complete:
                 break
             budget += max(missing, 1)
         if shards == 1:
             store.seal(run)
         seconds = store.seconds
-    if not kept:
+    if rest and not kept and shards == 1:
         raise ValueError(
             f"no trace passed the filters: {dropped}; loosen traces.filters or look at the model's answers"
         )
-    return Traced(tuple(kept), _trace_summary(kept, dropped, seconds), key)
+    return Traced(tuple(held), tuple(kept), _trace_summary([*held, *kept], dropped, seconds), key)
 
 
 def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: float) -> TraceSummary:
@@ -317,19 +319,13 @@ def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: floa
     )
 
 
-def held_out(recipe: Recipe, traced: Traced) -> list[Document]:
-    """The documents that judge every arm and calibrate none: whole traces from the front until there are enough."""
-    return _split(recipe, traced.traces)[0]
-
-
-def _split(recipe: Recipe, traces: Sequence[Trace]) -> tuple[list[Document], list[Document]]:
-    """What is held out, whole, and what calibrates, as far as it does."""
+def _held_out(traces: Sequence[Trace], num_tokens: int) -> list[Trace]:
+    """Whole traces from the front until there are `num_tokens`, and the other samples of the last one's question."""
     total, at = 0, 0
-    while at < len(traces) and total < recipe.calibration.held_out_tokens:
+    while at < len(traces) and (total < num_tokens or (at and traces[at].question_id == traces[at - 1].question_id)):
         total += traces[at].tokens - 1
         at += 1
-    first = recipe.calibration.first_tokens
-    return [trace_document(t) for t in traces[:at]], [trace_document(t, first) for t in traces[at:]]
+    return list(traces[:at])
 
 
 def corpus_texts(recipe: Recipe, seed: int) -> Iterator[str]:
@@ -355,7 +351,6 @@ def calibration_set(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> 
     """
     weights = region_weights(recipe.calibration.arm)
     budget = recipe.calibration.num_tokens
-    held, pool = _split(recipe, traced.traces)
     documents: list[Document] = []
     if weights.get("corpus"):
         size = recipe.calibration.corpus_tokens
@@ -369,14 +364,15 @@ def calibration_set(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> 
         documents += take(pieces, share, weights, "corpus")
         budget -= share
     if weights.get("think") or weights.get("answer"):
+        pool = (trace_document(t, recipe.calibration.first_tokens) for t in traced.traces)
         documents += take(pool, budget, weights, "traces")
     elif weights.get("prompt"):
-        held_ids = {t.question_id for t in traced.traces[: len(held)]}
+        held_ids = {t.question_id for t in traced.held_out}
         questions = build_questions(recipe.traces.questions)
         fresh = (q for q in questions.questions("calibration", seed) if q.id not in held_ids)
         prompts = (plain_document(render(dense.tokenizer, questions.format, q), "prompt") for q in fresh)
         documents += take(prompts, budget, weights, "prompts")
-    return CalibrationSet(tuple(documents), tuple(held), weights)
+    return CalibrationSet(tuple(documents), tuple(map(trace_document, traced.held_out)), weights)
 
 
 @dataclass(frozen=True)
@@ -405,7 +401,7 @@ def cell_folder(recipe: Recipe, out: Path, seed: int, traced: Traced, dense: Den
     plan = plan_of(recipe)
     key = canonical_hash(
         {
-            "traces": traced.key, "filters": recipe.traces.filters,
+            "traces": traced.key, "filters": {"of calibration": recipe.traces.filters} if recipe.traces.filters else {},
             "calibration": recipe.calibration.model_dump(), "prune": recipe.prune.model_dump(),
             "seed": seed, **dense.key, "corpus": dense.corpus_hash,
             "resolved": [repr(plan.solver), repr(build_allocator(recipe.prune.allocator))],  # defaults may change
@@ -542,7 +538,7 @@ def allocate(
     selected = pruner.prunable(model, plan)
     key = canonical_hash(
         {
-            "traces": traced.key, "filters": recipe.traces.filters,
+            "traces": traced.key, "filters": {"of calibration": recipe.traces.filters} if recipe.traces.filters else {},
             "calibration": recipe.calibration.model_dump(), "seed": seed, **dense.key,
             "corpus": dense.corpus_hash, "sparsity": sparsity, "curves": allocator.needs_curves,
             "matrices": [matrix.name for block in selected for matrix in block],

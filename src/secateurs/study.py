@@ -16,7 +16,7 @@ import torch
 
 from secateurs import evaluate
 from secateurs.artifacts import canonical_hash
-from secateurs.calibration import batches, region_weights
+from secateurs.calibration import batches, region_weights, trace_document
 from secateurs.export import verify
 from secateurs.leaks import overlap
 from secateurs.models import load_model
@@ -43,7 +43,6 @@ from secateurs.run import (
     Traced,
     answer,
     corpus_texts,
-    held_out,
     plan_check,
     prune,
     solve_alike,
@@ -161,8 +160,8 @@ def _do_cells(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe],
     out, dense, progress = bench.out, bench.dense, bench.progress
     if len(cells) > 1:
         solve_alike(cells, out, seed, traced, dense, progress)
-    states = batches(held_out(bench.recipe, traced), bench.recipe.calibration.batch_tokens)
-    reference = evaluate.reference_states(dense.model, list(states))
+    held = batches(map(trace_document, traced.held_out), bench.recipe.calibration.batch_tokens)
+    reference = evaluate.reference_states(dense.model, list(held))
     done = []
     for number, recipe in enumerate(cells, start=first):
         pruned = prune(recipe, out, seed, traced, dense, reference, progress)
@@ -187,7 +186,7 @@ def leak_check(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> LeakC
         texts += corpus_texts(recipe, seed)
     source = build_questions(recipe.traces.questions)
     prompts_only = any(w.get("prompt") and not (w.get("think") or w.get("answer")) for w in weights)
-    missing = {t.question_id for t in traced.traces}
+    missing = {t.question_id for t in (*traced.held_out, *traced.traces)}
     tokens = 0 if prompts_only else recipe.calibration.num_tokens
     for question in source.questions("calibration", seed):
         if not missing and tokens >= recipe.calibration.num_tokens:
