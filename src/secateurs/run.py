@@ -47,8 +47,8 @@ from secateurs.layer import Gram, LayerProblem
 from secateurs.leaks import overlap
 from secateurs.models import load_model, load_tokenizer, model_path
 from secateurs.patterns import Pattern, Unstructured
-from secateurs.policy import check_own
-from secateurs.prompts import answer_text, render, think_split, trace_seed
+from secateurs.policy import Surprise, check_own
+from secateurs.prompts import answer_text, render, think_split, trace_seed, turns
 from secateurs.questions import Question, QuestionSet
 from secateurs.questions.tiny import Tiny
 from secateurs.recipe import (
@@ -130,11 +130,15 @@ class Dense:
 
 @dataclass(frozen=True)
 class Traced:
-    """What the trace stage leaves: kept traces in request order, and how it went."""
+    """What the trace stage leaves: kept traces in request order, and how it went.
+
+    `surprise` is what the model made of the first ones, where servers sampled them.
+    """
 
     traces: tuple[Trace, ...]
     summary: TraceSummary
     key: str
+    surprise: Surprise | None = None
 
 
 def _sampling(dense: Dense, overrides: SamplingOverrides) -> Sampling:
@@ -177,7 +181,11 @@ def sample(
                 by_id[question.id] = question
                 ids = render(tokenizer, questions.format, question)
                 yield Request(
-                    question_id=question.id, sample=number, prompt_ids=ids, seed=trace_seed(seed, question.id, number)
+                    question_id=question.id,
+                    sample=number,
+                    prompt_ids=ids,
+                    seed=trace_seed(seed, question.id, number),
+                    turns=turns(questions.format, question),
                 )
 
     if enough():
@@ -275,13 +283,12 @@ def trace(
         engine = trace_engine(recipe, dense)
         tokens, ahead = 0, iter(asked)
         following = next(ahead, None)
-        trusted = table.name == "hf"
+        surprise = None
 
         def trust() -> None:
-            nonlocal trusted
-            if not trusted:
-                check_own(dense.model, list(islice(store, CHECKED_TRACES)), sampling)
-                trusted = True
+            nonlocal surprise
+            if table.name != "hf" and surprise is None:
+                surprise = check_own(dense.model, list(islice(store, CHECKED_TRACES)), sampling)
 
         def enough() -> bool:
             nonlocal tokens, following
@@ -323,7 +330,7 @@ def trace(
         raise ValueError(
             f"no trace passed the filters: {dropped}; loosen traces.filters or look at the model's answers"
         )
-    return Traced(tuple(kept), _trace_summary(kept, dropped, seconds), key)
+    return Traced(tuple(kept), _trace_summary(kept, dropped, seconds), key, surprise)
 
 
 def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: float) -> TraceSummary:
