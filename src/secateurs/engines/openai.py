@@ -196,7 +196,10 @@ class OpenAI:
             raise _Fault(f"status {response.status_code}", after=_retry_after(response))
         if response.status_code != 200:
             words = content[:500].decode(errors="replace").strip()
-            raise ValueError(f"{place}: status {response.status_code}, which asking again will not mend: {words}")
+            hint = (
+                "" if self.allow_retokenised else ". A server that knows no ids needs traces.engine.allow_retokenised"
+            )
+            raise ValueError(f"{place}: status {response.status_code}, which asking again will not mend: {words}{hint}")
         return self._completion(request, sampling, content, url)
 
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
@@ -303,7 +306,7 @@ class OpenAI:
     def _said(self, choice: dict[str, Any], request: Request) -> tuple[str, ...]:
         """What the text of an answer, its thinking included, may have been; _Fault if there is none."""
         if self.endpoint == "completions":
-            texts = (choice.get("text"),)
+            texts: tuple[Any, ...] = (choice.get("text"),)
         else:
             message = choice.get("message")
             if not isinstance(message, dict):
