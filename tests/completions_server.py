@@ -1,7 +1,10 @@
-"""A completions server in a thread, with vLLM's or SGLang's dialect, that misbehaves as asked.
+"""A completions and chat server in a thread, with the dialect of vLLM, SGLang or llama.cpp, that misbehaves as asked.
 
 Its "model" is a function of the request, `answer_to` the prompt if nothing else is given, so a right answer can be told
 from a wrong one. With the dialect "text" it takes and gives text; with "bare" it takes ids and still gives text.
+
+Turns in a chat become a prompt by the chat template of `tokenizer`. `parser` cuts the thinking out of a message as
+vLLM's does ("reasoning", white space kept) or as SGLang's and DeepSeek's do ("reasoning_content", it is stripped).
 `python tests/completions_server.py SECONDS` serves by itself, each answer after so long.
 """
 
@@ -36,11 +39,14 @@ class CompletionsServer:
         delay: float = 0.0,
         answer: Callable[[dict], list[int]] | None = None,
         tokenizer=None,
+        parser: str = "",
     ) -> None:
         self.size, self.dialect, self.fault, self.delay, self.tokenizer = size, dialect, fault, delay, tokenizer
+        self.parser = parser
         self.answer = answer or (lambda body: answer_to(body["prompt"], size)[: body["max_tokens"]])
         self.attempts: Counter[str] = Counter()
         self.bodies: list[dict] = []
+        self.paths: set[str] = set()
         self.connections = self.in_flight = self.most_in_flight = 0
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
@@ -51,7 +57,7 @@ class CompletionsServer:
         self.url = f"http://127.0.0.1:{self._port}/v1"
 
     def _run(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
 
     async def _open(self) -> None:
         self._server = await asyncio.start_server(self._connection, "127.0.0.1", self._port)
@@ -97,6 +103,7 @@ class CompletionsServer:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 length = next(int(h[15:]) for h in head.lower().split(b"\r\n") if h.startswith(b"content-length:"))
                 body = json.loads(await reader.readexactly(length))
+                self.paths.add(head.split()[1].decode())
                 self.in_flight += 1
                 self.most_in_flight = max(self.most_in_flight, self.in_flight)
                 try:
@@ -112,9 +119,12 @@ class CompletionsServer:
 
     async def _reply(self, body: dict, writer: asyncio.StreamWriter) -> bool:
         """Answer one request; whether the connection lives on."""
+        self.bodies.append(body)
+        if "messages" in body:
+            text = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+            body = body | {"prompt": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
         prompt = body["prompt"]
         self.attempts[repr(prompt)] += 1
-        self.bodies.append(body)
         fault = self.fault(prompt, self.attempts[repr(prompt)])
         await asyncio.sleep(self.delay)
         if fault == "no answer":
@@ -146,26 +156,40 @@ class CompletionsServer:
         return True
 
     def _answer(self, body: dict, fault: str) -> dict:
-        prompt = body["prompt"]
-        if self.dialect == "text":
+        prompt, chat = body["prompt"], "messages" in body
+        if self.dialect == "text" and not chat:
             prompt = self.tokenizer(prompt)["input_ids"]  # with whatever it adds by itself
         asked = [*prompt, 1] if fault == "another prompt" else prompt
         ids = self.answer(body | {"prompt": asked})
-        choice: dict = {
-            "index": 0, "text": "", "finish_reason": "length" if len(ids) == body["max_tokens"] else "stop"
-        }  # fmt: skip
+        choice: dict = {"index": 0, "finish_reason": "length" if len(ids) == body["max_tokens"] else "stop"}
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(ids) + (fault == "wrong count")}
         if fault == "no ids":
             ids = []
         if fault == "wrong ids":
             ids = [self.size, *ids[1:]]
-        if self.dialect in ("text", "bare"):
-            choice["text"] = self.tokenizer.decode(ids)
-        else:
-            choice["response_token_ids" if self.dialect == "sglang" else "token_ids"] = ids
-            choice["prompt_token_ids"] = asked
-        choices = {"no choices": [], "two choices": [choice, choice]}.get(fault, [choice])
-        return {"choices": choices, "usage": usage}
+        text = self.tokenizer.decode(ids) if self.dialect in ("text", "bare") else ""
+        choice |= {"message": self._message(text, prompt)} if chat else {"text": text}
+        answer: dict = {"usage": usage}
+        if self.dialect == "llama.cpp" and body.get("verbose") and body.get("return_tokens"):
+            answer["__verbose"] = {"tokens": ids, "prompt": self.tokenizer.decode(asked) if chat else ""}
+        elif self.dialect == "sglang":
+            choice |= {"response_token_ids": ids, "prompt_token_ids": asked}
+        elif self.dialect == "vllm":
+            choice["token_ids"] = ids
+            (answer if chat else choice)["prompt_token_ids"] = asked
+        answer["choices"] = {"no choices": [], "two choices": [choice, choice]}.get(fault, [choice])
+        return answer
+
+    def _message(self, text: str, prompt: list[int]) -> dict:
+        """A reply, its thinking cut out of it by the parser, if there is one."""
+        text = text.removesuffix(self.tokenizer.eos_token)
+        thought = "<think>" in text or self.tokenizer.decode(prompt).rstrip().endswith("<think>")
+        if not (self.parser and thought):
+            return {"role": "assistant", "content": text}
+        reasoning, _, content = text.removeprefix("<think>").partition("</think>")
+        if self.parser == "reasoning_content":
+            reasoning, content = reasoning.strip(), content.strip()
+        return {"role": "assistant", self.parser: reasoning, "content": content or None}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from secateurs.engines import Request, Sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
 from secateurs.models import load_model, load_tokenizer
+from secateurs.prompts import render, turns
+from secateurs.questions import PromptFormat
 from secateurs.questions.tiny import Tiny
 from secateurs.recipe import Recipe, load_recipe
 from secateurs.traces import TraceStore, read_provenance
@@ -52,7 +54,7 @@ def right(completion):
     return completion.request.question_id
 
 
-@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+@pytest.mark.parametrize("dialect", ["vllm", "sglang", "llama.cpp"])
 def test_ids_go_out_and_come_back_as_they_are(dialect):
     with CompletionsServer(SIZE, dialect) as server:
         found = list(engine(server).generate(requests(60), SAMPLING))
@@ -63,6 +65,8 @@ def test_ids_go_out_and_come_back_as_they_are(dialect):
         "model": "m", "max_tokens": 32, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "return_token_ids": True
     }  # fmt: skip
     assert body["seed"] == 2**61 % 2**31
+    assert body["min_p"] == 0 and body["repetition_penalty"] == 1, "a server's own defaults are not what was asked for"
+    assert body["samplers"] == ["temperature", "top_k", "top_p"]
     assert all(c.seconds >= 0 for c in found)
 
 
@@ -207,7 +211,7 @@ def traced(server, folder, tokens=400, at_once=64, **engine_options):
 def test_a_run_traces_on_a_server_as_in_process_and_goes_on_where_it_stopped(tmp_path):
     model = load_model("bundled")
     with CompletionsServer(SIZE, answer=served(model)) as server:
-        first = traced(server, tmp_path)
+        first = traced(server, tmp_path, concurrency=1)  # nothing is on its way when enough is known
         asked = len(server.bodies)
         assert sum(t.tokens for t in first.traces) >= 500
         again = traced(server, tmp_path)
@@ -302,6 +306,8 @@ def test_two_machines_trace_a_half_each_and_a_run_on_the_merged_store_asks_no_mo
         ({"name": "openai", "servers": ["localhost:1"], "model": "m"}, "server 'localhost:1' is no URL"),
         ({"name": "openai", "servers": ["http://:x"], "model": "m"}, "is no URL"),
         ({"name": "openai", "servers": ["http://a"], "model": "m", "api_key_env": "NO_SUCH"}, "names NO_SUCH"),
+        ({"endpoint": "chat"}, 'did you mean name = "openai"'),
+        ({"name": "openai", "servers": ["http://a"], "model": "m", "endpoint": "chats"}, "'completions' or 'chat'"),
         ({"name": "vllm"}, "should be 'hf' or 'openai'"),
     ],
 )
@@ -309,6 +315,159 @@ def test_mistakes_in_the_table_teach(options, lesson, tmp_path):
     with pytest.raises(ValueError, match=lesson):
         recipe = load_recipe("demo", [f"traces.engine={toml(options)}"])
         run.trace_engine(recipe, run.Dense(recipe))
+
+
+def chats(count):
+    for i, question in enumerate(islice(Tiny().questions("calibration", 0), count)):
+        said = turns(Tiny().format, question)
+        ids = render(TOKENIZER, Tiny().format, question)
+        yield Request(question_id=str(i), sample=0, prompt_ids=ids, seed=i, turns=said)
+
+
+def chat_engine(*servers, **options):
+    return engine(*servers, endpoint="chat", **options)
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang", "llama.cpp"])
+def test_turns_go_out_by_chat_and_ids_come_back_as_they_are(dialect):
+    with CompletionsServer(SIZE, dialect, tokenizer=TOKENIZER) as server:
+        found = list(chat_engine(server).generate(chats(20), Sampling(max_new_tokens=32)))
+        assert sorted(map(right, found)) == sorted(map(str, range(20)))
+        assert server.paths == {"/v1/chat/completions"}
+        body = server.bodies[0]
+    assert "prompt" not in body and body["top_k"] == -1
+    assert [list(message) for message in body["messages"]] == [["role", "content"]]
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "another prompt"])
+def test_every_kind_of_wrong_answer_by_chat_is_asked_again(fault):
+    def once(prompt, attempt):
+        return fault if attempt == 1 else ""
+
+    with CompletionsServer(SIZE, fault=once, tokenizer=TOKENIZER) as server:
+        found = list(chat_engine(server, timeout=0.5).generate(chats(3), SAMPLING))
+        assert sorted(map(right, found)) == ["0", "1", "2"]
+        assert sorted(server.attempts.values()) == [2, 2, 2]
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang", "llama.cpp"])
+@pytest.mark.parametrize(
+    ("template", "lesson"),
+    [
+        ("<|system|>be kind{}", r"counts \d+ prompt tokens, we sent \d+: its chat template is another one"),
+        ("<|system|>{}", r"the server's prompt has other ids than ours: its chat template is another one"),
+    ],
+    ids=["longer", "as long"],
+)
+def test_another_chat_template_is_found_out_by_the_first_answer(dialect, template, lesson):
+    other = load_tokenizer("bundled")
+    words = "{{ messages[0].content }}<|assistant|><think>"
+    other.chat_template = template.format(words)
+    with CompletionsServer(SIZE, dialect, tokenizer=other) as server, pytest.raises(ValueError, match=lesson):
+        list(chat_engine(server, concurrency=1).generate(chats(3), SAMPLING))
+    assert len(server.bodies) == 1
+
+
+def test_exact_ids_by_chat_need_the_prompts_ids_to_compare():
+    class Mute(CompletionsServer):
+        def _answer(self, body, fault):
+            return {k: v for k, v in super()._answer(body, fault).items() if k != "prompt_token_ids"}
+
+    with Mute(SIZE, tokenizer=TOKENIZER) as server, pytest.raises(ValueError, match="does not hold the prompt's ids"):
+        list(chat_engine(server).generate(chats(1), SAMPLING))
+
+
+@pytest.mark.parametrize("options", [{"prefill": "\nfirst"}, {"examples": [["1+1", "2"]], "prefill": "So "}])
+def test_a_prefill_that_chat_cannot_send_is_refused_before_anything_is_sent(options):
+    form = PromptFormat(**options)
+    (question,) = islice(Tiny().questions("calibration", 0), 1)
+    request = Request(
+        question_id="q", sample=0, prompt_ids=render(TOKENIZER, form, question), seed=0, turns=turns(form, question)
+    )
+    with (
+        CompletionsServer(SIZE, tokenizer=TOKENIZER) as server,
+        pytest.raises(ValueError, match="question 'q': .* a prefill cannot be sent by chat: leave `prefill` out"),
+    ):
+        list(chat_engine(server).generate([request], SAMPLING))
+    assert not server.bodies
+
+
+@pytest.mark.parametrize(
+    ("parser", "said", "understood"),
+    [
+        ("", "12+3</think>15<|eos|>", "12+3</think>15<|eos|>"),
+        ("reasoning", "\n12+3\n</think> 15<|eos|>", "\n12+3\n</think> 15<|eos|>"),
+        ("reasoning_content", "\n12+3\n</think>\n\n15<|eos|>", "\n12+3\n</think>\n\n15<|eos|>"),
+        ("reasoning_content", "\n12+3 and so on", "\n12+3 and so on"),
+        ("reasoning", "12+3 and so on", "12+3 and so on"),
+        ("reasoning", "12+3</think>15<|eos|>", "12+3</think>15<|eos|>"),
+    ],
+)
+def test_thinking_that_a_parser_took_out_is_put_back(parser, said, understood):
+    ids = TOKENIZER(said)["input_ids"]
+    options = {"answer": lambda body: ids, "tokenizer": TOKENIZER, "parser": parser}
+    with CompletionsServer(SIZE, "text", **options) as server:
+        sampling = Sampling(max_new_tokens=64 if said.endswith("<|eos|>") else len(ids))
+        (found,) = chat_engine(server, allow_retokenised=True).generate(chats(1), sampling)
+    assert TOKENIZER.decode(found.ids) == understood
+    assert found.finish == ("eos" if said.endswith("<|eos|>") else "length")
+
+
+def test_text_with_more_tokens_than_were_asked_for_is_cut_and_says_so():
+    options = {"answer": lambda body: TOKENIZER("12+3</think>15<|eos|>")["input_ids"], "tokenizer": TOKENIZER}
+    with CompletionsServer(SIZE, "text", **options) as server:
+        (found,) = chat_engine(server, allow_retokenised=True).generate(chats(1), Sampling(max_new_tokens=7))
+    assert TOKENIZER.decode(found.ids) == "12+3</think>15" and found.finish == "length"
+
+
+def test_a_server_that_keeps_the_thinking_to_itself_is_found_out():
+    ids = TOKENIZER("1+2=3 and 3+4=7</think>10<|eos|>")["input_ids"]
+    options = {"answer": lambda body: ids, "tokenizer": TOKENIZER, "parser": "secret"}
+    with (
+        CompletionsServer(SIZE, "text", **options) as server,
+        pytest.raises(ValueError, match=rf"counts {len(ids)} tokens in an answer whose text has 3, so it keeps a part"),
+    ):
+        list(chat_engine(server, allow_retokenised=True).generate(chats(1), SAMPLING))
+
+
+def test_a_run_by_chat_keeps_the_traces_of_one_by_completions_and_says_how_they_were_made(tmp_path):
+    with CompletionsServer(SIZE, answer=served(load_model("bundled")), tokenizer=TOKENIZER) as server:
+        small = {"tokens": 150, "at_once": 1, "concurrency": 4}
+        plain = traced(server, tmp_path / "plain", **small)
+        assert traced(server, tmp_path / "plain", endpoint="chat", **small) == plain
+        assert server.paths == {"/v1/completions"}, "nothing was asked again"
+        assert traced(server, tmp_path / "chat", endpoint="chat", **small).traces == plain.traces
+        assert server.paths == {"/v1/completions", "/v1/chat/completions"}
+        assert plain.surprise is not None and abs(plain.surprise.gap) < 0.1
+        assert plain.surprise.num_tokens >= 8
+
+
+@pytest.mark.parametrize("parser", ["", "reasoning"])
+def test_text_by_chat_is_refused_unless_it_is_asked_for_and_then_it_is_marked(parser, tmp_path):
+    options = {"answer": served(load_model("bundled")), "tokenizer": TOKENIZER, "parser": parser}
+    small = {"tokens": 150, "at_once": 1, "endpoint": "chat", "concurrency": 4}
+    with (
+        CompletionsServer(SIZE, "text", **options) as server,
+        pytest.raises(ValueError, match="holds no token ids.*accept it: traces.engine.allow_retokenised"),
+    ):
+        traced(server, tmp_path / "refused", **small | {"concurrency": 1})
+    with CompletionsServer(SIZE, **options) as server:
+        exact = traced(server, tmp_path / "exact", **small)
+    with CompletionsServer(SIZE, "text", **options) as server:
+        found = traced(server, tmp_path / "marked", allow_retokenised=True, **small)
+    assert found.traces == exact.traces, "this model's samples are the shortest way to write them"
+    engine_of = read_provenance(next((tmp_path / "marked" / "traces").iterdir()))["engine"]
+    assert engine_of == {"name": "openai", "model": "bundled", "ids": "retokenised", "endpoint": "chat"}
+
+
+def test_the_trace_command_shows_how_surprised_the_model_was(tmp_path):
+    with CompletionsServer(SIZE, answer=served(load_model("bundled"))) as server:
+        table = f'traces.engine={{name="openai", servers=["{server.url}"], model="bundled"}}'
+        words = ["trace", "demo", "--set", table, "--set", "traces.sampling.max_new_tokens=32", "--json"]
+        words += ["--set", "calibration.num_tokens=100", "--set", "calibration.held_out_tokens=50"]
+        words += ["--set", "sweep.seed=[0]", "--out", str(tmp_path)]
+        shown = json.loads(CliRunner().invoke(cli.app, words, catch_exceptions=False).stdout)
+    assert shown["surprise"]["tokens"] > 50 and abs(shown["surprise"]["gap"]) < 0.1
 
 
 def toml(options):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from families import damaged
+from secateurs import policy
 from secateurs.engines import Request, Sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.models import load_model, load_tokenizer
@@ -46,6 +47,35 @@ def test_own_samples_are_no_surprise_and_those_of_a_damaged_model_are(bundled, s
     other = damaged(load_model("bundled"))
     with pytest.raises(ValueError, match=r"does not serve the model to be pruned: over [\d,]+ tokens.* nats a token"):
         check_own(model, traces_of(other, tokenizer, sampling), sampling)
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.7}, {"top_k": 3}, {"top_k": 5, "top_p": 0.8}], ids=str)
+def test_what_top_p_and_top_k_leave_is_what_is_expected(bundled, cut):
+    model, tokenizer = bundled
+    hot = Sampling(temperature=3.0, max_new_tokens=64, **cut)
+    found = surprise(model, traces_of(model, tokenizer, hot), hot)
+    assert abs(found.z) < 4
+    uncut = surprise(model, traces_of(model, tokenizer, hot), Sampling(temperature=3.0))
+    assert uncut.z < -4, "or else the test shows nothing"
+
+
+def test_samples_that_are_too_likely_are_found_out(bundled):
+    """As from a server that is asked for a temperature and answers greedily."""
+    model, tokenizer = bundled
+    cold = traces_of(model, tokenizer, Sampling(temperature=0, max_new_tokens=64))
+    with pytest.raises(ValueError, match=r"does not sample as it was asked to: .* nats a token less surprised"):
+        check_own(model, cold, Sampling(temperature=3.0, top_p=0.95))
+
+
+def test_rare_tokens_within_top_p_are_counted(bundled, monkeypatch):
+    model, tokenizer = bundled
+    hot = Sampling(temperature=2.0, top_p=0.99, max_new_tokens=32)
+    traces = traces_of(model, tokenizer, hot, 4)
+    whole = surprise(model, traces, hot)
+    monkeypatch.setattr(policy, "LIKELY", 4)
+    monkeypatch.setattr(policy, "ROWS", 7)
+    again = surprise(model, traces, hot)
+    assert again.gap == pytest.approx(whole.gap, abs=1e-5) and again.z == pytest.approx(whole.z, abs=1e-3)
 
 
 def test_the_gap_is_the_divergence_of_the_two_models(bundled):

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from secateurs.prompts import answer_text, render, think_split, trace_seed
+from secateurs.prompts import answer_text, chat_text, rejoin, render, think_split, trace_seed, turns
 from secateurs.questions import PromptFormat, Question
 
 TEMPLATE = (
@@ -54,6 +54,46 @@ def test_a_prefill_the_template_wrote_is_not_repeated_and_examples_become_turns(
     form = PromptFormat(system="be brief", examples=(("0+0?", "0"),), prefill="<think>\n")
     text = t.decode(render(t, form, QUESTION))
     assert text == "<|system|>be brief<|user|>0+0?<|assistant|>0<|user|>1+1?<|a|><think>"
+
+
+QWEN3 = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>"
+    "\n\n{% endif %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+GLM = QWEN3.replace("<think>\n", "<think>").replace("\n</think>\n\n", "</think>\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "reasoning", "content", "reply"),
+    [
+        (QWEN3, "one and one", "2", "<think>\none and one\n</think>\n\n2"),  # SGLang strips
+        (QWEN3, "\none and one\n", "\n\n2", "<think>\none and one\n</think>\n\n2"),  # vLLM does not
+        (QWEN3, " one", "2", "<think> one</think>2"),
+        (GLM, "one and one", "2", "<think>one and one</think>\n2"),
+        (TEMPLATE, "one and one", "2", "<think>\none and one\n</think>\n\n2"),
+        (TEMPLATE + "<think>", "one and one", "2", "\none and one\n</think>\n\n2"),
+        (TEMPLATE + "{{ '<think>\n' }}", "one and one", "2", "one and one\n</think>\n\n2"),
+        (TEMPLATE + "<think>", "one and", "", "\none and"),
+        (TEMPLATE, "", "it is 2", "it is 2"),
+        (TEMPLATE, "one", "<think>one</think>2", "<think>one</think>2"),
+    ],
+)
+def test_a_reply_cut_in_two_is_joined_as_the_model_wrote_it(template, reasoning, content, reply):
+    t = tokenizer(MARKED, template)
+    possible = rejoin(t, render(t, PromptFormat(), QUESTION), reasoning, content)
+    assert possible[0] == reply
+    if reasoning.strip() == reasoning and content == "2" and template == TEMPLATE:
+        assert possible == (reply, "<think>one and one</think>2"), "or the model writes no line breaks"
+    elif reasoning.strip() != reasoning:
+        assert len(possible) == 1
+
+
+def test_the_turns_are_what_the_prompt_is_made_of():
+    form = PromptFormat(system="be brief", examples=(("0+0?", "0"),))
+    said = turns(form, QUESTION)
+    assert said == (("system", "be brief"), ("user", "0+0?"), ("assistant", "0"), ("user", "1+1?"))
+    t = tokenizer(MARKED, TEMPLATE)
+    assert tuple(t(chat_text(t, said))["input_ids"]) == render(t, form, QUESTION)
 
 
 def test_seeds_depend_on_question_and_sample_only():

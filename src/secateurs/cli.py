@@ -168,12 +168,10 @@ def trace(
     with _bars() as progress:
         done = {seed: stage(loaded, out, seed, dense, progress, part) for seed in loaded.seeds}
     for seed, traced in done.items():
-        summary = traced.summary.model_dump()
-        print(
-            json.dumps(
-                {"seed": seed, "store": str(out / "traces" / traced.key), **summary}, indent=None if as_json else 2
-            )
-        )
+        result = {"seed": seed, "store": str(out / "traces" / traced.key), **traced.summary.model_dump()}
+        if traced.surprise:
+            result["surprise"] = {"gap": traced.surprise.gap, "tokens": traced.surprise.num_tokens}
+        print(json.dumps(result, indent=None if as_json else 2))
 
 
 @app.command()

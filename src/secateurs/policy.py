@@ -1,23 +1,26 @@
-"""Whether traces are a model's own: how much more they surprise it than what it would have said itself."""
+"""Whether traces are a model's own: how much more, or less, they surprise it than what it would have said itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from secateurs.engines import Sampling
 from secateurs.traces import Trace
 
 LIMIT = 0.1  # nats a token; rounding and 8-bit weights cost a hundredth of it, another model several times it
 DOUBT = 6.0  # standard errors
+ROWS = 256  # tokens at a time: a row is as long as the vocabulary
+LIKELY = 1024  # tokens that top-p looks at before it sorts the whole vocabulary
 
 
 @dataclass(frozen=True)
 class Surprise:
     """`gap`: nats a token that traces surprise a model by, over what its own samples would. `z`: in standard errors.
 
-    Near or below 0 for the model's own traces (below, where top-p cuts off the unlikely ones). `num_tokens` were seen.
+    Near 0 for the model's own traces, below where a server draws more from the likely tokens. `num_tokens` were seen.
     """
 
     gap: float
@@ -29,32 +32,59 @@ class Surprise:
 def surprise(model: Any, traces: Sequence[Trace], sampling: Sampling) -> Surprise:
     """Teacher-forced: the mean of E[log p] - log p(token) over all completion tokens, p at the sampling temperature.
 
-    For samples of the model itself every term has mean 0 and variance Var[log p], whatever the text; for another
-    model's the mean is the KL divergence of the two, and more. Greedy traces are measured against the best token at
-    temperature 1, with z = infinity, as there is nothing random in them. Cost: a forward pass a trace.
+    E and Var are over what top-k and top-p leave of p. For samples of the model itself every term has mean 0 and
+    variance Var[log p], whatever the text; for another model's the mean is the KL divergence and more. Greedy traces
+    are measured against the best token at temperature 1, with z = infinity, as there is nothing random in them.
+    Cost: a forward pass a trace.
     """
     total = variance = 0.0
     count = 0
     for trace in traces:
         ids = torch.tensor([trace.prompt_ids + trace.completion_ids], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(trace.prompt_ids) - 1 : -1].float()
-        log_p = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
-        said = log_p.gather(1, ids[0, len(trace.prompt_ids) :, None])[:, 0]
-        if sampling.temperature == 0:
-            total += float((log_p.amax(-1) - said).sum(dtype=torch.float64))
-        else:
-            p = log_p.exp()
-            mean = (p * log_p).sum(-1)
-            total += float((mean - said).sum(dtype=torch.float64))
-            variance += float(((p * log_p**2).sum(-1) - mean**2).clamp_min(0).sum(dtype=torch.float64))
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(trace.prompt_ids) - 1 : -1]
+        tokens = ids[0, len(trace.prompt_ids) :, None]
+        for some, drawn in zip(logits.split(ROWS), tokens.split(ROWS), strict=True):
+            log_p = (some.float() / (sampling.temperature or 1.0)).log_softmax(-1)
+            said = log_p.gather(1, drawn)[:, 0]
+            if sampling.temperature == 0:
+                total += float((log_p.amax(-1) - said).sum(dtype=torch.float64))
+            else:
+                log_p, p = _kept(log_p, sampling)
+                mean = (p * log_p).sum(-1)
+                total += float((mean - said).sum(dtype=torch.float64))
+                variance += float(((p * log_p**2).sum(-1) - mean**2).clamp_min(0).sum(dtype=torch.float64))
         count += len(trace.completion_ids)
     z = total / variance**0.5 if variance > 0 else float("inf") if total > 0 else 0.0
     return Surprise(total / max(count, 1), z, count)
 
 
+def _kept(log_p: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """log p of the tokens that top-k and top-p may leave, and the probabilities they are drawn with, row by row."""
+    vocab = log_p.shape[-1]
+    most = min(sampling.top_k or vocab, vocab)
+    if most == vocab and sampling.top_p == 1:
+        return log_p, log_p.exp()
+    top = log_p.topk(min(most, LIKELY)).values
+    if most > LIKELY and bool((top.exp().sum(-1) < sampling.top_p).any()):
+        top = log_p.topk(most).values
+    p = top.exp()
+    if sampling.top_k:
+        p = p / p.sum(-1, keepdim=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0.0)
+    return top, p / p.sum(-1, keepdim=True)
+
+
 def check_own(model: Any, traces: Sequence[Trace], sampling: Sampling) -> Surprise:
-    """ValueError, with the numbers, if `traces` are not what `model` says: more than LIMIT beyond doubt."""
+    """ValueError, with the numbers, if `traces` are not what `model` says: more than LIMIT off, beyond doubt."""
     found = surprise(model, traces, sampling)
+    if found.gap < -LIMIT and found.z < -DOUBT:
+        raise ValueError(
+            f"the engine does not sample as it was asked to: over {found.num_tokens:,} tokens of its first "
+            f"{len(traces)} traces the local weights are {-found.gap:.2f} nats a token less surprised than by what "
+            f"they would say ({-found.z:.0f} standard errors; {LIMIT:g} nats are allowed), so it takes likely tokens "
+            "too often. Look for a temperature, top-k or do_sample of its own, and delete the trace store that holds "
+            "these."
+        )
     if found.gap > LIMIT and found.z > DOUBT:
         raise ValueError(
             f"the engine does not serve the model to be pruned: over {found.num_tokens:,} tokens of its first "

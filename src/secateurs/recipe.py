@@ -36,11 +36,15 @@ class Sampling(_Table):
 
 
 class EngineTable(_Table):
-    """Who samples the traces: `hf`, in this process, or `openai`, servers at `servers` (`engines.openai.OpenAI`)."""
+    """Who samples the traces: `hf`, in this process, or `openai`, servers at `servers` (`engines.openai.OpenAI`).
+
+    `endpoint` is where the servers are asked: completions, with the prompt as it is, or chat, with its turns.
+    """
 
     name: Literal["hf", "openai"] = "hf"
     servers: list[str] = []
     model: str = ""
+    endpoint: Literal["completions", "chat"] = "completions"
     concurrency: int = Field(default=64, ge=1)
     timeout: float = Field(default=1800.0, gt=0)
     attempts: int = Field(default=10, ge=1)
@@ -53,16 +57,19 @@ class EngineTable(_Table):
             raise ValueError(
                 'engine "openai" needs `servers`, as in ["http://localhost:8000/v1"], and `model`, its name there'
             )
-        if self.name == "hf" and (self.servers or self.model):
+        if self.name == "hf" and (self.servers or self.model or self.endpoint == "chat"):
             raise ValueError('engine "hf" has no servers: did you mean name = "openai"?')
         return self
 
     @property
     def identity(self) -> Any:
-        """What of it can change a trace, for the store's key. Where the servers stand cannot."""
+        """What of it can change a trace, for the store's key. Where the servers stand cannot, nor can the endpoint
+        that exact ids come from, as the prompt's ids are the same; it can where text is put together again."""
         if self.name == "hf":
             return "hf"
-        return {"name": self.name, "model": self.model, "ids": "retokenised" if self.allow_retokenised else "sampled"}
+        ids = "retokenised" if self.allow_retokenised else "sampled"
+        pieced = {"endpoint": "chat"} if self.allow_retokenised and self.endpoint == "chat" else {}
+        return {"name": self.name, "model": self.model, "ids": ids, **pieced}
 
 
 class Traces(_Table):

@@ -44,8 +44,8 @@ from secateurs.layer import Gram, LayerProblem
 from secateurs.models import load_model, load_tokenizer, model_path
 from secateurs.parallel import Progress, silent
 from secateurs.patterns import Pattern, Unstructured
-from secateurs.policy import check_own
-from secateurs.prompts import answer_text, render, think_split, trace_seed
+from secateurs.policy import Surprise, check_own
+from secateurs.prompts import answer_text, render, think_split, trace_seed, turns
 from secateurs.questions import Question, QuestionSet
 from secateurs.questions.tiny import Tiny
 from secateurs.recipe import (
@@ -113,6 +113,8 @@ class Traced:
     """What may calibrate."""
     summary: TraceSummary
     key: str
+    surprise: Surprise | None = None
+    """What the model made of the first ones, where servers sampled them."""
 
 
 def _sampling(dense: Dense, overrides: SamplingOverrides) -> Sampling:
@@ -155,7 +157,11 @@ def sample(
                 by_id[question.id] = question
                 ids = render(tokenizer, questions.format, question)
                 yield Request(
-                    question_id=question.id, sample=number, prompt_ids=ids, seed=trace_seed(seed, question.id, number)
+                    question_id=question.id,
+                    sample=number,
+                    prompt_ids=ids,
+                    seed=trace_seed(seed, question.id, number),
+                    turns=turns(questions.format, question),
                 )
 
     if enough():
@@ -253,13 +259,12 @@ def trace(
         engine = trace_engine(recipe, dense)
         tokens, ahead = 0, iter(asked)
         following = next(ahead, None)
-        trusted = table.name == "hf"
+        surprise = None
 
         def trust() -> None:
-            nonlocal trusted
-            if not trusted:
-                check_own(dense.model, list(islice(store, CHECKED_TRACES)), sampling)
-                trusted = True
+            nonlocal surprise
+            if table.name != "hf" and surprise is None:
+                surprise = check_own(dense.model, list(islice(store, CHECKED_TRACES)), sampling)
 
         def enough() -> bool:
             nonlocal tokens, following
@@ -299,7 +304,7 @@ def trace(
         raise ValueError(
             f"no trace passed the filters: {dropped}; loosen traces.filters or look at the model's answers"
         )
-    return Traced(tuple(held), tuple(kept), _trace_summary([*held, *kept], dropped, seconds), key)
+    return Traced(tuple(held), tuple(kept), _trace_summary([*held, *kept], dropped, seconds), key, surprise)
 
 
 def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: float) -> TraceSummary:

@@ -7,12 +7,16 @@ from typing import Any, Literal, Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One completion to sample. `seed` fixes its random numbers whatever else is in the batch."""
+    """One completion to sample. `seed` fixes its random numbers whatever else is in the batch.
+
+    `turns` are the (role, text) pairs that the prompt was made of, for servers that are spoken to by chat.
+    """
 
     question_id: str
     sample: int
     prompt_ids: tuple[int, ...]
     seed: int
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

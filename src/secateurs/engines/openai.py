@@ -8,16 +8,24 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import httpx
 
 from secateurs.engines import Completion, Request, Sampling
+from secateurs.prompts import chat_text, messages, rejoin
 
 LONGEST_PAUSE = 30.0  # seconds between two attempts, unless a server asks for more
 LONGEST_REQUEST = 600.0  # seconds a server may ask us to wait
 BYTES_A_TOKEN = 64  # of an answer's JSON, generously; anything longer is no answer
-ID_FIELDS = ("token_ids", "response_token_ids")  # vLLM, SGLang
+ASK_IDS = {"return_token_ids": True, "return_tokens": True, "verbose": True}  # vLLM and SGLang; llama.cpp the others
+ID_FIELDS = ("token_ids", "response_token_ids", "tokens")  # vLLM, SGLang, llama.cpp
+NOTHING_ELSE = {  # servers have defaults of their own, the model's generation_config (vLLM) or min_p = 0.05 (llama.cpp)
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "samplers": ["temperature", "top_k", "top_p"],  # llama.cpp, which would otherwise apply the temperature last
+}
+LOST = 8, 0.25  # tokens and share of them that a text may lack of what the server counted
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
@@ -44,13 +52,14 @@ class _Server:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenAI:
-    """Completions of exact prompt ids by vLLM, SGLang or what speaks like them, many at once.
+    """Completions of exact prompt ids by vLLM, SGLang, llama.cpp or what speaks like them, many at once.
 
     A prompt goes out as ids, so that the chat template is ours and no second BOS appears, and ids come back
     (`return_token_ids`). An answer counts only if its ids are as many as the server says it made, belong to the
     vocabulary and answer the prompt that was sent. With `allow_retokenised` text goes out and text comes back, for
     servers without ids: retokenised text differs from what was sampled, so such traces are nearly on-policy, not
-    exactly.
+    exactly. With the endpoint `chat` a prompt goes out as the turns it was made of, and counts only if the server's
+    chat template makes the same of them as ours.
 
     Anything that may pass (a lost connection, a refusal with 429 or 5xx, an answer that is wrong) is asked again,
     after a pause that doubles and is jittered, up to `attempts` times and by another server where there is one.
@@ -63,6 +72,7 @@ class OpenAI:
     """The name the servers know the model by."""
     tokenizer: Any
     vocab_size: int
+    endpoint: Literal["completions", "chat"] = "completions"
     concurrency: int = 64
     """Requests in flight a server."""
     timeout: float = 1800.0
@@ -170,8 +180,9 @@ class OpenAI:
 
     async def _ask(self, client: httpx.AsyncClient, url: str, request: Request, sampling: Sampling) -> Completion:
         most = 2**20 + BYTES_A_TOKEN * (sampling.max_new_tokens + len(request.prompt_ids))
+        place = f"{url}/chat/completions" if self.endpoint == "chat" else f"{url}/completions"
         try:
-            async with client.stream("POST", f"{url}/completions", json=self._body(request, sampling)) as response:
+            async with client.stream("POST", place, json=self._body(request, sampling)) as response:
                 content = bytearray()
                 async for part in response.aiter_bytes():
                     content += part
@@ -185,9 +196,10 @@ class OpenAI:
             raise _Fault(f"status {response.status_code}", after=_retry_after(response))
         if response.status_code != 200:
             words = content[:500].decode(errors="replace").strip()
-            raise ValueError(
-                f"{url}/completions: status {response.status_code}, which asking again will not mend: {words}"
+            hint = (
+                "" if self.allow_retokenised else ". A server that knows no ids needs traces.engine.allow_retokenised"
             )
+            raise ValueError(f"{place}: status {response.status_code}, which asking again will not mend: {words}{hint}")
         return self._completion(request, sampling, content, url)
 
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
@@ -198,11 +210,25 @@ class OpenAI:
             "top_p": sampling.top_p,
             "seed": request.seed % 2**31,  # some servers hold it in 32 bits
         }
-        if sampling.top_k:
-            body["top_k"] = sampling.top_k
-        if self.allow_retokenised:
-            return body | {"prompt": self._text(request)}
-        return body | {"prompt": list(request.prompt_ids), "return_token_ids": True}
+        if not self.allow_retokenised:
+            body |= {"top_k": sampling.top_k or -1} | NOTHING_ELSE | ASK_IDS
+        elif sampling.top_k:
+            body["top_k"] = sampling.top_k  # and no more: servers without ids refuse words they do not know
+        if self.endpoint == "chat":
+            return body | {"messages": self._messages(request)}
+        return body | {"prompt": self._text(request) if self.allow_retokenised else list(request.prompt_ids)}
+
+    def _messages(self, request: Request) -> list[dict[str, str]]:
+        """The prompt's turns, if they are all of it."""
+        text = chat_text(self.tokenizer, request.turns) if self.tokenizer.chat_template else ""
+        if tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) != request.prompt_ids:
+            end = self.tokenizer.decode(request.prompt_ids[-8:])
+            raise ValueError(
+                f"question {request.question_id!r}: its prompt, which ends in {end!r}, is not what the model's chat "
+                "template makes of its turns, and a prefill cannot be sent by chat: leave `prefill` out, or use "
+                'traces.engine.endpoint = "completions"'
+            )
+        return messages(request.turns)
 
     def _text(self, request: Request) -> str:
         """The prompt in words that the model's own tokenizer turns into these ids, with the BOS that it may write."""
@@ -228,21 +254,15 @@ class OpenAI:
             raise _Fault(f"finish_reason {reason!r}")
         if prompt_tokens != len(request.prompt_ids):
             wrong = f"the server counts {prompt_tokens!r} prompt tokens, we sent {len(request.prompt_ids)}"
+            if self.endpoint == "chat":
+                self._another_template(url, wrong)
             if self.allow_retokenised:
                 raise ValueError(f"{url}: {wrong}: its tokenizer is another one, or a BOS is written twice or never")
             raise _Fault(wrong)
         if self.allow_retokenised:
-            ids = self._retokenised(choice.get("text"), reason, sampling)
+            ids, reason = self._retokenised(self._said(choice, request), reason, counted, sampling, url)
         else:
-            ids = next((choice[name] for name in ID_FIELDS if choice.get(name) is not None), None)
-            if ids is None:
-                raise ValueError(
-                    f"{url}: the answer holds no token ids, so the trace would have to be tokenised again and differ "
-                    "from what was sampled. Use vLLM >= 0.10.2 or SGLang, or accept it: traces.engine.allow_retokenised"
-                )
-            echo = choice.get("prompt_token_ids", answer.get("prompt_token_ids"))
-            if echo is not None and echo != list(request.prompt_ids):
-                raise _Fault("an answer to another prompt")
+            ids = self._sampled(answer, choice, request, url)
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
             raise _Fault(f"token ids that are not numbers from 0 to {self.vocab_size - 1}")
         if not self.allow_retokenised and counted != len(ids):
@@ -251,14 +271,81 @@ class OpenAI:
             raise _Fault(f"{len(ids)} tokens, where 1 to {sampling.max_new_tokens} were asked for")
         return Completion(request=request, ids=tuple(ids), finish="eos" if reason == "stop" else "length", seconds=0.0)
 
-    def _retokenised(self, text: object, reason: str, sampling: Sampling) -> list[int]:
-        """The ids of a text, with the end marker that it lost."""
-        if not isinstance(text, str) or not text:
+    def _sampled(self, answer: dict[str, Any], choice: dict[str, Any], request: Request, url: str) -> Any:
+        """The ids that the server says it sampled, in whatever shape they came, after the right prompt."""
+        verbose = answer.get("__verbose")
+        llama = verbose if isinstance(verbose, dict) else {}
+        ids = _first(found.get(name) for found in (choice, llama) for name in ID_FIELDS)
+        if ids is None:
+            raise ValueError(
+                f"{url}: the answer holds no token ids, so the trace would have to be tokenised again and differ "
+                "from what was sampled. Use vLLM >= 0.10.2, SGLang or a llama.cpp of 2026, or accept it: "
+                "traces.engine.allow_retokenised"
+            )
+        echo = _first(found.get("prompt_token_ids") for found in (choice, answer))
+        if self.endpoint == "chat":
+            if echo is None and isinstance(llama.get("prompt"), str):
+                echo = self.tokenizer(llama["prompt"], add_special_tokens=False)["input_ids"]
+            if echo is None:
+                raise ValueError(
+                    f"{url}: the answer does not hold the prompt's ids, so nobody knows whether its chat template is "
+                    'ours: use traces.engine.endpoint = "completions"'
+                )
+            if echo != list(request.prompt_ids):
+                self._another_template(url, "the server's prompt has other ids than ours")
+        elif echo is not None and echo != list(request.prompt_ids):
+            raise _Fault("an answer to another prompt")
+        return ids
+
+    def _another_template(self, url: str, wrong: str) -> NoReturn:
+        raise ValueError(
+            f"{url}: {wrong}: its chat template is another one, or a BOS is written twice or never. Serve it with the "
+            'template of the model to be pruned, or use traces.engine.endpoint = "completions"'
+        )
+
+    def _said(self, choice: dict[str, Any], request: Request) -> tuple[str, ...]:
+        """What the text of an answer, its thinking included, may have been; _Fault if there is none."""
+        if self.endpoint == "completions":
+            texts: tuple[Any, ...] = (choice.get("text"),)
+        else:
+            message = choice.get("message")
+            if not isinstance(message, dict):
+                raise _Fault("no message")
+            parts = message.get("reasoning") or message.get("reasoning_content") or "", message.get("content") or ""
+            if not all(isinstance(part, str) for part in parts):
+                raise _Fault("a message that is no text")
+            texts = rejoin(self.tokenizer, request.prompt_ids, *parts)
+        if not texts[0] or not isinstance(texts[0], str):
             raise _Fault("no text")
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if reason == "stop" and ids[-1] != self.tokenizer.eos_token_id:
-            ids.append(self.tokenizer.eos_token_id)
-        return ids[: sampling.max_new_tokens]
+        return texts
+
+    def _retokenised(
+        self, texts: Iterable[str], reason: str, counted: object, sampling: Sampling, url: str
+    ) -> tuple[list[int], str]:
+        """The ids of a text, with the end marker that it lost, and why it ended.
+
+        Of several texts that may be meant it is the one whose ids are nearest in number to those the server counted. A
+        text may have fewer, as what a model samples is not always the shortest way to write it, but not far fewer.
+        """
+        if type(counted) is not int:
+            raise _Fault(f"a count of {counted!r} tokens")
+        possible = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        for ids in possible:
+            if reason == "stop" and ids[-1:] != [self.tokenizer.eos_token_id]:
+                ids.append(self.tokenizer.eos_token_id)
+        ids = min(possible, key=lambda ids: abs(len(ids) - counted))
+        if reason == "stop" and counted - len(ids) > max(LOST[0], LOST[1] * counted):
+            raise ValueError(
+                f"{url}: the server counts {counted} tokens in an answer whose text has {len(ids)}, so it keeps a part "
+                "to itself: set it up to return the thinking and special tokens too"
+            )
+        if len(ids) > sampling.max_new_tokens:
+            return ids[: sampling.max_new_tokens], "length"
+        return ids, reason
+
+
+def _first(values: Iterable[Any]) -> Any:
+    return next((value for value in values if value is not None), None)
 
 
 def _is_http(url: str) -> bool:
