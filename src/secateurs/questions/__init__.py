@@ -1,10 +1,10 @@
 """What a model is asked: question sets with stable ids, disjoint splits, a prompt format, an answer check. No torch."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Protocol
+from typing import Protocol, get_type_hints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,9 @@ QUESTION_SETS: dict[str, str] = {
     "svamp": "secateurs.questions.jsonl:svamp",
     "math500": "secateurs.questions.jsonl:math500",
     "jsonl": "secateurs.questions.jsonl:Jsonl",
+    "commonsenseqa": "secateurs.questions.choices:commonsenseqa",
+    "gpqa": "secateurs.questions.choices:gpqa",
+    "choices": "secateurs.questions.choices:Choices",
 }
 
 
@@ -64,6 +67,11 @@ def question_set(name: str, **options) -> QuestionSet:
         raise ValueError(unknown_name("question set", name, list(QUESTION_SETS)))
     module, attribute = QUESTION_SETS[name].split(":")
     factory: Callable[..., QuestionSet] = getattr(import_module(module), attribute)
+    kind = factory if isinstance(factory, type) else get_type_hints(factory)["return"]
+    known = [entry.name for entry in fields(kind) if entry.init]
+    for option in options:
+        if option not in known:
+            raise ValueError(unknown_name(f"option of question set `{name}`", option, known))
     try:
         return factory(**options)
     except TypeError as error:
