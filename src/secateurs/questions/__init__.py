@@ -51,6 +51,9 @@ QUESTION_SETS: dict[str, str] = {
     "commonsenseqa": "secateurs.questions.choices:commonsenseqa",
     "gpqa": "secateurs.questions.choices:gpqa",
     "choices": "secateurs.questions.choices:Choices",
+    "humaneval": "secateurs.questions.programs:humaneval",
+    "mbpp": "secateurs.questions.programs:mbpp",
+    "code": "secateurs.questions.programs:Code",
 }
 
 
