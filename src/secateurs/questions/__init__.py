@@ -54,6 +54,7 @@ QUESTION_SETS: dict[str, str] = {
     "humaneval": "secateurs.questions.programs:humaneval",
     "mbpp": "secateurs.questions.programs:mbpp",
     "code": "secateurs.questions.programs:Code",
+    "countdown": "secateurs.questions.countdown:Countdown",
 }
 
 
