@@ -7,7 +7,8 @@ import secateurs
 
 SOURCE = Path(secateurs.__file__).parent
 ORDER = [
-    {"artifacts", "patterns", "linalg", "leaks", "rows"},
+    {"artifacts", "patterns", "linalg", "leaks", "hub"},
+    {"rows"},
     {"questions"},
     {"layer", "traces", "prompts"},
     {"scores", "engines"},
@@ -22,7 +23,7 @@ ORDER = [
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-NO_TORCH = {"artifacts", "leaks", "rows", "questions", "traces", "prompts", "report"}
+NO_TORCH = {"artifacts", "leaks", "hub", "rows", "questions", "traces", "prompts", "report"}
 
 
 def room(path: Path) -> str:

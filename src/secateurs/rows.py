@@ -1,4 +1,4 @@
-"""Rows of local files: JSON lines, Parquet, plain text. Files are untrusted; an error names the place. No torch."""
+"""Rows of files: JSON lines, Parquet, text, or of the hub. Files are untrusted; an error names the place. No torch."""
 
 import gzip
 import json
@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from secateurs.hub import HUB, hub_rows
+
 ROWS_AT_ONCE = 1024
 KINDS = (".jsonl", ".json", ".parquet", ".txt")
 
@@ -17,9 +19,12 @@ KINDS = (".jsonl", ".json", ".parquet", ".txt")
 def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row of a file with its place, as in `file:12`: JSON lines and text may be gzipped (`.jsonl.gz`).
 
-    A text is cut at blank lines, and each paragraph is a row {"text": ...}. ValueError for a file that is not there,
-    is of no known kind (by its name) or is damaged.
+    A text is cut at blank lines, and each paragraph is a row {"text": ...}. A `path` that starts with `hub:` is a data
+    set there (`hub.py`). ValueError for a file that is not there, is of no known kind (by its name) or is damaged.
     """
+    if str(path).startswith(HUB):
+        yield from hub_rows(str(path))
+        return
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")

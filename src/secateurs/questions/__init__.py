@@ -47,6 +47,8 @@ QUESTION_SETS: dict[str, str] = {
     "gsm8k": "secateurs.questions.jsonl:gsm8k",
     "svamp": "secateurs.questions.jsonl:svamp",
     "math500": "secateurs.questions.jsonl:math500",
+    "aime24": "secateurs.questions.jsonl:aime24",
+    "aime25": "secateurs.questions.jsonl:aime25",
     "jsonl": "secateurs.questions.jsonl:Jsonl",
     "commonsenseqa": "secateurs.questions.choices:commonsenseqa",
     "gpqa": "secateurs.questions.choices:gpqa",

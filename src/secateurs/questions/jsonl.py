@@ -97,6 +97,8 @@ class Jsonl:
             raise ValueError(
                 f"{place}: no field {error}; a question needs `{self.question_field}` and `{self.answer_field}`"
             ) from None
+        if self.judge == "number" and last_number(answer) is None:
+            raise ValueError(f'{place}: no number in `{self.answer_field}`; for other answers there is judge = "math"')
         return Question(id=stable_id(self.name, prompt), prompt=prompt, answer=answer, family=family)
 
     def check(self, question: Question, answer: str) -> bool:
@@ -124,3 +126,24 @@ def math500(**options: Any) -> Jsonl:
     fixed: dict[str, Any] = {"path": "", "eval_path": path, "judge": "math", "family_field": "family"}
     system = "Think step by step, then write the final answer in \\boxed{}."
     return Jsonl(**{"name": "math500", "system": system, **fixed, **options})
+
+
+def aime24(path: str = "", **options: Any) -> Jsonl:
+    """AIME 2024, 30 problems that belong to the MAA and never ship: from a file or the hub, for evaluation only."""
+    return _aime("aime24", "hub:HuggingFaceH4/aime_2024", path, options)
+
+
+def aime25(path: str = "", **options: Any) -> Jsonl:
+    """AIME 2025, 30 problems that belong to the MAA and never ship: from a file or the hub, for evaluation only."""
+    return _aime("aime25", "hub:yentinglin/aime_2025", path, options)
+
+
+def _aime(name: str, where: str, path: str, options: dict[str, Any]) -> Jsonl:
+    """Answers are whole numbers from 0 to 999, compared as numbers."""
+    if not path:
+        raise ValueError(
+            f'question set `{name}` does not ship, its problems are the MAA\'s: give a `path`, as in path = "{where}", '
+            "or a file with `problem` and `answer`"
+        )
+    fixed: dict[str, Any] = {"path": "", "eval_path": path, "question_field": "problem"}
+    return Jsonl(**{"name": name, **fixed, **options})
