@@ -123,7 +123,7 @@ def svamp(**options: Any) -> Jsonl:
 def math500(**options: Any) -> Jsonl:
     """MATH-500 (Hendrycks et al. 2021, the split of Lightman et al. 2023; MIT): 500 problems, for evaluation only."""
     path = str(DATA / "math500.jsonl.gz")
-    fixed: dict[str, Any] = {"path": "", "eval_path": path, "judge": "math", "family_field": "family"}
+    fixed: dict[str, Any] = {"path": "", "eval_path": path, "judge": "math", "family_field": "family", "version": 2}
     system = "Think step by step, then write the final answer in \\boxed{}."
     return Jsonl(**{"name": "math500", "system": system, **fixed, **options})
 
