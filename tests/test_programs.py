@@ -91,6 +91,7 @@ def test_humaneval_is_for_evaluation_only():
         ({"seconds": 0}, "question set `code`: a program needs 1 second"),
         ({"memory": 5}, "question set `code`: a program needs 1 second and 134,217,728 bytes at least"),
         ({"isolate": False}, "Did you mean `isolated`?"),
+        ({"isolated": "no"}, "isolated: input should be a valid boolean, found 'no'"),
     ],
 )
 def test_wrong_options_teach(options, lesson):
