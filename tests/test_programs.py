@@ -54,7 +54,7 @@ def solutions(name: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("name", "sizes", "some"),
     [
-        ("humaneval", (0, 164), 8), ("mbpp", (369, 499), 8),
+        ("humaneval", (0, 164), 6), ("mbpp", (369, 499), 4),
         pytest.param("humaneval", (0, 164), None, marks=pytest.mark.slow),
         pytest.param("mbpp", (369, 499), None, marks=pytest.mark.slow),
     ],
@@ -71,7 +71,7 @@ def test_the_sets_own_solutions_pass_and_nothing_else_does(name, sizes, some):
     tried = held[:some] + asked[:some]
     wrong = [q.prompt for q in tried if not questions.check(q, f"So:\n```python\n{program[q.prompt]}\n```")]
     assert not wrong
-    for question in tried[:4]:
+    for question in tried[:2]:
         assert not questions.check(question, "") and not questions.check(
             question, "```python\nimport os\nos._exit(0)\n```"
         )

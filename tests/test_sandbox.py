@@ -156,11 +156,9 @@ def test_what_is_forbidden_would_succeed_without_the_lock(tmp_path):
 
 GREEDY = {
     "a wait": "import time\nwhile True: time.sleep(9)",
-    "a wait when called": "import time\ndef f(x): time.sleep(99)",
     "an endless loop that catches": "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
     "memory": "x = bytearray(10**10)",
     "memory bit by bit": "x = []\nwhile True: x.append(bytearray(10**7))",
-    "a number": "x = 9 ** 9 ** 9",
     "output": "while True: print('x' * 10**6)",
     "a fork bomb": "import os\nwhile True: os.fork()",
     "recursion in C": "x = None\nfor _ in range(10**6): x = (x,)\nhash(x)\nrepr(x)",

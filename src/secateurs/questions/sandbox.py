@@ -1,17 +1,17 @@
 """Programs that a model wrote, tested where they can compute and answer, and do nothing else.
 
 Two processes judge a program. The one that runs it gets calls through a pipe (a name, plain data) and answers with
-plain data. The other, the examiner, holds the tests, calls through that pipe and compares what comes back; it alone can
-give the verdict. So a program cannot pass by printing something, leaving early, changing `assert` or `==`, or looking
-for the tests, for none of it is where the program is. What remains possible is to answer every call rightly by any
-means, such as a table learnt by heart.
+plain data. The other, the examiner, holds the tests, calls through that pipe and compares what comes back; it alone
+can give the verdict. Arguments are copies; what a program does to them in place is not seen. So a program cannot pass
+by printing something, leaving early, changing `assert` or `==`, or looking for the tests, for none of it is where the
+program is. What remains possible is to answer every call rightly by any means, such as a table learnt by heart.
 
 Before either runs foreign code the kernel takes away (seccomp) every system call but those of ALLOWED: compute,
 allocate, sleep, use pipes that are open already. No file, socket, process or signal is among them, so nothing can be
 read (not the environment of the parent either), written, deleted, sent or killed; the modules of MODULES are loaded
-before, others cannot be. It needs no privilege and works in containers. Each process then tries what is forbidden, and
-ends if anything succeeds. Limits hold besides: CPU and wall-clock seconds, memory, an empty directory, an empty
-environment, no site-packages.
+before, others cannot be. It needs no privilege, and nothing that containers usually forbid. Each process then tries
+what is forbidden, and ends if anything succeeds. Limits hold besides: CPU and wall-clock seconds, memory, an empty
+directory, an empty environment, no site-packages.
 
 Not enforced: how hard the program works CPU, caches and memory bus until its time is up. A fault in the kernel's
 handling of an allowed call would be a way out. Without `isolated` only the limits hold.
