@@ -1,5 +1,6 @@
 """Multiple choice: which letter a reply decides for, an order that hides the right one, and rows that are wrong."""
 
+import csv
 import json
 from collections import Counter
 
@@ -110,6 +111,11 @@ def test_the_layouts_of_the_public_sets_mean_the_same(tmp_path):
         (found[name],) = questions.questions("eval", 0)
         assert f"{found[name].answer}) east" in found[name].prompt
     assert {q.answer for q in found.values()} == {found["gpqa"].answer}
+    with (tmp_path / "gpqa.csv").open("w", newline="") as file:  # as GPQA is handed out
+        table = csv.DictWriter(file, list(rows["gpqa"]))
+        table.writeheader()
+        table.writerow(rows["gpqa"])
+    assert list(question_set("gpqa", path=str(tmp_path / "gpqa.csv")).questions("eval", 0)) == [found["gpqa"]]
     with pytest.raises(ValueError, match="`gpqa` is for evaluation only"):
         next(question_set("gpqa", path=path).questions("calibration", 0))
 

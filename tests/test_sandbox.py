@@ -15,7 +15,7 @@ from secateurs.questions import sandbox
 from secateurs.questions.sandbox import Sandbox, pack, unpack
 
 BOX = Sandbox()
-SMALL = Sandbox(seconds=1, memory=1 << 28)
+SMALL = Sandbox(seconds=1, clock=1, memory=1 << 28)
 TEST = "assert f(2) == 4\nassert f(3) == 9\n"
 RIGHT = "\ndef f(x):\n    return x * x\n"
 
@@ -188,7 +188,7 @@ def test_what_is_greedy_or_waits_ends_and_nothing_stays_behind(monkeypatch, tmp_
 
 def test_the_program_ends_by_itself_when_its_parent_is_killed():
     code = "from secateurs.questions.sandbox import Sandbox\n"
-    code += "Sandbox(seconds=1).passes('import time; time.sleep(99)', 'f()', ('f',))"
+    code += "Sandbox(clock=1).passes('import time; time.sleep(99)', 'f()', ('f',))"
     parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
     def children(pid: int) -> list[int]:

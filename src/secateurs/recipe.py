@@ -95,7 +95,7 @@ class Calibration(_Table):
     batch_tokens: int = Field(default=16_384, ge=1)
     """Padded tokens in a forward pass. Not a resource: another number rounds otherwise, and near-ties then turn."""
     corpus: str = ""
-    """A file of JSON lines, Parquet or text (`rows.py`) for the region `corpus`; "" is the C4 sample that ships."""
+    """A file (`rows.py`) or data set of the hub (`hub.py`) for the region `corpus`; "" is the C4 sample that ships."""
     corpus_field: str = "text"
     corpus_tokens: int = Field(default=2048, ge=1)
     """Longer texts are cut into pieces of so many."""

@@ -1,4 +1,4 @@
-"""Questions from a file of JSON lines or Parquet, and the public sets that ship with the package."""
+"""Questions from the rows of a file, answered by a number or mathematics, and the public sets of that kind."""
 
 import re
 from collections.abc import Callable, Iterator

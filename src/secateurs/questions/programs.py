@@ -73,7 +73,7 @@ class Code:
     """One row (`rows.py`) with a task and its tests each, in the `layout` of HumanEval or MBPP; split as `Jsonl` is.
 
     Model-written programs run only where the kernel can lock them in; `isolated = false` lets them run elsewhere, with
-    limits but unlocked. `seconds` of CPU and `memory` bytes are for each program.
+    limits but unlocked. `seconds` of CPU, three times as many by the clock, and `memory` bytes are for each program.
     """
 
     path: str
@@ -102,7 +102,7 @@ class Code:
     @property
     def sandbox(self) -> Sandbox:
         """Where its programs run."""
-        return Sandbox(seconds=self.seconds, memory=self.memory, isolated=self.isolated)
+        return Sandbox(seconds=self.seconds, clock=3 * self.seconds, memory=self.memory, isolated=self.isolated)
 
     def questions(self, split: str, seed: int) -> Iterator[Question]:
         """Distinct questions of `split` in an order fixed by `seed`. ValueError where programs cannot be locked in."""
