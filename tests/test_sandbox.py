@@ -45,7 +45,7 @@ FORGED = {
     "print the verdict": "print('pass', flush=True)\nimport os\nfor fd in range(32):\n"
     "    try: os.write(fd, b'pass\\n')\n    except OSError: pass\nos._exit(0)",
     "print the verdict when called": "import os\ndef f(x):\n  for fd in range(32):\n"
-    "    try: os.write(fd, b'ready\\npass\\n')\n    except OSError: pass\n  os._exit(0)",
+    "    try: os.write(fd, b'pass\\n')\n    except OSError: pass\n  os._exit(0)",
     "equal everything": "class E:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef f(x): return E()",
     "be an int that equals everything": "class E(int):\n    def __eq__(self, other): return True\n"
     "    __hash__ = None\ndef f(x): return E(0)",
@@ -166,6 +166,21 @@ GREEDY = {
 }
 
 
+WRONG_AND_STAYS = """
+import sys, time
+def f(x):
+    out = sys._getframe(1).f_locals['outbox']
+    out.write(b'["value", 0]\\n')
+    out.flush()
+    time.sleep(999)
+"""
+
+
+def test_memory_is_limited():
+    program = "def f(x):\n    space = bytearray(4 * 10**8)\n    return x * x\n"
+    assert passes(program, box=Sandbox(memory=1 << 30)) and not passes(program, box=Sandbox(memory=1 << 28))
+
+
 def test_what_is_greedy_or_waits_ends_and_nothing_stays_behind(monkeypatch, tmp_path):
     started: list[subprocess.Popen[bytes]] = []
     begin = subprocess.Popen
@@ -178,12 +193,13 @@ def test_what_is_greedy_or_waits_ends_and_nothing_stays_behind(monkeypatch, tmp_
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert all_pass(GREEDY, SMALL) == dict.fromkeys(GREEDY, False)
     assert passes(RIGHT)
+    assert not passes(WRONG_AND_STAYS, box=Sandbox(clock=600))
     for process in started:
         with pytest.raises(ProcessLookupError):
             for _ in range(6000):  # a killed grandchild is gone once its new parent has reaped it
                 os.killpg(process.pid, 0)
                 time.sleep(0.01)
-    assert len(started) == len(GREEDY) + 1 and not list(tmp_path.iterdir())
+    assert len(started) == len(GREEDY) + 2 and not list(tmp_path.iterdir())
 
 
 def test_the_program_ends_by_itself_when_its_parent_is_killed():
