@@ -176,6 +176,12 @@ def f(x):
 """
 
 
+def test_seconds_of_cpu_are_limited_whatever_the_clock_allows():
+    started = time.monotonic()
+    assert not passes("while True: pass", box=Sandbox(seconds=1, clock=600))
+    assert time.monotonic() - started < 500
+
+
 def test_memory_is_limited():
     program = "def f(x):\n    space = bytearray(4 * 10**8)\n    return x * x\n"
     assert passes(program, box=Sandbox(memory=1 << 30)) and not passes(program, box=Sandbox(memory=1 << 28))
