@@ -191,7 +191,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     big = ["--set", "calibration.num_tokens=200000"]
     process = subprocess.Popen([*command, *big], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait = time.monotonic() + 60
-    while not list(tmp_path.rglob("active.jsonl")) and time.monotonic() < wait:
+    while not any(path.stat().st_size for path in tmp_path.rglob("active.jsonl")) and time.monotonic() < wait:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

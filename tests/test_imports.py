@@ -7,7 +7,8 @@ import secateurs
 
 SOURCE = Path(secateurs.__file__).parent
 ORDER = [
-    {"artifacts", "patterns", "linalg", "leaks", "rows", "parallel", "statistics"},
+    {"artifacts", "patterns", "linalg", "leaks", "hub", "parallel", "statistics"},
+    {"rows"},
     {"questions"},
     {"layer", "traces", "prompts"},
     {"scores", "engines"},
@@ -24,7 +25,7 @@ ORDER = [
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-NO_TORCH = {"artifacts", "statistics", "leaks", "rows", "questions", "traces", "prompts", "report", "page"}
+NO_TORCH = {"artifacts", "statistics", "leaks", "hub", "rows", "questions", "traces", "prompts", "report", "page"}
 
 
 def room(path: Path) -> str:

@@ -1,5 +1,7 @@
 """Answers are the same when they mean the same; what cannot be judged is wrong, counted, and does no harm."""
 
+import signal
+
 import pytest
 
 from secateurs.questions import question_set
@@ -32,6 +34,13 @@ JUDGE = MathJudge()
         (r"[-2,7]", r"\boxed{[-2, 7]}", True),
         (r"[-2,7]", r"\boxed{(-2, 7)}", False),
         ("11.5", r"\boxed{\$11.50}", True),
+        ("18", r"First \boxed{17}, but it is \boxed{18}.", True),
+        ("18", r"First \boxed{18}, but it is \boxed{17}.", False),
+        ("18", r"$\boxed{17}$? No. $$\boxed{18}$$", True),
+        (r"\frac{1}{2}", r"\[\boxed{\frac{1}{3}}\] is wrong, so \(\boxed{\frac{1}{2}}\)", True),
+        ("3, 5", r"They are $\boxed{3}$ and $\boxed{5}$.", True),
+        ("3, 5", r"\boxed{3}, \boxed{5}", True),
+        ("3, 5", r"They are $\boxed{3}$, or maybe $\boxed{5}$.", False),
         ("42", "", False),
         ("42", r"\boxed{}", False),
         ("42", "I do not know", False),
@@ -47,6 +56,7 @@ def test_what_hangs_or_dies_is_wrong_and_the_next_one_is_judged():
     judge = MathJudge()
     assert judge.same("2", r"\boxed{2}")
     judge.seconds = 0.0
+    judge._process.send_signal(signal.SIGSTOP)  # or it may answer in no time
     assert not judge.same("2", r"\boxed{2}") and judge.unjudged == 1
     judge.seconds = 10.0
     assert judge.same("2", r"\boxed{1+1}")

@@ -62,5 +62,11 @@ def test_a_wrong_line_is_named(tmp_path, line, sentence):
 def test_a_missing_file_and_a_wrong_option():
     with pytest.raises(ValueError, match="nowhere: no such file"):
         next(Jsonl(path="nowhere").questions("eval", 0))
-    with pytest.raises(ValueError, match="question set `jsonl`"):
-        question_set("jsonl", pth="x")
+    for options, lesson in (
+        ({"pth": "x"}, "unknown option of question set `jsonl` `pth`. Did you mean `path`?"),
+        ({"path": 3}, "question set `jsonl`: path: input should be a valid string, found 3"),
+        ({"path": "x", "judge": "numbr"}, "judge: input should be 'number' or 'math', found 'numbr'"),
+        ({}, "question set `jsonl`: .*'path'"),
+    ):
+        with pytest.raises(ValueError, match=lesson):
+            question_set("jsonl", **options)

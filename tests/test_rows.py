@@ -20,15 +20,16 @@ def files(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     pd.DataFrame(ROWS).to_parquet(tmp_path / "a.parquet")
+    pd.DataFrame(ROWS).to_csv(tmp_path / "a.csv", index=False)
     (tmp_path / "a.txt").write_text("\n\n\n".join(row["text"].strip().replace(". ", ".\n") for row in ROWS))
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "a.txt"])
 def test_every_kind_of_file_gives_its_rows_with_their_places(files, name):
     found = list(read_rows(files / name))
     assert [" ".join(row["text"].split()) for _, row in found] == [row["text"].strip() for row in ROWS]
-    assert found[1][0] == f"{files / name}" + {"a.parquet": ", row 2", "a.txt": ":6"}.get(name, ":2")
+    assert found[1][0] == f"{files / name}" + {"a.csv": ":3", "a.parquet": ", row 2", "a.txt": ":6"}.get(name, ":2")
     recipe = load_recipe("demo", [f'calibration.corpus="{files / name}"'])
     texts = list(run.corpus_texts(recipe, 0))
     assert sorted(" ".join(t.split()) for t in texts) == sorted(row["text"].strip() for row in ROWS)
@@ -38,11 +39,15 @@ def test_every_kind_of_file_gives_its_rows_with_their_places(files, name):
 @pytest.mark.parametrize(
     ("name", "content", "lesson"),
     [
-        ("a.csv", b"x", "a.csv: not a known kind of file; known are .jsonl"),
+        ("a.xlsx", b"x", "a.xlsx: not a known kind of file; known are .jsonl"),
         ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a.jsonl:2: not a JSON object"),
         ("a.jsonl", b"\xff\xfe{}", "a.jsonl: damaged, or not UTF-8"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged"),
         ("a.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 40, "a.jsonl.gz: damaged"),
+        ("a.csv", b"text,other\nx\n", "a.csv:2: not as many fields as the first line names"),
+        ("a.csv", b"text\nx,y\n", "a.csv:2: not as many fields as the first line names"),
+        ("a.csv", b'text\n"' + b"x" * 200_000, "a.csv: damaged, or not UTF-8 text .field larger than"),
+        ("a.csv", b"body\nx\n", "a.csv:2: no text in field `text`; there are body"),
         ("a.parquet", b"PAR1 not really", "a.parquet: damaged or not a Parquet file"),
         ("a.jsonl", b'{"body": "x", "id": 1}', "a.jsonl:1: no text in field `text`; there are body, id"),
     ],

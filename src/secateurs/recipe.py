@@ -105,7 +105,7 @@ class Calibration(_Table):
     first_tokens: int = Field(default=0, ge=0)
     """Only so many tokens of a completion calibrate; 0: all. Held-out traces stay whole."""
     corpus: str = ""
-    """A file of JSON lines, Parquet or text (`rows.py`) for the region `corpus`; "" is the C4 sample that ships."""
+    """A file (`rows.py`) or data set of the hub (`hub.py`) for the region `corpus`; "" is the C4 sample that ships."""
     corpus_field: str = "text"
     corpus_tokens: int = Field(default=2048, ge=1)
     """Longer texts are cut into pieces of so many."""

@@ -1,5 +1,6 @@
-"""Rows of local files: JSON lines, Parquet, plain text. Files are untrusted; an error names the place. No torch."""
+"""Rows of files: JSON lines, CSV, Parquet, text; or of the hub. All untrusted; an error names the place. No torch."""
 
+import csv
 import gzip
 import json
 import zlib
@@ -10,16 +11,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from secateurs.hub import HUB, hub_rows
+
 ROWS_AT_ONCE = 1024
-KINDS = (".jsonl", ".json", ".parquet", ".txt")
+KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
 def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a file with its place, as in `file:12`: JSON lines and text may be gzipped (`.jsonl.gz`).
+    """Each row of a file with its place, as in `file:12`: all but Parquet may be gzipped (`.jsonl.gz`).
 
-    A text is cut at blank lines, and each paragraph is a row {"text": ...}. ValueError for a file that is not there,
-    is of no known kind (by its name) or is damaged.
+    A text is cut at blank lines, and each paragraph is a row {"text": ...}. A `path` that starts with `hub:` is a data
+    set there (`hub.py`). ValueError for a file that is not there, is of no known kind (by its name) or is damaged.
     """
+    if str(path).startswith(HUB):
+        yield from hub_rows(str(path))
+        return
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -30,9 +36,10 @@ def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _parquet(path)
         return
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            yield from _paragraphs(path, lines) if kind == ".txt" else _json_lines(path, lines)
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8", newline="") as lines:
+            yield from {".txt": _paragraphs, ".csv": _csv}.get(kind, _json_lines)(path, lines)
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
         raise ValueError(f"{path}: damaged, or not UTF-8 text ({error})") from None
 
 
@@ -47,6 +54,14 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[st
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: not a JSON object")
         yield f"{path}:{number}", row
+
+
+def _csv(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(lines)
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"{path}:{reader.line_num}: not as many fields as the first line names")
+        yield f"{path}:{reader.line_num}", row
 
 
 def _paragraphs(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:

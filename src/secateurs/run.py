@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from glob import escape
+from hashlib import sha256
 from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
@@ -40,6 +41,7 @@ from secateurs.engines import Completion, Engine, Request, Sampling, default_sam
 from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
 from secateurs.export import export
+from secateurs.hub import HUB
 from secateurs.layer import Gram, LayerProblem
 from secateurs.models import load_model, load_tokenizer, model_path
 from secateurs.parallel import Progress, silent
@@ -98,7 +100,15 @@ class Dense:
 
     @cached_property
     def corpus_hash(self) -> str:
-        """Of the content of the recipe's corpus, as a file may change under its name; "" for the one that ships."""
+        """Of the content of the recipe's corpus, as a file may change under its name; "" for the one that ships.
+
+        Of a corpus on the hub: of the texts that are used, which are read once more for it.
+        """
+        if self.recipe.calibration.corpus.startswith(HUB):
+            digest = sha256()
+            for text in corpus_texts(self.recipe, 0):
+                digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
+            return digest.hexdigest()
         path = Path(self.recipe.calibration.corpus)
         return folder_hash(path.parent, [escape(path.name)]) if self.recipe.calibration.corpus else ""
 

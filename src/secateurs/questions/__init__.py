@@ -1,10 +1,12 @@
 """What a model is asked: question sets with stable ids, disjoint splits, a prompt format, an answer check. No torch."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Protocol
+from typing import Protocol, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,16 @@ QUESTION_SETS: dict[str, str] = {
     "gsm8k": "secateurs.questions.jsonl:gsm8k",
     "svamp": "secateurs.questions.jsonl:svamp",
     "math500": "secateurs.questions.jsonl:math500",
+    "aime24": "secateurs.questions.jsonl:aime24",
+    "aime25": "secateurs.questions.jsonl:aime25",
     "jsonl": "secateurs.questions.jsonl:Jsonl",
+    "commonsenseqa": "secateurs.questions.choices:commonsenseqa",
+    "gpqa": "secateurs.questions.choices:gpqa",
+    "choices": "secateurs.questions.choices:Choices",
+    "humaneval": "secateurs.questions.programs:humaneval",
+    "mbpp": "secateurs.questions.programs:mbpp",
+    "code": "secateurs.questions.programs:Code",
+    "countdown": "secateurs.questions.countdown:Countdown",
 }
 
 
@@ -59,11 +70,22 @@ def unknown_name(kind: str, name: str, known: list[str]) -> str:
 
 
 def question_set(name: str, **options) -> QuestionSet:
-    """The set called `name`, built with `options`. ValueError names the nearest set or option."""
+    """The set called `name`, built with `options`. ValueError names the nearest set or option, or what fits."""
     if name not in QUESTION_SETS:
         raise ValueError(unknown_name("question set", name, list(QUESTION_SETS)))
     module, attribute = QUESTION_SETS[name].split(":")
     factory: Callable[..., QuestionSet] = getattr(import_module(module), attribute)
+    kind = factory if isinstance(factory, type) else get_type_hints(factory)["return"]
+    known = [entry.name for entry in fields(kind) if entry.init]
+    hints = get_type_hints(kind)
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(unknown_name(f"option of question set `{name}`", option, known))
+        try:
+            TypeAdapter(hints[option]).validate_python(value, strict=True)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].lower()
+            raise ValueError(f"question set `{name}`: {option}: {message}, found {value!r}") from None
     try:
         return factory(**options)
     except TypeError as error:

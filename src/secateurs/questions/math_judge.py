@@ -4,15 +4,20 @@ Run as a program this file is that process: a JSON line in, a JSON line out.
 """
 
 import json
+import re
 import select
 import subprocess
 import sys
 import weakref
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 SECONDS = 10.0
 MEMORY = 4 << 30
 LONGEST = 20_000  # characters; an answer stands at the end
+BOX = re.compile(r"\\boxed\s*\{")
+BRACE = re.compile(r"[{}]")
+JOINED = re.compile(r"[\s$,;()\[\]\\]*(?:(?:and|or)[\s$,;()\[\]\\]*)?")
 
 
 @dataclass
@@ -57,6 +62,29 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def last_boxes(reply: str) -> str:
+    """`reply` from behind the last box that is taken back: `\\boxed{17}, no, it is \\boxed{18}` says 18.
+
+    Boxes with nothing but commas, signs of mathematics, `and` or `or` between them stay together, as one answer.
+    """
+    starts = [found.start() for found in BOX.finditer(reply)]
+    for earlier, later in reversed(list(pairwise(starts))):
+        end = _end_of_box(reply, earlier)
+        if not JOINED.fullmatch(reply, min(end, later), later):
+            return reply[min(end, later) :].lstrip("$)]\\ ")
+    return reply
+
+
+def _end_of_box(text: str, start: int) -> int:
+    """Behind the brace that closes the box at `start`; the end of the text where none does."""
+    depth = 0
+    for brace in BRACE.finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return brace.end()
+    return len(text)
+
+
 def main() -> None:
     """Judge what comes in until nothing more does."""
     import resource
@@ -68,7 +96,7 @@ def main() -> None:
     for line in sys.stdin:
         pair = json.loads(line)
         reference = parse(f"${pair['reference']}$")
-        print(json.dumps({"same": bool(verify(reference, parse(pair["reply"])))}), flush=True)
+        print(json.dumps({"same": bool(verify(reference, parse(last_boxes(pair["reply"]))))}), flush=True)
 
 
 if __name__ == "__main__":
