@@ -87,3 +87,14 @@ def test_arms():
 def test_a_goal_needs_inputs_that_can_differ():
     with pytest.raises(ValueError, match='prune: goal "dense" needs propagate "block" or "group"'):
         load_recipe("demo", ["prune.goal=dense", "prune.propagate=dense"])
+
+
+def test_the_grid_is_every_combination_with_nothing_left_to_sweep():
+    sets = ["sweep.sparsity=[]", "sweep.pattern=[{name='nm', n=2, m=4}, {name='unstructured', sparsity=0.5}]"]
+    grid = load_recipe("demo", [*sets, "sweep.arm=['rac', {think=1.0}]", "sweep.solver=[{name='admm'}]"]).grid
+    assert [(cell.prune.pattern["name"], cell.calibration.arm) for cell in grid] == [
+        ("nm", "rac"), ("nm", {"think": 1.0}), ("unstructured", "rac"), ("unstructured", {"think": 1.0}),
+    ]  # fmt: skip
+    assert all(cell.prune.solver == {"name": "admm"} and len(cell.grid) == 1 for cell in grid)
+    with pytest.raises(ValueError, match=r"sweep\.sparsity and sweep\.pattern both say what to remove"):
+        load_recipe("demo", sets[1:])

@@ -422,7 +422,7 @@ def cell_folder(recipe: Recipe, out: Path, seed: int, traced: Traced, dense: Den
             "resolved": [repr(plan.solver), repr(build_allocator(recipe.prune.allocator))],  # defaults may change
         }
     )[:12]  # fmt: skip
-    pattern = str(plan.pattern).replace("%", "pct").replace(":", "of")
+    pattern = str(plan.pattern).replace("%", "pct").replace(":", "of").replace(" ", "-")
     return out / "cells" / f"{arm_label(recipe.calibration.arm)}-{pattern}-s{seed}-{key}"
 
 
