@@ -61,10 +61,7 @@ def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1)
     dense = Dense(recipe)
     out.mkdir(parents=True, exist_ok=True)
     plan_check(recipe, dense)
-    bench = partial(_Bench, recipe, out)
-    if jobs == 1:  # the model that was just loaded will do
-        made = bench(progress, dense)
-        bench = lambda progress: made  # noqa: E731
+    bench = partial(_Bench, recipe, out, given=dense if jobs == 1 else None)
     seeds: list[_Seed] = run_tasks(bench, [(_ask_dense, (seed,)) for seed in recipe.seeds], jobs, progress)
     groups: list[Task] = []
     total = len(recipe.seeds) * len(recipe.grid)
@@ -115,10 +112,18 @@ class _Bench:
     out: Path
     progress: Progress
     given: Dense | None = None
+    states: tuple[str, evaluate.Reference] | None = None
 
     @cached_property
     def dense(self) -> Dense:
         return self.given or Dense(self.recipe)
+
+    def reference(self, traced: Traced) -> evaluate.Reference:
+        """The dense model's hidden states on what is held out of some traces; the last ones are remembered."""
+        if self.states is None or self.states[0] != traced.key:
+            held = batches(map(trace_document, traced.held_out), self.recipe.calibration.batch_tokens)
+            self.states = traced.key, evaluate.reference_states(self.dense.model, list(held))
+        return self.states[1]
 
 
 @dataclass(frozen=True)
@@ -160,11 +165,9 @@ def _do_cells(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe],
     out, dense, progress = bench.out, bench.dense, bench.progress
     if len(cells) > 1:
         solve_alike(cells, out, seed, traced, dense, progress)
-    held = batches(map(trace_document, traced.held_out), bench.recipe.calibration.batch_tokens)
-    reference = evaluate.reference_states(dense.model, list(held))
     done = []
     for number, recipe in enumerate(cells, start=first):
-        pruned = prune(recipe, out, seed, traced, dense, reference, progress)
+        pruned = prune(recipe, out, seed, traced, dense, bench.reference(traced), progress)
         answers = None
         if recipe.evaluate.num_questions:
             pattern = build_pattern(recipe.prune.pattern)
