@@ -1,7 +1,7 @@
 """Which of a model's own traces should calibrate? One table: every selection, the same budget, judge and questions.
 
     python benchmarks/selection.py OUT                                  # the bundled reasoner, all of SELECTIONS
-    python benchmarks/selection.py OUT --only all,correct --recipe benchmarks/word_problems.toml --set model=FOLDER
+    python benchmarks/selection.py OUT --only 'all;first 64 tokens' --recipe RECIPE --set model=FOLDER
 
 A selection is a few settings on top of the recipe. p is of the exact paired test against the first selection.
 """
@@ -41,12 +41,12 @@ SELECTIONS: dict[str, list[str]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--only", default=",".join(name for name in SELECTIONS if "," not in name))
+    parser.add_argument("--only", default=";".join(SELECTIONS))
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    names = list(SELECTIONS) if options.only == "everything" else options.only.split(",")
+    names = options.only.split(";")
     reports = {
         name: study(
             load_recipe(options.recipe, [*BASE, *SELECTIONS[name], *options.set]), options.out, jobs=options.jobs
