@@ -38,10 +38,10 @@ def test_figures_by_hand():
 
 
 def test_accuracy_under_a_cap_is_what_was_right_within_it():
-    at = {point["cap"]: point["pass_at_1"] for point in by_cap([*DENSE, trace("c", 0, 1.0, 40, 33)], 40)}
-    assert list(at) == [1, 2, 4, 5, 7, 10, 14, 20, 28, 40]
-    assert at[7] == 0 and at[10] == at[14] == pytest.approx(1 / 3)
-    assert at[20] == at[28] == pytest.approx((1 + 0.5) / 3) and at[40] == pytest.approx((1 + 0.5 + 1) / 3)
+    at = {point["cap"]: point["pass_at_1"] for point in by_cap([*DENSE, trace("c", 0, 1.0, 64, 33)], 64)}
+    assert list(at) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 16, 19, 23, 27, 32, 38, 45, 54, 64]
+    assert at[7] == 0 and at[8] == at[16] == pytest.approx(1 / 3), "both samples of a think 8 tokens"
+    assert at[19] == at[32] == pytest.approx((1 + 0.5) / 3) and at[38] == at[64] == pytest.approx((1 + 0.5 + 1) / 3)
     assert measure(PRUNED, {}, question_set="q", seconds=1.0, max_new_tokens=40)["scores"] == {"a": 0.5, "b": 0.0}
 
 

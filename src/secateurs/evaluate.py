@@ -15,7 +15,7 @@ from secateurs.statistics import mean_interval, share_interval
 from secateurs.traces import Trace, looping
 
 CURVE_BUCKETS = 20
-CAPS = 12
+CAPS = 24
 
 
 def by_question(traces: Sequence[Trace]) -> dict[str, float]:
@@ -29,10 +29,10 @@ def by_question(traces: Sequence[Trace]) -> dict[str, float]:
 def by_cap(traces: Sequence[Trace], most: int) -> list[dict[str, Any]]:
     """pass@1 if thinking had been cut off, from replies that were not: those that thought longer count as wrong.
 
-    Caps are `most` tokens and as much divided by sqrt(2) again and again, twelve in all. What a model would do if it
-    were made to answer at the cap is another question, which would need another run.
+    Caps are `most` tokens and as much divided by the fourth root of 2 again and again, to a fiftieth. What a model
+    would do if it were made to answer at the cap is another question, which would need another run.
     """
-    caps = sorted({round(most / 2 ** (step / 2)) for step in range(CAPS)} - {0})
+    caps = sorted({round(most / 2 ** (step / 4)) for step in range(CAPS)} - {0})
     count = len({trace.question_id for trace in traces})
     points = []
     for cap in caps:

@@ -517,11 +517,13 @@ def _trace_plots(arms: dict[str, list[Cell]]) -> list[dict[str, Any]]:
 def _cap_plot(report: Report, focus: SummaryRow) -> list[dict[str, Any]]:
     """Accuracy against a cap on thinking tokens, of the dense model and of one setting."""
     arms = _beside_dense(report, focus, lambda cell: cell.evaluation.by_cap)
+    caps = {p.cap for cells in arms.values() for c in cells for p in c.evaluation.by_cap if p.pass_at_1}
     series = []
     for label, cells in arms.items():
         at: dict[int, list[float]] = defaultdict(list)
         for point in (point for cell in cells for point in cell.evaluation.by_cap):
-            at[point.cap].append(point.pass_at_1)
+            if point.cap >= min(caps, default=0):  # below it nobody is right
+                at[point.cap].append(point.pass_at_1)
         points = [_point(math.log2(cap), math.fsum(v) / len(v)) for cap, v in sorted(at.items())]
         series.append(Series(label, cells[0].arm, points, int(cells[0].arm == "dense")))
     if not series:
@@ -534,7 +536,6 @@ def _cap_plot(report: Report, focus: SummaryRow) -> list[dict[str, Any]]:
             y_label="pass@1, replies that think longer counted as wrong",
             x_text=lambda power: _count(2**power),
             y_text=_percent,
-            y_range=(0, 1.05),
         )
     ]
 
