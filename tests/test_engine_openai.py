@@ -131,7 +131,8 @@ def test_memory_does_not_grow_with_the_number_of_requests():
             return found - 200 * len(server.attempts)  # the server's own book
 
     peak(50)
-    assert peak(600) < 1.5 * peak(150)
+    # How many answers lie in sockets at once is chance, on a busy machine a large one; growth would show every time.
+    assert any(peak(600) < 1.5 * peak(150) for _ in range(3))
 
 
 def test_no_more_are_drawn_ahead_than_are_in_flight():
