@@ -1,8 +1,9 @@
 """Evidence: what a set of sampled answers says about a model, with intervals, and how far its hidden states drifted."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ CURVE_BUCKETS = 20
 CAPS = 24
 
 
-def by_question(traces: Sequence[Trace]) -> dict[str, float]:
-    """Share of correct samples for every question. A trace nobody scored counts as wrong."""
+def by_question(traces: Sequence[Trace], cap: float = math.inf) -> dict[str, float]:
+    """Share of correct samples for every question. One nobody scored, or that thought beyond `cap`, counts as wrong."""
     rewards: dict[str, list[float]] = defaultdict(list)
     for trace in traces:
-        rewards[trace.question_id].append(trace.reward or 0.0)
+        rewards[trace.question_id].append((trace.reward or 0.0) if trace.think_tokens <= cap else 0.0)
     return {question: sum(values) / len(values) for question, values in rewards.items()}
 
 
@@ -33,12 +34,8 @@ def by_cap(traces: Sequence[Trace], most: int) -> list[dict[str, Any]]:
     would do if it were made to answer at the cap is another question, which would need another run.
     """
     caps = sorted({round(most / 2 ** (step / 4)) for step in range(CAPS)} - {0})
-    count = len({trace.question_id for trace in traces})
-    points = []
-    for cap in caps:
-        within = [trace if trace.think_tokens <= cap else replace(trace, reward=0.0) for trace in traces]
-        points.append({"cap": cap, "pass_at_1": sum(by_question(within).values()) / count})
-    return points
+    scores = {cap: by_question(traces, cap).values() for cap in caps}
+    return [{"cap": cap, "pass_at_1": sum(values) / len(values)} for cap, values in scores.items()]
 
 
 def measure(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_o
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from secateurs.statistics import Z95, holm, mean_interval, sign_flip
+from secateurs.statistics import Z95, holm, mean_variance, sign_flip
 
 SCHEMA = "secateurs.report"
 VERSION = 2
@@ -360,7 +360,7 @@ def _interval(cells: Sequence[Cell]) -> tuple[float, float]:
     if len(cells) == 1:
         return cells[0].evaluation.interval
     mean = math.fsum(scores) / len(scores)
-    between = math.fsum((score - mean) ** 2 for score in scores) / (len(scores) - 1) / len(scores)
+    between = mean_variance(scores)
 
     def reach(side: int) -> float:
         squares = [(cell.evaluation.interval[side] - cell.evaluation.pass_at_1) ** 2 for cell in cells]
@@ -490,12 +490,9 @@ def _compared(first: Sequence[Cell], second: Sequence[Cell]) -> Comparison | Non
     if not differences:
         return None
     values = [math.fsum(values) / len(values) for _, values in sorted(differences.items())]
-    low, high = mean_interval(values)
     mean = math.fsum(values) / len(values)
     of_seed = [math.fsum(a[q] - b[q] for q in a.keys() & b.keys()) / max(len(a.keys() & b.keys()), 1) for a, b in pairs]
-    middle = math.fsum(of_seed) / len(of_seed)
-    between = math.fsum((value - middle) ** 2 for value in of_seed) / max(len(of_seed) - 1, 1) / len(of_seed)
-    reach = math.sqrt(((high - low) / 2) ** 2 + Z95**2 * between)
+    reach = Z95 * math.sqrt(mean_variance(values) + mean_variance(of_seed))
     p = sign_flip(values)
     return Comparison(
         sparsity=first[0].sparsity,

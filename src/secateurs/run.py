@@ -411,14 +411,20 @@ def arm_label(arm: Arm) -> str:
     return arm if isinstance(arm, str) else "+".join(f"{weight:g}{region}" for region, weight in arm.items() if weight)
 
 
+def _calibrated_on(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> dict[str, Any]:
+    """For a key: the model, and every token that it is calibrated and judged on."""
+    return {
+        "traces": traced.key, "filters": {"of calibration": recipe.traces.filters} if recipe.traces.filters else {},
+        "calibration": recipe.calibration.model_dump(), "seed": seed, **dense.key, "corpus": dense.corpus_hash,
+    }  # fmt: skip
+
+
 def cell_folder(recipe: Recipe, out: Path, seed: int, traced: Traced, dense: Dense) -> Path:
     """Where a cell's model, blocks and answers are kept."""
     plan = plan_of(recipe)
     key = canonical_hash(
         {
-            "traces": traced.key, "filters": {"of calibration": recipe.traces.filters} if recipe.traces.filters else {},
-            "calibration": recipe.calibration.model_dump(), "prune": recipe.prune.model_dump(),
-            "seed": seed, **dense.key, "corpus": dense.corpus_hash,
+            **_calibrated_on(recipe, seed, traced, dense), "prune": recipe.prune.model_dump(),
             "resolved": [repr(plan.solver), repr(build_allocator(recipe.prune.allocator))],  # defaults may change
         }
     )[:12]  # fmt: skip
@@ -553,9 +559,7 @@ def allocate(
     selected = pruner.prunable(model, plan)
     key = canonical_hash(
         {
-            "traces": traced.key, "filters": {"of calibration": recipe.traces.filters} if recipe.traces.filters else {},
-            "calibration": recipe.calibration.model_dump(), "seed": seed, **dense.key,
-            "corpus": dense.corpus_hash, "sparsity": sparsity, "curves": allocator.needs_curves,
+            **_calibrated_on(recipe, seed, traced, dense), "sparsity": sparsity, "curves": allocator.needs_curves,
             "matrices": [matrix.name for block in selected for matrix in block],
         }
     )[:12]  # fmt: skip

@@ -9,12 +9,15 @@ import numpy as np
 Z95 = 1.959964  # two-sided 95 % of the normal distribution
 
 
+def mean_variance(values: Sequence[float]) -> float:
+    """Variance of the mean of independent values, from their spread; 0 for a single one."""
+    mean = sum(values) / len(values)
+    return sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1) / len(values)
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % normal interval of the mean of independent values. A single value has none: it comes back twice."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, mean
-    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    mean, error = sum(values) / len(values), math.sqrt(mean_variance(values))
     return mean - Z95 * error, mean + Z95 * error
 
 
@@ -26,7 +29,7 @@ def share_interval(values: Sequence[float]) -> tuple[float, float]:
     """
     n = len(values)
     p = sum(values) / n
-    variance = sum((v - p) ** 2 for v in values) / max(n - 1, 1) / n
+    variance = mean_variance(values)
     effective = p * (1 - p) / variance if variance > 0 else n
     centre = (p + Z95**2 / (2 * effective)) / (1 + Z95**2 / effective)
     half = Z95 / (1 + Z95**2 / effective) * math.sqrt(p * (1 - p) / effective + Z95**2 / (4 * effective**2))

@@ -28,6 +28,20 @@ class PromptFormat:
     prefill: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A set whose recipe says how it is put."""
+
+    system: str = ""
+    prefill: str = ""
+    examples: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def format(self) -> PromptFormat:
+        """The recipe's own prompt format."""
+        return PromptFormat(system=self.system, examples=self.examples, prefill=self.prefill)
+
+
 class QuestionSet(Protocol):
     """A named, versioned source of questions. Splits `calibration` and `eval` never share a question."""
 

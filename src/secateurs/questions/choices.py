@@ -8,7 +8,7 @@ from random import Random
 from string import ascii_uppercase
 from typing import Any
 
-from secateurs.questions import PromptFormat, Question
+from secateurs.questions import Asked, PromptFormat, Question
 from secateurs.questions.jsonl import DATA, file_questions, stable_id
 
 PICK_ONE = PromptFormat(system="Think step by step, then write the letter of the right answer in \\boxed{}.")
@@ -67,7 +67,7 @@ def _mentions(line: str) -> Iterator[re.Match[str]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices:
+class Choices(Asked):
     """One row (`rows.py`) with a question, its choices and which of them is right; split as `Jsonl` is.
 
     Either `right_field` and `wrong_fields` name the texts, or `choices_field` holds them (a list, or {"text": [...],
@@ -86,17 +86,10 @@ class Choices:
     wrong_fields: tuple[str, ...] = ()
     family_field: str = ""
     system: str = PICK_ONE.system
-    prefill: str = ""
-    examples: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if bool(self.right_field) != bool(self.wrong_fields):
             raise ValueError(f"question set `{self.name}`: right_field and wrong_fields go together")
-
-    @property
-    def format(self) -> PromptFormat:
-        """The recipe's own prompt format."""
-        return PromptFormat(system=self.system, examples=self.examples, prefill=self.prefill)
 
     def questions(self, split: str, seed: int) -> Iterator[Question]:
         """Distinct questions of `split` in an order fixed by `seed`. ValueError names the line that is wrong."""

@@ -10,7 +10,7 @@ from fractions import Fraction
 from hashlib import sha256
 from random import Random
 
-from secateurs.questions import PromptFormat, Question, unknown_name
+from secateurs.questions import Asked, PromptFormat, Question, unknown_name
 from secateurs.questions.choices import BOX
 
 SPLITS = {"calibration": range(0, 7), "eval": range(7, 10)}
@@ -95,7 +95,7 @@ def value_of(expression: str) -> tuple[Fraction, Counter[int]] | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Countdown:
+class Countdown(Asked):
     """Puzzles that are solvable by construction, split by the hash of numbers and target; difficulty is the count."""
 
     name: str = "countdown"
@@ -105,17 +105,10 @@ class Countdown:
     use_all: bool = True
     """Each number exactly once; otherwise at most once."""
     system: str = EXPRESSION.system
-    prefill: str = ""
-    examples: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.counts or any(count not in COUNTS for count in self.counts):
             raise ValueError(f"countdown: counts is {list(self.counts)}, but a puzzle has 2 to {COUNTS[-1]} numbers")
-
-    @property
-    def format(self) -> PromptFormat:
-        """The recipe's own prompt format."""
-        return PromptFormat(system=self.system, examples=self.examples, prefill=self.prefill)
 
     def questions(self, split: str, seed: int) -> Iterator[Question]:
         """Distinct questions of `split`, counts mixed, in an order fixed by `seed`; ends after some thousands."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from secateurs.questions import PromptFormat, Question
+from secateurs.questions import Asked, PromptFormat, Question
 from secateurs.questions.math_judge import MathJudge
 from secateurs.rows import read_rows
 
@@ -60,7 +60,7 @@ def stable_id(name: str, prompt: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jsonl:
+class Jsonl(Asked):
     """One row (`rows.py`) with a question and an answer each, compared as numbers or as mathematics (`math_judge`).
 
     The hash of a question decides its split. A set that comes with a test file of its own names it as `eval_path`, and
@@ -76,14 +76,7 @@ class Jsonl:
     family_field: str = ""
     judge: Literal["number", "math"] = "number"
     system: str = STEP_BY_STEP.system
-    prefill: str = ""
-    examples: tuple[tuple[str, str], ...] = ()
     _math: MathJudge = field(default_factory=MathJudge, init=False, repr=False, compare=False)
-
-    @property
-    def format(self) -> PromptFormat:
-        """The recipe's own prompt format."""
-        return PromptFormat(system=self.system, examples=self.examples, prefill=self.prefill)
 
     def questions(self, split: str, seed: int) -> Iterator[Question]:
         """Distinct questions of `split` in an order fixed by `seed`. ValueError names the line that is wrong."""

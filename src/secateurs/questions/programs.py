@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from textwrap import dedent, indent
 from typing import Any
 
-from secateurs.questions import PromptFormat, Question, unknown_name
+from secateurs.questions import Asked, PromptFormat, Question, unknown_name
 from secateurs.questions.jsonl import DATA, file_questions, stable_id
 from secateurs.questions.sandbox import Sandbox
 
@@ -69,7 +69,7 @@ def program_of(reply: str, task: Task) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Code:
+class Code(Asked):
     """One row (`rows.py`) with a task and its tests each, in the `layout` of HumanEval or MBPP; split as `Jsonl` is.
 
     Model-written programs run only where the kernel can lock them in; `isolated = false` lets them run elsewhere, with
@@ -85,19 +85,12 @@ class Code:
     memory: int = Sandbox.memory
     isolated: bool = True
     system: str = WRITE_IT.system
-    prefill: str = ""
-    examples: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise ValueError(unknown_name("layout", self.layout, list(LAYOUTS)))
         if self.seconds < 1 or self.memory < 1 << 27:
             raise ValueError(f"question set `{self.name}`: a program needs 1 second and {1 << 27:,} bytes at least")
-
-    @property
-    def format(self) -> PromptFormat:
-        """The recipe's own prompt format."""
-        return PromptFormat(system=self.system, examples=self.examples, prefill=self.prefill)
 
     @property
     def sandbox(self) -> Sandbox:
