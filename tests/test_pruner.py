@@ -9,7 +9,7 @@ from torch import nn
 
 from families import make_model
 from secateurs import collect, pruner
-from secateurs.calibration import CODES, CalibrationSet, Document, region_weights
+from secateurs.calibration import CODES, REGIONS, CalibrationSet, Document, region_weights
 from secateurs.models import decoder_blocks
 from secateurs.patterns import NM, Unstructured
 from secateurs.pruner import Plan
@@ -59,7 +59,8 @@ def test_every_family_is_pruned_exactly_and_nothing_else_changes(tiny_model, fam
 
 
 def test_grams_equal_those_of_single_documents_at_their_true_positions(tiny_model):
-    """Batched, padded and split by region, the Grams are those of every document run alone through the whole model."""
+    """Batched, padded and weighted by region, they are those of every document run alone through the whole model."""
+    weights = {"prompt": 0.0, "think": 2.0, "answer": 0.5}
     _, blocks = decoder_blocks(tiny_model)
     plan = replace(PLAN, propagate="dense")
     selected = pruner.prunable(tiny_model, plan)
@@ -67,23 +68,20 @@ def test_grams_equal_those_of_single_documents_at_their_true_positions(tiny_mode
     for index, block in enumerate(blocks):
         groups = [g for g in collect.groups_of(block, index, selected[index], streams[0]) if g.expert is None]
         with torch.no_grad():
-            train = collect.collect(block, index, groups, streams, keep_out=True).train
-        for stream in streams:
-            stream.hidden = stream.out
+            train = collect.collect(block, index, groups, streams, weights, move=True).train
         for group in groups:
-            expected = torch.zeros_like(train[group.name]["think"].xtx, dtype=torch.float64)
+            expected = torch.zeros_like(train[group.name].xtx, dtype=torch.float64)
             seen = []
             handle = group.module.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
             for document in CALIBRATION.documents:
                 seen.clear()
                 with torch.inference_mode():
                     tiny_model(input_ids=torch.tensor([document.ids]), use_cache=False)
-                x = seen[0].reshape(-1, seen[0].shape[-1])[torch.tensor(document.codes) == CODES["think"]].double()
-                expected += x.T @ x
+                x = seen[0].reshape(-1, seen[0].shape[-1]).double()
+                weight = torch.tensor([weights[REGIONS[code - 1]] for code in document.codes])
+                expected += (x.T * weight) @ x
             handle.remove()
-            assert torch.allclose(
-                train[group.name]["think"].xtx.double(), expected, rtol=1e-4, atol=1e-4 * expected.max()
-            )
+            assert torch.allclose(train[group.name].xtx.double(), expected, rtol=1e-4, atol=1e-4 * expected.max())
 
 
 def test_expert_grams_hold_the_tokens_routed_to_them():
@@ -93,11 +91,11 @@ def test_expert_grams_hold_the_tokens_routed_to_them():
     streams = collect.capture(model, CALIBRATION, 4096)
     groups = collect.groups_of(blocks[0], 0, selected[0], streams[0])
     with torch.no_grad():
-        train = collect.collect(blocks[0], 0, groups, streams).train
+        train = collect.collect(blocks[0], 0, groups, streams, CALIBRATION.weights).train
     down = [g for g in groups if g.part == "down"]
     tokens = sum(len(d.ids) for d in CALIBRATION.documents)
     assert len(down) == 4
-    assert sum(gram.tokens for g in down for gram in train[g.name].values()) == 2 * tokens  # top-2 routing
+    assert sum(train[g.name].tokens for g in down) == 2 * tokens  # top-2 routing
 
 
 def test_q_k_v_share_one_gram_and_so_do_gate_and_up():
@@ -178,7 +176,7 @@ def test_drifts_equal_those_of_single_documents():
     model, dense = make_model("llama"), make_model("llama")
     plan = replace(PLAN, goal="residual", propagate="group")
     with torch.no_grad():
-        streams = collect.capture(model, CALIBRATION, 200)
+        streams = collect.capture(model, CALIBRATION, 200, twin=True)
         blocks = (decoder_blocks(model)[1], decoder_blocks(dense)[1])
         for stream in streams:
             stream.dense = stream.run(blocks[0][0], 0)
@@ -192,7 +190,8 @@ def test_drifts_equal_those_of_single_documents():
         o_proj = next(matrix for matrix in selected if matrix.name.endswith("o_proj"))
         before = {o_proj: o_proj.weight.clone()}
         o_proj.weight.mul_(0.5)  # solved already, so the dense pass must see the weights from before
-        sums = collect.collect(blocks[0][1], 1, groups, streams, imitate=True, writers=writers, dense=before)
+        options = {"imitate": True, "writers": writers, "dense": before}
+        sums = collect.collect(blocks[0][1], 1, groups, streams, region_weights("think"), **options)
         assert torch.equal(o_proj.weight, before[o_proj] * 0.5)
         expected = {}
         for document in CALIBRATION.documents:
@@ -215,7 +214,7 @@ def test_drifts_equal_those_of_single_documents():
                 for kind, off in (("inputs", then[name] - now[name]), ("stream", then[stream] - now[stream])):
                     expected[name, kind] = expected.get((name, kind), 0) + off[rows].T @ now[name][rows]
     for (name, kind), value in expected.items():
-        drift = next(parts["think"] for group, parts in sums.train_drift.items() if group.endswith(name))
+        drift = next(drift for group, drift in sums.train_drift.items() if group.endswith(name))
         torch.testing.assert_close(
             getattr(drift, kind).double(), value, rtol=1e-3, atol=1e-5 * float(value.abs().max())
         )

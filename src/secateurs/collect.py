@@ -1,13 +1,13 @@
 """What runs through the blocks and what is summed on the way: streams of documents, groups of matrices, their sums.
 
-The only file with hooks. Matrices that receive the same tensor (q/k/v, gate/up) are one group with one Gram a region.
+The only file with hooks. Matrices that receive the same tensor (q/k/v, gate/up) are one group with one Gram.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,11 @@ from transformers import PreTrainedModel
 
 from secateurs.calibration import CODES, REGIONS, Batch, CalibrationSet, batches
 from secateurs.goals import Drift
-from secateurs.layer import Gram
+from secateurs.layer import Gram, token_energies
 from secateurs.models import Matrix, decoder, decoder_blocks, linears, packed_experts
 
-Sum = TypeVar("Sum", Gram, Drift)
-Grams = dict[str, Gram]  # one a region
-EQUALLY = {"prompt": 1.0, "think": 1.0, "answer": 1.0}  # every arm is judged on the same tokens of the same documents
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+WATCHED_TOKENS = 16  # enough to see which linears receive the same tensor
 
 
 @dataclass(frozen=True)
@@ -34,59 +33,120 @@ class Group:
     part: Literal["gate_up", "down"] | None = None
 
 
+class Shell:
+    """A decoder around its blocks: what it hands to each of them for some ids, without running any."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self._last: tuple[Batch, Tensor, list[Call]] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        return self.model.device
+
+    def enter(self, batch: Batch) -> Tensor:
+        """The hidden states before the first block [batch, seq, d_model]."""
+        return self._handed(batch)[0]
+
+    def call(self, batch: Batch, index: int) -> Call:
+        """What block `index` gets besides hidden states: its own mask and positions.
+
+        Made anew for every batch, as a mask of a long one is large; the last one's is remembered.
+        """
+        return self._handed(batch)[1][index]
+
+    def _handed(self, batch: Batch) -> tuple[Tensor, list[Call]]:
+        if self._last is None or self._last[0] is not batch:
+            hidden, calls = self._watch(batch, lambda hidden: hidden)
+            if any(args[0].shape != hidden.shape for args, _ in calls):  # this decoder takes tuples from its blocks
+                hidden, calls = self._watch(batch, lambda hidden: (hidden,))
+            self._last = batch, hidden, [(args[1:], kwargs) for args, kwargs in calls]
+        return self._last[1:]
+
+    def _watch(self, batch: Batch, give: Callable[[Tensor], Any]) -> tuple[Tensor, list[Call]]:
+        calls: list[Call] = []
+
+        def pass_on(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            calls.append(((hidden, *args[1:]), rest))
+            return give(hidden)
+
+        with ExitStack() as stack:
+            for block in decoder_blocks(self.model)[1]:
+                block.forward = pass_on
+                stack.callback(delattr, block, "forward")
+            decoder(self.model)(input_ids=batch.ids.to(self.device), use_cache=False)
+        return calls[0][0][0], calls
+
+
 @dataclass
 class Stream:
-    """One batch on its way through the blocks: its hidden states now, and what each block is called with besides.
+    """One batch on its way through the blocks: its hidden states now, which each block overwrites in their place.
 
-    `out` is what the dense block makes of `hidden`; `dense` and `dense_out` are the same in the dense model.
+    `dense` is the same in the dense model, where a goal needs it; `goal` what a fine-tune aims at. They may lie on
+    another device than the one that blocks run on.
     """
 
     batch: Batch
     held_out: bool
+    shell: Shell
     hidden: Tensor
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    dense: Tensor
-    out: Tensor | None = None
-    dense_out: Tensor | None = None
+    dense: Tensor | None = None
+    goal: Tensor | None = None
 
     def run(self, block: nn.Module, index: int, hidden: Tensor | None = None) -> Tensor:
-        args, kwargs = self.calls[index]
-        out = block(self.hidden if hidden is None else hidden, *args, **kwargs)
+        """What the block makes of the hidden states, or of others."""
+        args, kwargs = self.shell.call(self.batch, index)
+        out = block((self.hidden if hidden is None else hidden).to(self.shell.device), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
+    def start(self, tokens: int) -> "Stream":
+        """The first tokens of its first document: enough to watch a block with."""
+        batch = Batch(self.batch.ids[:1, :tokens], self.batch.regions[:1, :tokens])
+        return Stream(batch, self.held_out, self.shell, self.hidden[:1, :tokens])
 
-def capture(model: PreTrainedModel, calibration: CalibrationSet, batch_tokens: int) -> list[Stream]:
-    """Run every batch through the dense decoder once and note what each block receives: its own masks and positions."""
-    _, blocks = decoder_blocks(model)
+
+def capture(
+    model: PreTrainedModel,
+    calibration: CalibrationSet,
+    batch_tokens: int,
+    *,
+    twin: bool = False,
+    place: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+) -> list[Stream]:
+    """Every batch before the first block; with `twin`, twice. `place` says where hidden states are kept."""
+    shell = Shell(model)
     streams: list[Stream] = []
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        calls.append(((hidden, *args[1:]), rest))
-
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
-        for held_out, documents in ((False, calibration.documents), (True, calibration.held_out)):
-            for batch in batches(documents, batch_tokens):
-                calls.clear()
-                decoder(model)(input_ids=batch.ids.to(model.device), use_cache=False)
-                hidden = calls[0][0][0]
-                received = [(args[1:], kwargs) for args, kwargs in calls]
-                streams.append(Stream(batch, held_out, hidden, received, hidden))
+    for held_out, documents in ((False, calibration.documents), (True, calibration.held_out)):
+        for batch in batches(documents, batch_tokens):
+            hidden = shell.enter(batch)
+            streams.append(Stream(batch, held_out, shell, place(hidden), place(hidden.clone()) if twin else None))
     return streams
 
 
 @dataclass
-class Sums:
-    """For every group the Grams by region, over the calibration and over the held-out documents; Drifts likewise."""
+class Seen:
+    """Inputs of held-out tokens as they were, to judge solutions on: fewer than d_in, so cheaper than their Gram.
 
-    train: dict[str, Grams]
-    held: dict[str, Grams]
-    train_drift: dict[str, dict[str, Drift]]
-    held_drift: dict[str, dict[str, Drift]]
+    `off` and `stream_off` say how far from the dense model's they and the residual stream are, where a goal needs it.
+    """
+
+    x: Tensor
+    codes: Tensor
+    weight: Tensor | None
+    off: Tensor | None = None
+    stream_off: Tensor | None = None
+
+
+@dataclass
+class Sums:
+    """What a solve needs to know of every group's inputs: sums over the calibration, and the held-out inputs."""
+
+    train: dict[str, Gram]
+    train_drift: dict[str, Drift]
+    held: dict[str, list[Seen]]
 
 
 def collect(
@@ -94,62 +154,183 @@ def collect(
     index: int,
     groups: Sequence[Group],
     streams: Sequence[Stream],
+    weights: Mapping[str, float],
     *,
-    keep_out: bool = False,
     imitate: bool = False,
     writers: Sequence[nn.Module] = (),
     dense: Mapping[Matrix, Tensor] | None = None,
+    move: bool = False,
+    keep_goal: bool = False,
 ) -> Sums:
     """Everything a solve of `groups` needs, in one pass; in two, one of them through the dense model, to `imitate` it.
 
-    `dense` holds the weights from before the solve of what is pruned in this block already. With `keep_out` the streams
-    remember what comes out.
+    `weights` are those of the regions; `dense` holds the weights from before the solve of what is pruned in this block
+    already. What the dense block gives is kept as the streams' goals, or the streams `move` on to it.
     """
-    sums = Sums(*({group.name: {} for group in groups} for _ in range(4)))
+    sums = Sums({}, {}, {group.name: [] for group in groups})
     for stream in streams:
-        grams, drifts = (sums.held, sums.held_drift) if stream.held_out else (sums.train, sums.train_drift)
-        regions = stream.batch.regions.flatten().to(stream.hidden.device)
-        seen = _Seen()
+        watch = _Watch(groups, writers, sums, stream, weights)
+        wanted = None
         if imitate:
-            with swapped(dense or {}), _watch(groups, writers, seen):
-                stream.dense_out = stream.run(block, index, stream.dense)
-            seen.drift = stream.dense - stream.hidden
-        with _hooks(groups, regions, grams, writers, seen, drifts):
+            assert stream.dense is not None
+            with swapped(dense or {}), watch.dense():
+                wanted = stream.run(block, index, stream.dense)
+            watch.drift = stream.dense.to(wanted.device) - stream.hidden.to(wanted.device)
+        with watch.inputs():
             out = stream.run(block, index)
-        if keep_out:
-            stream.out = out
+        wanted = out if wanted is None else wanted
+        if keep_goal:
+            stream.goal = wanted.to(stream.hidden.device)
+        if move:
+            (stream.dense if imitate and stream.dense is not None else stream.hidden).copy_(wanted)
     return sums
 
 
-@dataclass
-class _Seen:
-    """Of one batch in the dense model: what groups received and writers gave; and how far the stream is off now."""
+class _Watch:
+    """Hooks for one batch on its way through a block: what groups receive goes to sums. Padding is never looked at."""
 
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
-    drift: Tensor | None = None
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        writers: Sequence[nn.Module],
+        sums: Sums,
+        stream: Stream,
+        weights: Mapping[str, float],
+    ):
+        self.groups, self.writers, self.sums, self.held_out = groups, writers, sums, stream.held_out
+        codes = stream.batch.regions.flatten().to(stream.shell.device)
+        worth = dict.fromkeys(REGIONS, 1.0) if stream.held_out else weights
+        self.counts = torch.tensor([0.0, *(worth.get(region, 0.0) for region in REGIONS)]).to(codes.device)[codes]
+        self.codes = codes
+        self.rows = None if bool((self.counts > 0).all()) else (self.counts > 0).nonzero().squeeze(-1)
+        counted = self._of_rows(self.counts)
+        self.each = None if bool((counted == 1).all()) else counted
+        self.dense_inputs: dict[str, Tensor] = {}
+        self.dense_outputs: dict[nn.Module, Tensor] = {}
+        self.drift: Tensor | None = None
+        """How far the residual stream is off where the block is now."""
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """While open, inputs of groups (experts apart: their tokens differ) and outputs of writers are noted."""
+
+        def note_input(group: Group) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                self.dense_inputs[group.name] = args[0]
+
+            return hook
+
+        def note_output(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            self.dense_outputs[module] = out
+
+        with ExitStack() as stack:
+            for group in self.groups:
+                if group.expert is None:
+                    stack.callback(group.module.register_forward_pre_hook(note_input(group)).remove)
+            for module in self.writers:
+                stack.callback(module.register_forward_hook(note_output).remove)
+            yield
+
+    @contextmanager
+    def inputs(self) -> Iterator[None]:
+        """While open, inputs of groups are added up, and how far they are from the dense ones."""
+
+        def linear_hook(group: Group) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                self._linear(group, args[0].reshape(-1, args[0].shape[-1]))
+
+            return hook
+
+        def writer_hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            assert self.drift is not None
+            self.drift = self.drift + self.dense_outputs[module] - out
+
+        with ExitStack() as stack:
+            for group in self.groups:
+                if group.expert is None:
+                    stack.callback(group.module.register_forward_pre_hook(linear_hook(group)).remove)
+            for module in {group.module for group in self.groups if group.expert is not None}:
+                stack.callback(module.register_forward_pre_hook(self._experts, with_kwargs=True).remove)
+            for module in self.writers:
+                stack.callback(module.register_forward_hook(writer_hook).remove)
+            yield
+
+    def _of_rows(self, values: Tensor) -> Tensor:
+        return values if self.rows is None else values[self.rows]
+
+    def _linear(self, group: Group, x: Tensor) -> None:
+        off = stream_off = None
+        now = self._of_rows(x)
+        if group.name in self.dense_inputs:
+            off = self._of_rows(self.dense_inputs[group.name].reshape(x.shape)).float() - now.float()
+            if self.drift is not None and group.module in self.writers:
+                stream_off = self._of_rows(self.drift.reshape(len(x), -1))
+        self._add(group.name, Seen(now, self._of_rows(self.codes), self.each, off, stream_off))
+
+    def _experts(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        hidden, index, probability = (*args, *kwargs.values())[:3]
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        for group in self.groups:
+            if group.module is not module:
+                continue
+            token, slot = torch.where((index == group.expert) & (self.counts > 0)[:, None])
+            x = hidden[token]
+            if group.part == "down":
+                packed: Any = module
+                gate, up = nn.functional.linear(x, packed.gate_up_proj[group.expert]).chunk(2, dim=-1)
+                x = packed.act_fn(gate) * up
+            # An expert's output is scaled by its routing probability p, so its error counts with p².
+            weight = probability[token, slot].float() ** 2 * self.counts[token]
+            self._add(group.name, Seen(x, self.codes[token], weight))
+
+    def _add(self, name: str, seen: Seen) -> None:
+        if not len(seen.x):
+            return
+        if self.held_out:
+            self.sums.held[name].append(seen)
+            return
+        gram = self.sums.train.setdefault(name, Gram.zeros(seen.x.shape[-1], seen.x.device))
+        gram.update(seen.x, seen.weight)
+        if seen.off is not None:
+            new, old = drift_of(seen), self.sums.train_drift.get(name)
+            self.sums.train_drift[name] = new if old is None else old + new
 
 
-@contextmanager
-def _watch(groups: Sequence[Group], writers: Sequence[nn.Module], seen: _Seen) -> Iterator[None]:
-    """While open, the inputs of `groups` (experts apart: their tokens differ) and outputs of `writers` go to `seen`."""
+def drift_of(seen: Seen) -> Drift:
+    """The sums over tokens that tell how far off they are; `seen` must know it."""
+    assert seen.off is not None
+    x = seen.x.float() if seen.weight is None else seen.x.float() * seen.weight[:, None]
+    return Drift(seen.off.T @ x, None if seen.stream_off is None else seen.stream_off.float().T @ x)
 
-    def note_input(group: Group) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.inputs[group.name] = args[0]
 
-        return hook
+def gram_of(parts: Sequence[Seen]) -> Gram | None:
+    """The Gram of held-out inputs; None of none."""
+    if not parts:
+        return None
+    gram = Gram.zeros(parts[0].x.shape[-1], parts[0].x.device)
+    for seen in parts:
+        gram.update(seen.x, seen.weight)
+    return gram
 
-    def note_output(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        seen.outputs[module] = out
 
-    with ExitStack() as stack:
-        for group in groups:
-            if group.expert is None:
-                stack.callback(group.module.register_forward_pre_hook(note_input(group)).remove)
-        for module in writers:
-            stack.callback(module.register_forward_hook(note_output).remove)
-        yield
+def held_out_errors(weight: Tensor, dense: Tensor, parts: Sequence[Seen]) -> tuple[float | None, dict[str, float]]:
+    """sum w |(W - What) x|^2 / sum w |W x|^2 over held-out tokens: of all of them, None of none, and by region."""
+    lost, total = (torch.zeros(len(REGIONS) + 1, dtype=torch.float64) for _ in range(2))
+    delta = dense.float() - weight.float()
+    for seen in parts:
+        for sums, matrix in ((lost, delta), (total, dense)):
+            energies = token_energies(matrix, seen.x)
+            energies = energies if seen.weight is None else energies * seen.weight
+            sums += torch.bincount(seen.codes, energies.double(), minlength=len(sums)).cpu()
+
+    def ratio(a: float, b: float) -> float:
+        return a / b if b else (0.0 if a == 0 else float("inf"))
+
+    present = {code for seen in parts for code in seen.codes.unique().tolist()}
+    by_region = {
+        region: ratio(float(lost[code]), float(total[code])) for region, code in CODES.items() if code in present
+    }
+    return (ratio(float(lost.sum()), float(total.sum())) if parts else None), by_region
 
 
 @contextmanager
@@ -179,104 +360,28 @@ def writers_of(block: nn.Module, index: int, stream: Stream) -> tuple[nn.Module,
     with ExitStack() as stack:
         for module in linears(block).values():
             stack.callback(module.register_forward_hook(note).remove)
-        added = (stream.run(block, index) - stream.hidden).float()
-    rows = stream.batch.regions > 0
+        hidden = stream.hidden.to(stream.shell.device)
+        added = (stream.run(block, index) - hidden).float()
+    rows = stream.batch.regions.to(hidden.device) > 0
     same = [module for module in given if given[module].shape == added.shape]
     missing = {
         pair: float((added - given[pair[0]].float() - given[pair[1]].float())[rows].norm())
         for pair in combinations(same, 2)
     }
     best = min(missing, key=lambda pair: missing[pair], default=())
-    rounding = torch.finfo(stream.hidden.dtype).eps * float(stream.hidden[rows].norm())
+    rounding = torch.finfo(hidden.dtype).eps * float(hidden[rows].norm())
     return best if best and missing[best] < 0.01 * float(added[rows].norm()) + rounding else ()
 
 
-@contextmanager
-def _hooks(
-    groups: Sequence[Group],
-    regions: Tensor,
-    sums: dict[str, Grams],
-    writers: Sequence[nn.Module],
-    seen: _Seen,
-    drifts: dict[str, dict[str, Drift]],
-) -> Iterator[None]:
-    """While open, the inputs of `groups` are added to `sums`, and how far they are from those in `seen` to `drifts`.
-
-    Padding (region 0) is never looked at.
-    """
-
-    def add(name: str, x: Tensor, codes: Tensor, weight: Tensor | None = None) -> None:
-        for region, code in CODES.items():
-            rows = (codes == code).nonzero().squeeze(-1)
-            if len(rows):
-                gram = sums[name].setdefault(region, Gram.zeros(x.shape[-1], x.device))
-                gram.update(x[rows], None if weight is None else weight[rows])
-
-    def add_drift(group: Group, x: Tensor) -> None:
-        dense = seen.inputs[group.name].reshape(-1, x.shape[-1])
-        off = None if seen.drift is None or group.module not in writers else seen.drift.reshape(len(x), -1)
-        for region, code in CODES.items():
-            rows = (regions == code).nonzero().squeeze(-1)
-            if len(rows):
-                now = x[rows].float()
-                inputs = (dense[rows].float() - now).T @ now
-                new = Drift(inputs, None if off is None else off[rows].float().T @ now)
-                old = drifts[group.name].get(region)
-                drifts[group.name][region] = new if old is None else old + new
-
-    def linear_hook(group: Group) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            add(group.name, x, regions)
-            if group.name in seen.inputs:
-                add_drift(group, x)
-
-        return hook
-
-    def writer_hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        assert seen.drift is not None
-        seen.drift = seen.drift + seen.outputs[module] - out
-
-    def experts_hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        hidden, index, probability = (*args, *kwargs.values())[:3]
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        for group in groups:
-            if group.module is not module:
-                continue
-            token, slot = torch.where(index == group.expert)
-            x = hidden[token]
-            if group.part == "down":
-                packed: Any = module
-                gate, up = nn.functional.linear(x, packed.gate_up_proj[group.expert]).chunk(2, dim=-1)
-                x = packed.act_fn(gate) * up
-            # An expert's output is scaled by its routing probability p, so its error counts with p².
-            add(group.name, x, regions[token], probability[token, slot].float() ** 2)
-
-    with ExitStack() as stack:
-        for group in groups:
-            if group.expert is None:
-                stack.callback(group.module.register_forward_pre_hook(linear_hook(group)).remove)
-        for module in {group.module for group in groups if group.expert is not None}:
-            stack.callback(module.register_forward_pre_hook(experts_hook, with_kwargs=True).remove)
-        for module in writers:
-            stack.callback(module.register_forward_hook(writer_hook).remove)
-        yield
-
-
-def matrices_of(block: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, list[Matrix]]]:
-    """Every module of a block with prunable weights, and those weights under their full names."""
+def matrices_of(block: nn.Module, prefix: str) -> Iterator[Matrix]:
+    """Every prunable weight of a block under its full name."""
     for name, module in linears(block).items():
-        yield module, [Matrix(f"{prefix}.{name}", cast(nn.Parameter, module.weight))]
+        yield Matrix(f"{prefix}.{name}", module)
     for name, module in packed_experts(block).items():
         packed: Any = module
         for expert in range(packed.down_proj.shape[0]):
-            yield (
-                module,
-                [
-                    Matrix(f"{prefix}.{name}.{expert}.gate_up_proj", packed.gate_up_proj, expert),
-                    Matrix(f"{prefix}.{name}.{expert}.down_proj", packed.down_proj, expert),
-                ],
-            )
+            for attribute in ("gate_up_proj", "down_proj"):
+                yield Matrix(f"{prefix}.{name}.{expert}.{attribute}", module, attribute, expert)
 
 
 def groups_of(block: nn.Module, index: int, matrices: Sequence[Matrix], stream: Stream) -> list[Group]:
@@ -286,9 +391,7 @@ def groups_of(block: nn.Module, index: int, matrices: Sequence[Matrix], stream: 
     """
     by_module: dict[nn.Module, list[Matrix]] = {}
     for matrix in matrices:
-        for module in block.modules():
-            if any(parameter is matrix.parameter for parameter in module.parameters(recurse=False)):
-                by_module.setdefault(module, []).append(matrix)
+        by_module.setdefault(matrix.module, []).append(matrix)
     order: list[tuple[nn.Module, Tensor]] = []  # the tensors are kept so that no two share an id
 
     def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -297,11 +400,15 @@ def groups_of(block: nn.Module, index: int, matrices: Sequence[Matrix], stream: 
     with ExitStack() as stack:
         for module in by_module:
             stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        stream.run(block, index)
+        for some in (stream.start(WATCHED_TOKENS), stream):  # few tokens may leave an expert without any
+            order.clear()
+            some.run(block, index)
+            called = {module for module, _ in order}
+            if called == set(by_module):
+                break
     groups: dict[int, list[Matrix]] = {}
     modules: dict[int, nn.Module] = {}
     result: list[Group] = []
-    called = {module for module, _ in order}
     if missing := [matrix.name for module, found in by_module.items() if module not in called for matrix in found]:
         raise ValueError(f"{missing[0]} is never called by its block; leave it out with `prune.ignore`")
     for module, x in order:
@@ -313,26 +420,17 @@ def groups_of(block: nn.Module, index: int, matrices: Sequence[Matrix], stream: 
     for module in dict.fromkeys(module for module, _ in order):
         for matrix in by_module[module]:
             if matrix.expert is not None:
-                part = "down" if matrix.name.endswith("down_proj") else "gate_up"
+                part = "down" if matrix.attribute == "down_proj" else "gate_up"
                 result.append(Group(matrix.name, (matrix,), module, matrix.expert, part))
     return result
 
 
-def train_gram(
-    group: Group, groups: Sequence[Group], sums: Mapping[str, Grams], weights: Mapping[str, float]
-) -> tuple[Gram, str]:
-    """The weighted Gram of a group, and a note when an expert saw no token and the pool of its siblings stands in."""
-    gram = mix(sums[group.name], weights)
-    if gram is not None:
-        return gram, ""
-    siblings = [g for g in groups if g.module is group.module and g.part == group.part and g.name in sums]
-    pooled = [mixed for g in siblings if (mixed := mix(sums[g.name], weights)) is not None]
+def train_gram(group: Group, groups: Sequence[Group], grams: Mapping[str, Gram]) -> tuple[Gram, str]:
+    """The Gram of a group, and a note when an expert saw no token and the pool of its siblings stands in."""
+    if group.name in grams:
+        return grams[group.name], ""
+    siblings = [g for g in groups if g.module is group.module and g.part == group.part]
+    pooled = [grams[g.name] for g in siblings if g.name in grams]
     if group.expert is None or not pooled:
         raise ValueError(f"{group.name}: no calibration token with a positive weight reached it; use more documents")
     return sum(pooled[1:], pooled[0]), "no calibration token reached this expert; the Gram of all experts was used"
-
-
-def mix(parts: Mapping[str, Sum], weights: Mapping[str, float]) -> Sum | None:
-    """Σ weight · part over the regions that have tokens and a positive weight; None if there is none."""
-    found = [part * weights[region] for region in REGIONS if weights.get(region) and (part := parts.get(region))]
-    return sum(found[1:], found[0]) if found else None

@@ -188,6 +188,13 @@ def relative_error(
     return lost / total
 
 
+def token_energies(weight: Float[Tensor, "d_out d_in"], x: Float[Tensor, "tokens d_in"]) -> Float32[Tensor, " tokens"]:
+    """|W x|^2 of every token. Cost: 2 d_out d_in flops a token."""
+    weight = weight.float()
+    parts = [(part.float() @ weight.T).square().sum(-1) for part in x.split(TOKENS_AT_ONCE)]
+    return torch.cat(parts) if parts else weight.new_zeros(0)
+
+
 def _energy(delta: Float[Tensor, "d_out d_in"], gram: Float[Tensor, "d_in d_in"]) -> float:
     """tr(D G D^T), each pair of column blocks once."""
     energy = delta.new_zeros(())

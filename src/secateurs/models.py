@@ -21,11 +21,20 @@ ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """One prunable weight [d_out, d_in]: a linear's, or one expert's slice of a packed 3-D parameter."""
+    """One prunable weight [d_out, d_in]: a linear's, or one expert's slice of a packed 3-D parameter.
+
+    Known by where it is, not by its tensor: a block that is read from disk anew has new ones.
+    """
 
     name: str
-    parameter: nn.Parameter
+    module: nn.Module
+    attribute: str = "weight"
     expert: int | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter it is, or is part of."""
+        return getattr(self.module, self.attribute)
 
     @property
     def weight(self) -> Tensor:

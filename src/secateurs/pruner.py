@@ -1,13 +1,13 @@
 """The block loop, where the two lanes meet: collect, solve, fine-tune, write down, go on.
 
 For every decoder block: run the calibration documents through it and add up x xᵀ for each group of matrices that
-receive the same tensor (q/k/v, gate/up), one Gram a region; solve each matrix; write the block's result down; pass on.
+receive the same tensor (q/k/v, gate/up); solve each matrix; write the block's result down; pass on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save
@@ -17,16 +17,17 @@ from transformers import PreTrainedModel
 from secateurs.artifacts import atomic_write, read_json, write_json
 from secateurs.calibration import REGIONS, CalibrationSet
 from secateurs.collect import (
-    EQUALLY,
-    Grams,
     Group,
+    Seen,
     Stream,
     Sums,
     capture,
     collect,
+    drift_of,
+    gram_of,
     groups_of,
+    held_out_errors,
     matrices_of,
-    mix,
     train_gram,
     writers_of,
 )
@@ -37,7 +38,13 @@ from secateurs.patterns import Pattern, stack
 from secateurs.solvers import Solver
 from secateurs.tune import Example, Tune, tune
 
-Value = TypeVar("Value")
+Place = Callable[[Tensor], Tensor]
+Opened = Callable[[int], AbstractContextManager[object]]
+
+
+def as_it_is(hidden: Tensor) -> Tensor:
+    """Hidden states stay where they are."""
+    return hidden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +100,7 @@ class LayerResult:
 def prunable(model: PreTrainedModel, plan: Plan) -> list[list[Matrix]]:
     """The matrices the plan touches, by block, each checked against the pattern. ValueError if there are none."""
     prefix, blocks = decoder_blocks(model)
-    per_block = [
-        [matrix for _, found in matrices_of(block, f"{prefix}.{i}") for matrix in found]
-        for i, block in enumerate(blocks)
-    ]
+    per_block = [list(matrices_of(block, f"{prefix}.{i}")) for i, block in enumerate(blocks)]
     names = [matrix.name for block in per_block for matrix in block]
     if not names:
         raise ValueError(f"{type(model).__name__} has no linear layer in its decoder blocks; secateurs cannot prune it")
@@ -118,36 +122,43 @@ def prune(
     *,
     folder: Path | None = None,
     batch_tokens: int = 8192,
+    place: Place = as_it_is,
+    opened: Opened = nullcontext,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[LayerResult]:
     """Prune `model` in place and return one result a matrix, in the order they were solved.
 
     Every finished block is written to `folder`; a second call with the same folder takes those blocks from there and
     goes on (the folder must belong to this model, calibration and plan: `run` names it by their hash). `batch_tokens`
-    bounds the padded tokens a forward pass sees and changes results by float rounding only.
+    bounds the padded tokens a forward pass sees and changes results by float rounding only. Hidden states are kept
+    where `place` puts them. A block's weights need to be there only while `opened(index)` is.
     """
     selected = prunable(model, plan)
     total = sum(map(len, selected))
     _, blocks = decoder_blocks(model)
     complete = all(_is_saved(folder, index) for index in range(len(blocks)))
-    streams = [] if complete else capture(model, calibration, batch_tokens)
+    streams = [] if complete else capture(model, calibration, batch_tokens, twin=plan.goal != "own", place=place)
     results: list[LayerResult] = []
     for index, block in enumerate(blocks):
-        saved = _load_block(folder, index, selected[index])
-        if saved is None:
-            solved = _prune_block(
-                block, index, selected[index], streams, calibration.weights, plan, progress, len(results), total
-            )
-            _save_block(folder, index, selected[index], solved)
-        else:
-            tensors, solved = saved
-            if plan.propagate == "dense" or plan.goal != "own":
+        with opened(index):
+            saved = _load_block(folder, index, selected[index])
+            if saved is None:
+                solved = _prune_block(
+                    block, index, selected[index], streams, calibration.weights, plan, progress, len(results), total
+                )
+                _save_block(folder, index, selected[index], solved)
+            else:
+                tensors, solved = saved
                 for stream in streams:
-                    stream.dense = stream.run(block, index, stream.dense)
-            for matrix in selected[index]:
-                matrix.weight.copy_(tensors[matrix.name])
-            for stream in streams:
-                stream.hidden = stream.dense if plan.propagate == "dense" else stream.run(block, index)
+                    if stream.dense is not None:
+                        stream.dense.copy_(stream.run(block, index, stream.dense))
+                    if plan.propagate == "dense":
+                        stream.hidden.copy_(stream.run(block, index))
+                for matrix in selected[index]:
+                    matrix.weight.copy_(tensors[matrix.name])
+                for stream in streams:
+                    if plan.propagate != "dense":
+                        stream.hidden.copy_(stream.run(block, index))
         results += solved
         progress(len(results), total, f"block {index + 1} of {len(blocks)}")
     return results
@@ -160,6 +171,8 @@ def solve_alike(
     plans: Mapping[Path, Plan],
     *,
     batch_tokens: int = 8192,
+    place: Place = as_it_is,
+    opened: Opened = nullcontext,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> None:
     """Solve several plans on the same Grams, and write the blocks of each to its folder, where `prune` finds them.
@@ -178,28 +191,29 @@ def solve_alike(
     _, blocks = decoder_blocks(model)
     if all(_is_saved(folder, index) for folder in plans for index in range(len(blocks))):
         return
-    streams = capture(model, calibration, batch_tokens)
+    streams = capture(model, calibration, batch_tokens, place=place)
     done = 0
     for index, block in enumerate(blocks):
         matrices = selected[index]
         missing = {folder: plan for folder, plan in plans.items() if not _is_saved(folder, index)}
         done += len(matrices) * (len(plans) - len(missing))
-        if missing:
+        with opened(index):
+            if not missing:
+                for stream in streams:
+                    stream.hidden.copy_(stream.run(block, index))
+                continue
             groups = groups_of(block, index, matrices, streams[0])
-            sums = collect(block, index, groups, streams, keep_out=True)
-        for folder, plan in missing.items():
-            solved = []
-            for group in groups:
-                solved += _solve_group(group, groups, sums, calibration.weights, plan)
-                progress(done + len(solved), total, group.name)
-            results = [_result(one, index, plan.pattern_of(one.aim.matrix), None) for one in solved]
-            _save_block(folder, index, matrices, results)
-            for one in solved:
-                one.aim.matrix.weight.copy_(one.aim.dense)
-            done += len(solved)
-        for stream in streams:
-            stream.hidden = _known(stream.out) if missing else stream.run(block, index)
-            stream.dense, stream.out = stream.hidden, None
+            sums = collect(block, index, groups, streams, calibration.weights, move=True)
+            for folder, plan in missing.items():
+                solved = []
+                for group in groups:
+                    solved += _solve_group(group, groups, sums, plan)
+                    progress(done + len(solved), total, group.name)
+                results = [_result(one, index, plan.pattern_of(one.aim.matrix), None) for one in solved]
+                _save_block(folder, index, matrices, results)
+                for one in solved:
+                    one.aim.matrix.weight.copy_(one.aim.dense)
+                done += len(solved)
 
 
 def _prune_block(
@@ -217,25 +231,28 @@ def _prune_block(
     groups = groups_of(block, index, matrices, streams[0])
     writers = writers_of(block, index, streams[0]) if plan.goal == "residual" else ()
     solved: list[_Solved] = []
-
-    def solve(batch: Sequence[Group]) -> None:
-        dense = {one.aim.matrix: one.aim.dense for one in solved}
-        needs_out = not dense and (plan.tune is not None or plan.propagate == "dense")
+    imitate = plan.goal != "own"
+    in_turn = [[group] for group in groups] if plan.propagate == "group" else [groups]
+    for batch in in_turn:
         sums = collect(
-            block, index, batch, streams,
-            keep_out=needs_out, imitate=plan.goal != "own", writers=writers, dense=dense,
+            block, index, batch, streams, weights, imitate=imitate, writers=writers,
+            dense={one.aim.matrix: one.aim.dense for one in solved},
+            move=batch is in_turn[-1] and plan.tune is None and (imitate or plan.propagate == "dense"),
+            keep_goal=batch is in_turn[0] and plan.tune is not None,
         )  # fmt: skip
         for group in batch:
-            solved.extend(_solve_group(group, groups, sums, weights, plan))
+            solved.extend(_solve_group(group, groups, sums, plan))
             progress(done + len(solved), total, group.name)
-
-    for batch in [[group] for group in groups] if plan.propagate == "group" else [groups]:
-        solve(batch)
     errors = _tune_block(block, index, solved, streams, weights, plan.tune) if plan.tune else None
     for stream in streams:
-        stream.hidden = _known(stream.out) if plan.propagate == "dense" else stream.run(block, index)
-        stream.dense = stream.dense if stream.dense_out is None else stream.dense_out
-        stream.out = stream.dense_out = None
+        if plan.propagate != "dense":
+            stream.hidden.copy_(stream.run(block, index))
+        if stream.goal is not None:  # what the dense block gave, kept for the fine-tune
+            if stream.dense is not None:
+                stream.dense.copy_(stream.goal)
+            elif plan.propagate == "dense":
+                stream.hidden.copy_(stream.goal)
+            stream.goal = None
     return [_result(one, index, plan.pattern_of(one.aim.matrix), errors) for one in solved]
 
 
@@ -256,17 +273,15 @@ class _Solved:
 
     aim: _Aim
     gram: Gram
-    held: Grams
+    held: Sequence[Seen]
     solution: LayerSolution
     note: str
 
 
-def _solve_group(
-    group: Group, groups: Sequence[Group], sums: Sums, weights: Mapping[str, float], plan: Plan
-) -> list[_Solved]:
+def _solve_group(group: Group, groups: Sequence[Group], sums: Sums, plan: Plan) -> list[_Solved]:
     """Solve the matrices of a group and put the solutions in their places."""
-    gram, note = train_gram(group, groups, sums.train, weights)
-    aims = [_aim(matrix, group, gram, sums, weights) for matrix in group.matrices]
+    gram, note = train_gram(group, groups, sums.train)
+    aims = _aims(group, gram, sums)
     solved = [
         _Solved(aim, gram, sums.held[group.name], solution, note)
         for aim, solution in zip(aims, _solutions(aims, gram, plan), strict=True)
@@ -276,14 +291,17 @@ def _solve_group(
     return solved
 
 
-def _aim(matrix: Matrix, group: Group, gram: Gram, sums: Sums, weights: Mapping[str, float]) -> _Aim:
-    dense = matrix.weight.clone()
-    drift = mix(sums.train_drift[group.name], weights)
-    held_gram, held_drift = mix(sums.held[group.name], EQUALLY), mix(sums.held_drift[group.name], EQUALLY)
-    if drift and held_gram and held_drift:
-        goal = imitate(dense, gram, drift, held_gram, held_drift)
-        return _Aim(matrix, dense, goal.target, goal.alpha, goal.beta)
-    return _Aim(matrix, dense)
+def _aims(group: Group, gram: Gram, sums: Sums) -> list[_Aim]:
+    dense = [matrix.weight.clone() for matrix in group.matrices]
+    held = [seen for seen in sums.held[group.name] if seen.off is not None]
+    if group.name not in sums.train_drift or not held:
+        return [_Aim(matrix, weight) for matrix, weight in zip(group.matrices, dense, strict=True)]
+    held_gram, first, *others = gram_of(held), *map(drift_of, held)
+    goals = [imitate(weight, gram, sums.train_drift[group.name], held_gram, sum(others, first)) for weight in dense]
+    return [
+        _Aim(matrix, weight, goal.target, goal.alpha, goal.beta)
+        for matrix, weight, goal in zip(group.matrices, dense, goals, strict=True)
+    ]
 
 
 def _solutions(aims: Sequence[_Aim], gram: Gram, plan: Plan) -> list[LayerSolution]:
@@ -316,7 +334,7 @@ def _result(one: _Solved, index: int, pattern: Pattern, block_error: tuple[float
     """What is reported of a matrix, its errors measured on its weights as they are now."""
     matrix, dense, solution = one.aim.matrix, one.aim.dense, one.solution
     d_out, d_in = dense.shape
-    held_gram = mix(one.held, EQUALLY)
+    error_held_out, by_region = held_out_errors(matrix.weight, dense, one.held)
     return LayerResult(
         name=matrix.name,
         block=index,
@@ -325,10 +343,8 @@ def _result(one: _Solved, index: int, pattern: Pattern, block_error: tuple[float
         zeros_asked=pattern.num_zeros(d_out, d_in),
         zeros=int((~solution.mask).count_nonzero()),
         error_train=relative_error(matrix.weight, dense, one.gram),
-        error_held_out=relative_error(matrix.weight, dense, held_gram) if held_gram else None,
-        error_by_region={
-            region: relative_error(matrix.weight, dense, gram) for region, gram in one.held.items() if gram.tokens
-        },
+        error_held_out=error_held_out,
+        error_by_region=by_region,
         damp=solution.stats.get("damp", 0.0),
         seconds=solution.stats.get("seconds", 0.0),
         outcome=solution.outcome.value,
@@ -356,12 +372,14 @@ def _tune_block(
 
     def example(stream: Stream, worth: Mapping[str, float]) -> Example:
         of_code = torch.tensor([0.0, *(worth.get(region, 0.0) for region in REGIONS)])
-        weight = of_code[stream.batch.regions].to(stream.hidden.device)
-        goal = _known(stream.out) if stream.dense_out is None else stream.dense_out
-        return Example(stream.hidden, *stream.calls[index], goal, weight)
+        device = stream.shell.device
+        assert stream.goal is not None
+        args, kwargs = stream.shell.call(stream.batch, index)
+        weight = of_code[stream.batch.regions].to(device)
+        return Example(stream.hidden.to(device), args, kwargs, stream.goal.to(device), weight)
 
     train = [example(stream, weights) for stream in streams if not stream.held_out]
-    held = [example(stream, EQUALLY) for stream in streams if stream.held_out]
+    held = [example(stream, dict.fromkeys(REGIONS, 1.0)) for stream in streams if stream.held_out]
     if not kept or not held:
         return None
     errors = tune(block, kept, train, held, how)
@@ -370,11 +388,6 @@ def _tune_block(
             f"{one.aim.matrix.name}: a pruned weight moved"
         )
     return errors
-
-
-def _known(value: Value | None) -> Value:
-    assert value is not None
-    return value
 
 
 def _block_path(folder: Path, index: int) -> Path:

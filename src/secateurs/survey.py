@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from secateurs.allocators import MOST, Layer
 from secateurs.calibration import Batch, CalibrationSet, Document, batches
-from secateurs.collect import EQUALLY, Group, capture, collect, groups_of, mix, swapped, train_gram
+from secateurs.collect import Group, capture, collect, gram_of, groups_of, swapped, train_gram
 from secateurs.layer import Gram, LayerProblem, relative_error
 from secateurs.models import Matrix, decoder_blocks
 from secateurs.patterns import Unstructured
@@ -62,17 +62,14 @@ def survey(
     outliers: list[float] = []
     for index, (block, matrices) in enumerate(zip(blocks, selected, strict=True)):
         groups = groups_of(block, index, matrices, streams[0])
-        sums = collect(block, index, groups, streams, keep_out=True)
-        grams = [train_gram(group, groups, sums.train, calibration.weights)[0] for group in groups]
+        sums = collect(block, index, groups, streams, calibration.weights, move=True)
+        grams = [train_gram(group, groups, sums.train)[0] for group in groups]
         outliers.append(_outliers(groups, grams))
         for group, gram in zip(groups, grams, strict=True):
-            held = mix(sums.held[group.name], EQUALLY) or gram
+            held = gram_of(sums.held[group.name]) or gram
             for matrix in group.matrices:
                 found.append(_curve(matrix, index, group, gram, held, sparsity, curves))
                 progress(len(found), total, matrix.name)
-        for stream in streams:
-            assert stream.out is not None
-            stream.hidden, stream.dense = stream.out, stream.out
     losses = _sensitivities(model, found, calibration.held_out, progress, total) if curves else {}
     lost: dict[Any, float] = {}
     for one in found if curves else ():
