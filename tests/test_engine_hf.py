@@ -7,9 +7,9 @@ import torch
 
 from families import make_model
 from secateurs.calibration import batches, trace_document
+from secateurs.collect import final_states
 from secateurs.engines import Request, Sampling, default_sampling
 from secateurs.engines.hf import HF, sample_tokens
-from secateurs.models import hidden_states
 from secateurs.traces import Trace
 
 
@@ -124,6 +124,6 @@ def test_a_stored_trace_reproduces_the_activations_of_its_generation(tiny_model)
         trace = Trace(question_id="q", sample=0, prompt_ids=request.prompt_ids, completion_ids=completion,
                       think_tokens=len(completion), think_closed=True, finish="eos", reward=None, seed=0)  # fmt: skip
         (batch,) = batches([trace_document(trace)], 1024)
-        states = hidden_states(tiny_model, batch.ids)[0]
+        states = final_states(tiny_model, [batch])[0][0]
         generated = torch.stack(seen[int(request.question_id)])
         assert torch.allclose(states[len(request.prompt_ids) - 1 :], generated, atol=1e-5)

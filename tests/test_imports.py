@@ -14,6 +14,7 @@ ORDER = [
     {"scores", "engines"},
     {"solvers", "goals", "tune", "allocators", "calibration", "policy"},
     {"models"},
+    {"checkpoint"},
     {"collect"},
     {"pruner", "survey"},
     {"export", "evaluate"},

@@ -4,7 +4,7 @@ The only file with hooks. Matrices that receive the same tensor (q/k/v, gate/up)
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from secateurs.layer import Gram, token_energies
 from secateurs.models import Matrix, decoder, decoder_blocks, linears, packed_experts
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Place = Callable[[Tensor], Tensor]  # where hidden states are kept
+Opened = Callable[[int], AbstractContextManager[object]]  # a block's weights are there while it is open
 WATCHED_TOKENS = 16  # enough to see which linears receive the same tensor
 
 
@@ -34,11 +36,13 @@ class Group:
 
 
 class Shell:
-    """A decoder around its blocks: what it hands to each of them for some ids, without running any."""
+    """A decoder around its blocks: what it hands to each of them for some ids, and what it makes of their result."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
+        self._blocks = decoder_blocks(model)[1]
         self._last: tuple[Batch, Tensor, list[Call]] | None = None
+        self._tuples = False  # whether this decoder takes tuples from its blocks
 
     @property
     def device(self) -> torch.device:
@@ -56,29 +60,45 @@ class Shell:
         """
         return self._handed(batch)[1][index]
 
+    def leave(self, batch: Batch, hidden: Tensor, *, logits: bool = False) -> Tensor:
+        """What follows the last block: the final norm [batch, seq, d_model], or with `logits` [batch, seq, vocab]."""
+        self._handed(batch)
+        with self._bypassed(hidden.to(self.device)):
+            run: Any = self.model if logits else decoder(self.model)
+            out = run(input_ids=batch.ids.to(self.device), use_cache=False)
+        return out.logits if logits else out.last_hidden_state
+
     def _handed(self, batch: Batch) -> tuple[Tensor, list[Call]]:
         if self._last is None or self._last[0] is not batch:
-            hidden, calls = self._watch(batch, lambda hidden: hidden)
-            if any(args[0].shape != hidden.shape for args, _ in calls):  # this decoder takes tuples from its blocks
-                hidden, calls = self._watch(batch, lambda hidden: (hidden,))
+            hidden, calls = self._watched(batch)
+            if any(args[0].shape != hidden.shape for args, _ in calls):
+                self._tuples = True
+                hidden, calls = self._watched(batch)
             self._last = batch, hidden, [(args[1:], kwargs) for args, kwargs in calls]
         return self._last[1:]
 
-    def _watch(self, batch: Batch, give: Callable[[Tensor], Any]) -> tuple[Tensor, list[Call]]:
+    def _watched(self, batch: Batch) -> tuple[Tensor, list[Call]]:
+        with self._bypassed() as calls:
+            decoder(self.model)(input_ids=batch.ids.to(self.device), use_cache=False)
+        return calls[0][0][0], calls
+
+    @contextmanager
+    def _bypassed(self, result: Tensor | None = None) -> Iterator[list[Call]]:
+        """While open, blocks note what they are called with and pass it on; the last one gives `result`, if any."""
         calls: list[Call] = []
 
         def pass_on(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
             calls.append(((hidden, *args[1:]), rest))
-            return give(hidden)
+            given = hidden if result is None or len(calls) < len(self._blocks) else result
+            return (given,) if self._tuples else given
 
         with ExitStack() as stack:
-            for block in decoder_blocks(self.model)[1]:
+            for block in self._blocks:
                 block.forward = pass_on
                 stack.callback(delattr, block, "forward")
-            decoder(self.model)(input_ids=batch.ids.to(self.device), use_cache=False)
-        return calls[0][0][0], calls
+            yield calls
 
 
 @dataclass
@@ -114,7 +134,7 @@ def capture(
     batch_tokens: int,
     *,
     twin: bool = False,
-    place: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+    place: Place = lambda hidden: hidden,
 ) -> list[Stream]:
     """Every batch before the first block; with `twin`, twice. `place` says where hidden states are kept."""
     shell = Shell(model)
@@ -124,6 +144,18 @@ def capture(
             hidden = shell.enter(batch)
             streams.append(Stream(batch, held_out, shell, place(hidden), place(hidden.clone()) if twin else None))
     return streams
+
+
+@torch.no_grad()
+def final_states(model: PreTrainedModel, batches: Sequence[Batch], opened: Opened = nullcontext) -> list[Tensor]:
+    """Final hidden states [batch, seq, d_model] on the CPU, block by block: a block's weights are needed once."""
+    shell = Shell(model)
+    streams = [Stream(batch, False, shell, shell.enter(batch)) for batch in batches]
+    for index, block in enumerate(decoder_blocks(model)[1]):
+        with opened(index):
+            for stream in streams:
+                stream.hidden = stream.run(block, index)
+    return [shell.leave(stream.batch, stream.hidden).cpu() for stream in streams]
 
 
 @dataclass

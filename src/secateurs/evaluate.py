@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateurs.calibration import CODES, Batch
-from secateurs.models import hidden_states
+from secateurs.collect import Opened, final_states
 from secateurs.statistics import mean_interval, share_interval
 from secateurs.traces import Trace, looping
 
@@ -105,12 +106,12 @@ class Reference:
     states: tuple[Tensor, ...]
 
 
-def reference_states(model: PreTrainedModel, batches: Sequence[Batch]) -> Reference:
+def reference_states(model: PreTrainedModel, batches: Sequence[Batch], opened: Opened = nullcontext) -> Reference:
     """Run the dense model over `batches` once and keep its final hidden states (on the CPU, in the model's dtype)."""
-    return Reference(tuple(batches), tuple(hidden_states(model, batch.ids).cpu() for batch in batches))
+    return Reference(tuple(batches), tuple(final_states(model, batches, opened)))
 
 
-def drift(model: PreTrainedModel, reference: Reference) -> dict[str, Any]:
+def drift(model: PreTrainedModel, reference: Reference, opened: Opened = nullcontext) -> dict[str, Any]:
     """The fields of a report's `HiddenError`: Σ‖h - h_dense‖² / Σ‖h_dense‖² by place in the trace.
 
     The cheap proxy of the RAC paper's figure 2: no generation, the same documents for every arm. `curve` is by the
@@ -118,8 +119,9 @@ def drift(model: PreTrainedModel, reference: Reference) -> dict[str, Any]:
     """
     error, size, count = (torch.zeros(3 + CURVE_BUCKETS, dtype=torch.float64) for _ in range(3))
     prompt, answer = 0, 1  # then the curve's buckets
-    for batch, dense in zip(reference.batches, reference.states, strict=True):
-        now = hidden_states(model, batch.ids).cpu().double()
+    states = final_states(model, reference.batches, opened)
+    for batch, dense, pruned in zip(reference.batches, reference.states, states, strict=True):
+        now = pruned.double()
         think = batch.regions == CODES["think"]
         place = (think.cumsum(-1) - 1).clamp(min=0) / think.sum(-1, keepdim=True).clamp(min=1)
         slot = 2 + (place * CURVE_BUCKETS).long().clamp(max=CURVE_BUCKETS - 1)

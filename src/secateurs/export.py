@@ -12,10 +12,12 @@ import numpy
 import torch
 from jinja2 import Environment, PackageLoader
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from secateurs.artifacts import atomic_folder, write_json
-from secateurs.models import Matrix
+from secateurs.calibration import Batch
+from secateurs.checkpoint import Checkpoint
+from secateurs.collect import Opened, Shell, Stream
+from secateurs.models import Matrix, decoder_blocks
 
 SIDE_FILE = "secateurs.json"
 PROBE_FILE = "secateurs_probe.safetensors"
@@ -38,31 +40,40 @@ print(json.dumps(worst))
 
 
 def export(
-    model: PreTrainedModel,
+    checkpoint: Checkpoint,
     tokenizer: Any,
-    matrices: Sequence[Matrix],
+    selected: Sequence[Sequence[Matrix]],
+    opened: Opened,
     out: Path,
     *,
     provenance: Mapping[str, Any],
     layers: Sequence[Mapping[str, Any]],
     probe_ids: Sequence[int],
 ) -> None:
-    """Write `out`: safetensors with exact zeros, config without any sparsity or quantisation entry, tokenizer, card.
+    """Write `out`: the checkpoint's own files with exact zeros in them, tokenizer, card; one block at a time.
 
-    `secateurs.json` holds, for every pruned matrix, its figures and the sha256 of its mask's bits (row-major, packed
-    eight to a byte), so that anyone can check later that the zeros are still where they were. The folder appears whole
-    or not at all.
+    `selected` are the matrices of every block, and `opened` gives a block its pruned weights. The configuration stays
+    as it is: ValueError for one with a sparsity or quantisation entry. `secateurs.json` holds, for every pruned matrix,
+    its figures and the sha256 of its mask's bits (row-major, packed eight to a byte), so that anyone can check later
+    that the zeros are still where they were. The folder appears whole or not at all.
     """
+    model = checkpoint.model
     for key in ("quantization_config", "sparsity_config"):
         if getattr(model.config, key, None) is not None:
             raise ValueError(f"the model's config has a `{key}`; serving engines would refuse the pruned model")
-    hashes = {matrix.name: mask_hash(matrix.weight) for matrix in matrices}
-    with atomic_folder(out, overwrite=True) as folder:
-        model.save_pretrained(folder)
+    ids = torch.tensor([list(probe_ids)])
+    shell, batch = Shell(model), Batch(ids, torch.ones_like(ids))
+    probe = Stream(batch, held_out=True, shell=shell, hidden=shell.enter(batch))
+    hashes = {}
+    with atomic_folder(out, overwrite=True) as folder, torch.inference_mode():
+        checkpoint.copy_to(folder)
         tokenizer.save_pretrained(folder)
-        ids = torch.tensor([list(probe_ids)])
-        with torch.inference_mode():
-            logits = model(input_ids=ids.to(model.device)).logits.float().cpu()
+        for index, block in enumerate(decoder_blocks(model)[1]):
+            with opened(index):
+                hashes |= {matrix.name: mask_hash(matrix.weight) for matrix in selected[index]}
+                checkpoint.write_block(index, folder)
+                probe.hidden = probe.run(block, index)
+        logits = shell.leave(batch, probe.hidden, logits=True).float().cpu()
         save_file({"ids": ids, "logits": logits}, folder / PROBE_FILE)
         side = {
             "schema": "secateurs.model",

@@ -9,7 +9,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -53,7 +52,7 @@ def load_model(name: str, *, device: str = "cpu", trust_remote_code: bool = Fals
     ValueError in one sentence for a missing folder, a damaged checkpoint or a quantised one.
     """
     path = model_path(name)
-    _check_folder(name, path)
+    check_folder(name, path)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
@@ -67,14 +66,14 @@ def load_model(name: str, *, device: str = "cpu", trust_remote_code: bool = Fals
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of `name`. ValueError in one sentence if there is none."""
     path = model_path(name)
-    _check_folder(name, path)
+    check_folder(name, path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
         raise ValueError(f"the tokenizer of `{name}` cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
-def _check_folder(name: str, path: str) -> None:
+def check_folder(name: str, path: str) -> None:
     folder = Path(path)
     if not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -152,9 +151,3 @@ def chosen(names: Sequence[str], targets: Sequence[str], ignore: Sequence[str]) 
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The part that turns ids into final hidden states, without lm_head."""
     return model.get_decoder()
-
-
-def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Final hidden states [batch, seq, hidden] of right-padded `ids`, after the last norm; no cache, no logits."""
-    with torch.inference_mode():
-        return decoder(model)(input_ids=ids.to(model.device), use_cache=False).last_hidden_state

@@ -4,8 +4,8 @@ For every decoder block: run the calibration documents through it and add up x x
 receive the same tensor (q/k/v, gate/up); solve each matrix; write the block's result down; pass on.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from secateurs.artifacts import atomic_write, read_json, write_json
 from secateurs.calibration import REGIONS, CalibrationSet
 from secateurs.collect import (
     Group,
+    Opened,
+    Place,
     Seen,
     Stream,
     Sums,
@@ -37,14 +39,6 @@ from secateurs.models import Matrix, chosen, decoder_blocks
 from secateurs.patterns import Pattern, stack
 from secateurs.solvers import Solver
 from secateurs.tune import Example, Tune, tune
-
-Place = Callable[[Tensor], Tensor]
-Opened = Callable[[int], AbstractContextManager[object]]
-
-
-def as_it_is(hidden: Tensor) -> Tensor:
-    """Hidden states stay where they are."""
-    return hidden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +116,7 @@ def prune(
     *,
     folder: Path | None = None,
     batch_tokens: int = 8192,
-    place: Place = as_it_is,
+    place: Place = lambda hidden: hidden,
     opened: Opened = nullcontext,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[LayerResult]:
@@ -171,7 +165,7 @@ def solve_alike(
     plans: Mapping[Path, Plan],
     *,
     batch_tokens: int = 8192,
-    place: Place = as_it_is,
+    place: Place = lambda hidden: hidden,
     opened: Opened = nullcontext,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> None:
@@ -214,6 +208,21 @@ def solve_alike(
                 for one in solved:
                     one.aim.matrix.weight.copy_(one.aim.dense)
                 done += len(solved)
+
+
+def results_in(folder: Path, selected: Sequence[Sequence[Matrix]], opened: Opened = nullcontext) -> Opened:
+    """`opened`, but every block has the weights that were written to `folder` for it."""
+
+    @contextmanager
+    def with_results(index: int) -> Iterator[None]:
+        with opened(index):
+            saved = _load_block(folder, index, selected[index])
+            assert saved is not None, f"{folder} has no block {index}"
+            for matrix in selected[index]:
+                matrix.weight.copy_(saved[0][matrix.name])
+            yield
+
+    return with_results
 
 
 def _prune_block(
@@ -294,10 +303,11 @@ def _solve_group(group: Group, groups: Sequence[Group], sums: Sums, plan: Plan) 
 def _aims(group: Group, gram: Gram, sums: Sums) -> list[_Aim]:
     dense = [matrix.weight.clone() for matrix in group.matrices]
     held = [seen for seen in sums.held[group.name] if seen.off is not None]
-    if group.name not in sums.train_drift or not held:
+    held_gram, drifts = gram_of(held), [drift_of(seen) for seen in held]
+    if group.name not in sums.train_drift or held_gram is None:
         return [_Aim(matrix, weight) for matrix, weight in zip(group.matrices, dense, strict=True)]
-    held_gram, first, *others = gram_of(held), *map(drift_of, held)
-    goals = [imitate(weight, gram, sums.train_drift[group.name], held_gram, sum(others, first)) for weight in dense]
+    held_drift = sum(drifts[1:], drifts[0])
+    goals = [imitate(weight, gram, sums.train_drift[group.name], held_gram, held_drift) for weight in dense]
     return [
         _Aim(matrix, weight, goal.target, goal.alpha, goal.beta)
         for matrix, weight, goal in zip(group.matrices, dense, goals, strict=True)

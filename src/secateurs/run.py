@@ -12,6 +12,7 @@ repeated command goes on where it stopped.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -37,6 +38,7 @@ from secateurs.calibration import (
     take,
     trace_document,
 )
+from secateurs.checkpoint import Checkpoint
 from secateurs.engines import Completion, Engine, Request, Sampling, default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
@@ -82,11 +84,14 @@ class Dense:
         return load_tokenizer(self.recipe.model, trust_remote_code=self.recipe.resources.trust_remote_code)
 
     @cached_property
-    def model(self) -> Any:
-        return self.fresh()
+    def checkpoint(self) -> Checkpoint:
+        """The model block by block: to prune, and to know all about it but its weights."""
+        r = self.recipe.resources
+        return Checkpoint(self.recipe.model, device=r.device, trust_remote_code=r.trust_remote_code)
 
-    def fresh(self) -> Any:
-        """Another copy of the weights, to prune."""
+    @cached_property
+    def model(self) -> Any:
+        """The whole model, to sample from; not read before something asks for it."""
         r = self.recipe.resources
         return load_model(self.recipe.model, device=r.device, trust_remote_code=r.trust_remote_code)
 
@@ -95,7 +100,7 @@ class Dense:
         """Hashes of model and tokenizer."""
         folder = model_path(self.recipe.model)
         if not Path(folder).is_dir():  # a hub id: its weights are pinned by the commit transformers resolved
-            return {"model": f"{self.recipe.model}@{getattr(self.model.config, '_commit_hash', None)}", "tokenizer": ""}
+            return {"model": f"{self.recipe.model}@{self.checkpoint.folder.name}", "tokenizer": ""}
         return {"model": model_hash(folder), "tokenizer": tokenizer_hash(folder)}
 
     @cached_property
@@ -128,7 +133,7 @@ class Traced:
 
 
 def _sampling(dense: Dense, overrides: SamplingOverrides) -> Sampling:
-    return default_sampling(dense.model.generation_config, **overrides.model_dump())
+    return default_sampling(dense.checkpoint.model.generation_config, **overrides.model_dump())
 
 
 def _provenance(
@@ -235,7 +240,8 @@ def trace_engine(recipe: Recipe, dense: Dense) -> Engine:
     if table.name == "hf":
         return hf_engine(dense.model, dense.tokenizer, recipe.resources.batch_size)
     options: dict[str, Any] = table.model_dump(exclude={"name", "servers"})
-    vocab_size = dense.model.get_input_embeddings().num_embeddings
+    embeddings: Any = dense.checkpoint.model.get_input_embeddings()
+    vocab_size = embeddings.num_embeddings
     return OpenAI(servers=tuple(table.servers), tokenizer=dense.tokenizer, vocab_size=vocab_size, **options)
 
 
@@ -444,16 +450,16 @@ def solve_alike(
     if len(missing) < 2:
         return
     calibration = calibration_set(recipes[0], seed, traced, dense)
-    model = dense.fresh()
     plans = {}
     for folder, recipe in missing.items():
-        patterns = allocate(recipe, out, seed, traced, dense, model, calibration, progress)
+        patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
         plans[folder / "blocks"] = replace(plan_of(recipe), patterns=patterns)
     stage = f"prune {arm_label(recipes[0].calibration.arm)}, {len(missing)} models at once"
     pruner.solve_alike(
-        model,
+        dense.checkpoint.model,
         calibration,
         plans,
+        opened=dense.checkpoint.opened,
         batch_tokens=recipes[0].calibration.batch_tokens,
         progress=lambda done, total, what: progress(stage, done, total, "layers"),
     )
@@ -479,20 +485,23 @@ def prune(
     calibration = calibration_set(recipe, seed, traced, dense)
     seconds = {"calibrate": time.perf_counter() - clock}
     clock = time.perf_counter()
-    model = dense.fresh()
-    patterns = allocate(recipe, out, seed, traced, dense, model, calibration, progress)
+    model, opened = dense.checkpoint.model, dense.checkpoint.opened
+    patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
     plan = replace(plan_of(recipe), patterns=patterns)
     results = pruner.prune(
         model,
         calibration,
         plan,
         folder=folder / "blocks",
+        opened=opened,
         batch_tokens=recipe.calibration.batch_tokens,
         progress=lambda done, total, what: progress(f"prune {label} {plan.pattern}", done, total, "layers"),
     )
     seconds["prune"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    hidden = evaluate.drift(model, reference)
+    selected = pruner.prunable(model, plan)
+    pruned = pruner.results_in(folder / "blocks", selected, opened)
+    hidden = evaluate.drift(model, reference, pruned)
     seconds["hidden error"] = time.perf_counter() - clock
     clock = time.perf_counter()
     layers = [asdict(result) | {"shape": list(result.shape)} for result in results]
@@ -507,9 +516,10 @@ def prune(
         "calibration_tokens": calibration.tokens,
     }
     export(
-        model,
+        dense.checkpoint,
         dense.tokenizer,
-        [matrix for block in pruner.prunable(model, plan) for matrix in block],
+        selected,
+        pruned,
         folder / "model",
         provenance={
             **facts, "model": recipe.model, "hashes": dense.key, "key": folder.name.rsplit("-", 1)[1],
@@ -544,7 +554,6 @@ def allocate(
     seed: int,
     traced: Traced,
     dense: Dense,
-    model: Any,
     calibration: CalibrationSet,
     progress: Progress = silent,
 ) -> dict[str, Pattern]:
@@ -556,6 +565,7 @@ def allocate(
     if not allocator.needs_survey:
         return {}
     label, sparsity = f"{arm_label(recipe.calibration.arm)} {plan.pattern}", recipe.prune.pattern["sparsity"]
+    model, opened = dense.checkpoint.model, dense.checkpoint.opened
     selected = pruner.prunable(model, plan)
     key = canonical_hash(
         {
@@ -568,12 +578,15 @@ def allocate(
         rows: Any = read_json(record)
         layers = [Layer(**(row | {"curve": tuple(map(tuple, row["curve"]))})) for row in rows]
     else:
+        if allocator.needs_curves:  # the whole model runs, once for every matrix
+            model, opened = dense.model, nullcontext
         layers = survey(
             model,
             calibration,
-            selected,
+            pruner.prunable(model, plan),
             sparsity,
             curves=allocator.needs_curves,
+            opened=opened,
             batch_tokens=recipe.calibration.batch_tokens,
             progress=lambda done, total, what: progress(f"survey {label}", done, total, "layers"),
         )
@@ -629,7 +642,7 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
     counts: dict[str, Any] = {}
     for cell in recipe.grid:
         plan = plan_of(cell)
-        matrices = [matrix for block in pruner.prunable(dense.model, plan) for matrix in block]
+        matrices = [matrix for block in pruner.prunable(dense.checkpoint.model, plan) for matrix in block]
         shapes = [tuple(matrix.weight.shape) for matrix in matrices]
         counts[str(plan.pattern)] = sum(plan.pattern.num_zeros(*shape) for shape in shapes)
     if any(region_weights(arm).get("corpus") for arm in recipe.arms):
@@ -639,10 +652,11 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
     if found < recipe.evaluate.num_questions:
         raise ValueError(f"evaluate.num_questions is {recipe.evaluate.num_questions:,}, the set has {found:,}")
     models = len(recipe.grid)
-    parameters = dense.model.num_parameters()
+    model = dense.checkpoint.model
+    parameters = model.num_parameters()
     tokens = recipe.calibration.num_tokens + recipe.calibration.held_out_tokens
-    hidden = dense.model.config.get_text_config(decoder=True).hidden_size
-    size = dense.model.dtype.itemsize
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    size = model.dtype.itemsize
     grams = sum(4 * d_in**2 for d_in in {d_in for _, d_in in shapes}) * 2 * 3
     traced = any(w.get("think") or w.get("answer") for w in map(region_weights, recipe.arms))
     return {

@@ -85,7 +85,7 @@ def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1)
     for cell in cells:
         for name, spent in cell.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + spent
-    model = dense.model
+    model = dense.checkpoint.model
     return Report(
         title=recipe.title or f"{recipe.model} pruned on its own chain of thought",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -122,7 +122,9 @@ class _Bench:
         """The dense model's hidden states on what is held out of some traces; the last ones are remembered."""
         if self.states is None or self.states[0] != traced.key:
             held = batches(map(trace_document, traced.held_out), self.recipe.calibration.batch_tokens)
-            self.states = traced.key, evaluate.reference_states(self.dense.model, list(held))
+            checkpoint = self.dense.checkpoint
+            states = evaluate.reference_states(checkpoint.model, list(held), checkpoint.opened)
+            self.states = traced.key, states
         return self.states[1]
 
 

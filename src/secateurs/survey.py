@@ -1,6 +1,7 @@
 """What an allocator wants to know of the dense model: outliers, and what pruning one matrix does to the output."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from secateurs.allocators import MOST, Layer
 from secateurs.calibration import Batch, CalibrationSet, Document, batches
-from secateurs.collect import Group, capture, collect, gram_of, groups_of, swapped, train_gram
+from secateurs.collect import Group, Opened, capture, collect, gram_of, groups_of, swapped, train_gram
 from secateurs.layer import Gram, LayerProblem, relative_error
 from secateurs.models import Matrix, decoder_blocks
 from secateurs.patterns import Unstructured
@@ -33,7 +34,7 @@ class _Found:
     unit: Any
     errors: tuple[tuple[float, float], ...]
     energy: float
-    pruned: Tensor
+    pruned: Tensor | None
 
 
 @torch.no_grad()
@@ -44,6 +45,7 @@ def survey(
     sparsity: float,
     *,
     curves: bool,
+    opened: Opened = nullcontext,
     batch_tokens: int = 8192,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[Layer]:
@@ -53,6 +55,7 @@ def survey(
     dense model's activations, e(s). Then it alone is pruned, at about `sparsity`, and KL(dense, pruned) of the next
     token is measured on the first 2,000 held-out tokens; the curve is KL e(s) / e(sparsity). Experts of a block are
     pruned together and share their KL by the output energy they lose.
+    A block's weights need to be there while `opened(index)` is; with `curves`, all of them and always.
     Cost: about three solves, and a forward pass of the probe, for every matrix; memory: the weights once more.
     """
     total = sum(map(len, selected)) * (2 if curves else 1)
@@ -61,15 +64,16 @@ def survey(
     found: list[_Found] = []
     outliers: list[float] = []
     for index, (block, matrices) in enumerate(zip(blocks, selected, strict=True)):
-        groups = groups_of(block, index, matrices, streams[0])
-        sums = collect(block, index, groups, streams, calibration.weights, move=True)
-        grams = [train_gram(group, groups, sums.train)[0] for group in groups]
-        outliers.append(_outliers(groups, grams))
-        for group, gram in zip(groups, grams, strict=True):
-            held = gram_of(sums.held[group.name]) or gram
-            for matrix in group.matrices:
-                found.append(_curve(matrix, index, group, gram, held, sparsity, curves))
-                progress(len(found), total, matrix.name)
+        with opened(index):
+            groups = groups_of(block, index, matrices, streams[0])
+            sums = collect(block, index, groups, streams, calibration.weights, move=True)
+            grams = [train_gram(group, groups, sums.train)[0] for group in groups]
+            outliers.append(_outliers(groups, grams))
+            for group, gram in zip(groups, grams, strict=True):
+                held = (gram_of(sums.held[group.name]) or gram) if curves else gram
+                for matrix in group.matrices:
+                    found.append(_curve(matrix, index, group, gram, held, sparsity, curves))
+                    progress(len(found), total, matrix.name)
     losses = _sensitivities(model, found, calibration.held_out, progress, total) if curves else {}
     lost: dict[Any, float] = {}
     for one in found if curves else ():
@@ -95,13 +99,13 @@ def _outliers(groups: Sequence[Group], grams: Sequence[Gram]) -> float:
 def _curve(matrix: Matrix, index: int, group: Group, gram: Gram, held: Gram, sparsity: float, curves: bool) -> _Found:
     unit = matrix.name if group.expert is None else (index, group.module, group.part)
     if not curves:
-        return _Found(matrix, index, unit, (), 0.0, matrix.weight)
+        return _Found(matrix, index, unit, (), 0.0, None)
     dense = matrix.weight.clone()
     grid = [round(sparsity + STEP * step, 6) for step in range(REACH, -REACH - 1, -1)]
     grid = [point for point in grid if 0 < point < MOST]
     patterns = [Unstructured(point, "layer") for point in grid]
     problem = LayerProblem(name=matrix.name, weight=dense, gram=gram, pattern=patterns[0])
-    errors, pruned = [], dense
+    errors, pruned = [], None
     for point, solution in zip(grid, ADMM().path(problem, patterns), strict=True):
         errors.append((point, relative_error(solution.weight, dense, held)))
         if abs(point - sparsity) < STEP / 2:
@@ -135,7 +139,7 @@ def _sensitivities(
         units.setdefault(one.unit, []).append(one)
     losses, done = {}, len(found)
     for unit, members in units.items():
-        with swapped({one.matrix: one.pruned for one in members}):
+        with swapped({one.matrix: one.pruned for one in members if one.pruned is not None}):
             divergence = tokens = 0.0
             for batch, before in dense:
                 kl = nn.functional.kl_div(_log_probabilities(model, batch), before, reduction="sum", log_target=True)

@@ -1,0 +1,215 @@
+"""A checkpoint on disk whose decoder blocks are read when their turn comes, and written over in a copy of its files.
+
+Whatever the size of the model, what is held is what lies around the blocks (embeddings, norms, head) and one block.
+transformers' own loader maps names and packs experts, here as in `from_pretrained`, so that the two agree to the bit.
+"""
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from secateurs.models import check_folder, decoder_blocks, model_path
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes are in a file, from `start` on."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+class Checkpoint:
+    """The causal language model `name`, of which only one block at a time is held: `with checkpoint.opened(3): ...`.
+
+    ValueError in one sentence for a missing folder, a damaged checkpoint or a quantised one.
+    """
+
+    def __init__(self, name: str, *, device: str = "cpu", trust_remote_code: bool = False):
+        self.name, self.device = name, torch.device(device)
+        self.trust_remote_code = trust_remote_code
+        check_folder(name, model_path(name))
+        try:
+            self.folder = self._fetched()
+            self.places = layout(self.folder)
+            self.model = self._empty_model()
+            self.prefix, self.blocks = decoder_blocks(self.model)
+            self._mapping: list[Any] = list(get_model_conversion_mapping(self.model))
+            self.names = self._names_in_model()
+            self._fill([key for key, name in self.names.items() if not name.startswith(f"{self.prefix}.")])
+            self._fill_buffers()
+        except Exception as error:  # transformers, safetensors and the hub raise many types for the same user mistake
+            reason = " ".join(str(error).split())
+            raise ValueError(f"model `{name}` cannot be loaded: {reason[:300]}") from error
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[None]:
+        """While open, block `index` of `model` has its weights; before and after they are on the meta device."""
+        block, prefix = self.blocks[index], f"{self.prefix}.{index}."
+        self._fill([key for key, name in self.names.items() if name.startswith(prefix)])
+        if absent := [name for name, tensor in block.state_dict().items() if tensor.is_meta]:
+            raise ValueError(f"model `{self.name}`: the checkpoint has no {prefix}{absent[0]}")
+        try:
+            yield
+        finally:
+            for module in block.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+                    setattr(module, name, empty)
+                for name, buffer in module.named_buffers(recurse=False):
+                    if name not in module._non_persistent_buffers_set:
+                        setattr(module, name, buffer.to("meta"))
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the files that hold weights as they are, and the configuration."""
+        for file in {place.file for place in self.places.values()} | {INDEX, "config.json", "generation_config.json"}:
+            if (self.folder / file).exists():
+                shutil.copyfile(self.folder / file, folder / file)
+        for file in self.folder.glob("*.py"):  # of a model that brings its own code
+            shutil.copyfile(file, folder / file.name)
+
+    def write_block(self, index: int, folder: Path) -> None:
+        """Put the weights that block `index` has now, while it is open, in their places in a copy of the files."""
+        weights = {f"{self.prefix}.{index}.{name}": value for name, value in self.blocks[index].state_dict().items()}
+        for key, tensor in revert_weight_conversion(self.model, weights).items():
+            place = self.places[key]
+            data = tensor.to("cpu", DTYPES.get(place.dtype, tensor.dtype)).contiguous()
+            if tuple(data.shape) != place.shape or data.nbytes != place.size:
+                raise RuntimeError(f"{key} is {tuple(data.shape)} now, and was {place.shape} in {place.file}")
+            with (folder / place.file).open("r+b") as file:
+                file.seek(place.start)
+                file.write(data.view(-1).view(torch.uint8).numpy().data)
+
+    def _fetched(self) -> Path:
+        """The checkpoint's folder; of a hub id, the local copy of its files."""
+        path = Path(model_path(self.name))
+        if path.is_dir():
+            return path
+        wanted = ["*.safetensors", "*.json", *(["*.py"] if self.trust_remote_code else [])]
+        return Path(snapshot_download(self.name, allow_patterns=wanted))
+
+    def _empty_model(self) -> PreTrainedModel:
+        config: Any = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        dtype = config.dtype or next(DTYPES[place.dtype] for place in self.places.values() if place.dtype in DTYPES)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=self.trust_remote_code
+            )
+        if (self.folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        return model.eval()
+
+    def _names_in_model(self) -> dict[str, str]:
+        """Where each tensor of the checkpoint goes in the model: its name there, or one of them where it is packed."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        prefix, state = self.model.base_model_prefix, self.model.state_dict()
+        names = {}
+        for key in self.places:
+            name, _ = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, _ = rename_source_key(key, [], [], prefix, state)
+            if name in state:
+                names[key] = name
+        return names
+
+    def _fill(self, keys: Sequence[str]) -> None:
+        """Read some tensors into the model. ValueError if one does not fit."""
+        dtype: Any = self.model.dtype
+        config = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=dtype,
+            dtype_plan=self.model._get_dtype_plan(dtype),
+            weight_mapping=self._mapping,
+        )
+        with ExitStack() as stack, _quiet():
+            files = {
+                file: stack.enter_context(safe_open(self.folder / file, framework="pt"))
+                for file in {self.places[key].file for key in keys}
+            }
+            slices = {key: files[self.places[key].file].get_slice(key) for key in keys}
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+        if info.mismatched_keys:
+            name, found, wanted = min(info.mismatched_keys)
+            raise ValueError(f"{name} is {tuple(found)} in the checkpoint, and {tuple(wanted)} in the model")
+        if info.conversion_errors:
+            raise ValueError("; ".join(f"{name}: {reason}" for name, reason in info.conversion_errors.items()))
+
+    def _fill_buffers(self) -> None:
+        """Compute what no checkpoint holds (rotary frequencies), tie what is tied, and check that nothing is left."""
+        model = self.model
+        for name, buffer in model.named_non_persistent_buffers():
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, torch.empty_like(buffer, device=self.device))
+        for tensor in (*model.parameters(), *(b for _, b in model.named_buffers() if b.is_meta)):
+            tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue] # so buffers only are computed
+        model.initialize_weights()
+        model.tie_weights()
+        around = (item for item in model.state_dict().items() if not item[0].startswith(f"{self.prefix}."))
+        if absent := [name for name, tensor in around if tensor.is_meta]:
+            raise ValueError(f"the checkpoint has no {absent[0]}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bar of transformers' own for every block."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def layout(folder: Path) -> Mapping[str, Place]:
+    """Where every tensor of a checkpoint is, from its index and the heads of its safetensors files.
+
+    A head is its length in 8 bytes, little-endian, then JSON: dtype, shape and offsets of every tensor.
+    ValueError if there are no safetensors files, or an index names one that is not there.
+    """
+    index = folder / INDEX
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [SINGLE]
+    places = {}
+    for name in files:
+        file = folder / name
+        if Path(name).name != name or not file.exists():
+            raise ValueError(f"there is no {name} in {folder}; secateurs reads safetensors only")
+        with safe_open(file, framework="pt"):
+            pass  # it checks that the head is sound and the file complete
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            head = json.loads(opened.read(length))
+        for key, entry in head.items():
+            if key != "__metadata__":
+                start, end = entry["data_offsets"]
+                places[key] = Place(name, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+    return places

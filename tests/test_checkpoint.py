@@ -1,0 +1,166 @@
+"""Checkpoints read and written a block at a time: the same model to the bit, and no block more in memory."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+from families import FAMILIES, make_model
+from secateurs import pruner
+from secateurs.calibration import batches
+from secateurs.checkpoint import INDEX, Checkpoint
+from secateurs.collect import final_states
+from secateurs.evaluate import drift, reference_states
+from secateurs.export import export, verify
+from secateurs.models import load_model
+from test_pruner import CALIBRATION, PLAN
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def saved(family: str, folder: Path, dtype: str = "float32") -> Path:
+    """A tiny model's checkpoint in several shards."""
+    model = make_model(family).to(DTYPES[dtype])
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def in_blocks(checkpoint: Checkpoint) -> set[str]:
+    return {name for name in checkpoint.model.state_dict() if name.startswith(f"{checkpoint.prefix}.")}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_read_alone_is_that_of_the_whole_model(family, dtype, tmp_path):
+    folder = saved(family, tmp_path, dtype)
+    whole, checkpoint = load_model(str(folder)).state_dict(), Checkpoint(str(folder))
+    buffers = dict(load_model(str(folder)).named_buffers())
+    state, inside = checkpoint.model.state_dict(), in_blocks(checkpoint)
+    assert inside and all(state[name].is_meta for name in inside)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in state.items() if name not in inside)
+    assert all(torch.equal(tensor, buffers[name]) for name, tensor in checkpoint.model.named_buffers())
+    seen = set()
+    for index in range(len(checkpoint.blocks)):
+        with checkpoint.opened(index):
+            for name, tensor in checkpoint.model.state_dict().items():
+                if name.startswith(f"{checkpoint.prefix}.{index}."):
+                    assert tensor.dtype == whole[name].dtype and torch.equal(tensor, whole[name])
+                    seen.add(name)
+                assert name not in inside or tensor.is_meta == (not name.startswith(f"{checkpoint.prefix}.{index}."))
+    assert seen == inside and all(checkpoint.model.state_dict()[name].is_meta for name in inside)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_from_its_checkpoint_a_model_is_what_it_is_in_memory(family, tmp_path):
+    """Bit for bit: the results, the exported weights, and everything in the files that was not pruned."""
+    folder, out = saved(family, tmp_path / "dense", "bfloat16"), tmp_path / "pruned"
+    whole, checkpoint = load_model(str(folder)), Checkpoint(str(folder))
+    expected = pruner.prune(whole, CALIBRATION, PLAN)
+    options = {"folder": tmp_path / "blocks", "opened": checkpoint.opened}
+    results = pruner.prune(checkpoint.model, CALIBRATION, PLAN, **options)
+    assert [replace(r, seconds=0) for r in results] == [replace(r, seconds=0) for r in expected]
+    selected = pruner.prunable(checkpoint.model, PLAN)
+    opened = pruner.results_in(tmp_path / "blocks", selected, checkpoint.opened)
+    layers = [asdict(result) for result in results]
+    export(checkpoint, Tokenizer(), selected, opened, out, provenance=FACTS, layers=layers, probe_ids=[3, 4, 5])
+    again = load_model(str(out)).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.state_dict().items())
+    pruned = {f"{matrix.name}.weight" for block in selected for matrix in block}
+    pruned |= {
+        f"{one.split('.experts.')[0]}.experts.{kind}" for one in pruned for kind in ("gate_up_proj", "down_proj")
+    }
+    files = {file.name for file in folder.glob("*.safetensors")}
+    assert len(files) > 1 and files < {file.name for file in out.glob("*.safetensors")}
+    untouched = 0
+    for name in files:
+        before, after = load_file(folder / name), load_file(out / name)
+        assert list(before) == list(after)
+        for key in before:
+            if checkpoint.names[key] not in pruned:
+                assert torch.equal(before[key], after[key])
+                untouched += 1
+    assert untouched
+    assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+FACTS = {"arm": "rac", "pattern": "50%", "sparsity": 0.5, "solver": "sparsegpt", "seed": 0, "calibration_tokens": 1,
+         "model": "tiny", "hashes": {}, "key": "k", "secateurs": "0", "recipe": {}, "held_out": {}}  # fmt: skip
+
+
+class Tokenizer:
+    """Enough of one for an export that nothing is sampled from."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def test_drift_is_the_same_block_by_block(tmp_path):
+    folder = saved("qwen3", tmp_path)
+    whole, checkpoint = load_model(str(folder)), Checkpoint(str(folder))
+    held = list(batches(CALIBRATION.held_out, 60))
+    reference = reference_states(checkpoint.model, held, checkpoint.opened)
+    with torch.inference_mode():
+        states = [whole.model(input_ids=batch.ids, use_cache=False).last_hidden_state for batch in held]
+    assert all(torch.equal(a, b) for a, b in zip(reference.states, states, strict=True))
+    assert drift(whole, reference)["prompt"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(final_states(whole, held), states, strict=True))
+
+
+def edited(folder: Path, change) -> Path:
+    """The checkpoint with `change` made to the tensors of each file."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("layer", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_tensor_that_is_missing_is_named(layer, tmp_path):
+    folder = edited(saved("llama", tmp_path), lambda tensors: tensors.pop(layer, None))
+    with pytest.raises(ValueError, match=f"the checkpoint has no {layer}"):
+        checkpoint = Checkpoint(str(folder))
+        with checkpoint.opened(0):
+            pass
+        with checkpoint.opened(1):
+            pass
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(tmp_path):
+    def cut(tensors):
+        if (name := "model.layers.1.mlp.up_proj.weight") in tensors:
+            tensors[name] = tensors[name][:40].clone()
+
+    checkpoint = Checkpoint(str(edited(saved("llama", tmp_path), cut)))
+    message = r"up_proj.weight is \(40, 32\) in the checkpoint, and \(48, 32\) in the model"
+    with pytest.raises(ValueError, match=message), checkpoint.opened(1):
+        pass
+
+
+def test_a_shard_that_is_missing_or_elsewhere_is_named(tmp_path):
+    folder = saved("llama", tmp_path)
+    first = sorted(folder.glob("*.safetensors"))[0]
+    first.rename(folder / "moved")
+    with pytest.raises(ValueError, match=f"there is no {first.name} in"):
+        Checkpoint(str(folder))
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {key: "../" + name for key, name in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"there is no \.\./model"):
+        Checkpoint(str(folder))
+
+
+def test_an_exported_folder_loads_in_a_clean_process(tmp_path):
+    model = tf.AutoTokenizer.from_pretrained(Path(pruner.__file__).parent / "assets" / "reasoner")
+    checkpoint = Checkpoint("bundled")
+    plan = replace(PLAN, targets=("mlp.*",))
+    selected = pruner.prunable(checkpoint.model, plan)
+    results = pruner.prune(checkpoint.model, CALIBRATION, plan, folder=tmp_path / "blocks", opened=checkpoint.opened)
+    opened = pruner.results_in(tmp_path / "blocks", selected, checkpoint.opened)
+    layers = [asdict(result) for result in results]
+    export(checkpoint, model, selected, opened, tmp_path / "out", provenance=FACTS, layers=layers, probe_ids=[3, 4, 5])
+    assert verify([tmp_path / "out"])[str(tmp_path / "out")] == 0
