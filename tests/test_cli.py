@@ -219,7 +219,7 @@ def test_trace_prints_the_store_and_a_plan_runs_nothing(tmp_path, monkeypatch, c
     assert (
         plan["cells"] == 2
         and plan["trace_tokens_per_seed"] == 2100
-        and plan["memory_bytes"] > 0
+        and plan["memory_bytes"]["on_device"] > 0
         and plan["seconds_estimate"]["trace"] > 0
     )
     assert call(monkeypatch, *arguments("run", "demo", "--out", str(out), "--dry-run")) == 0

@@ -106,7 +106,7 @@ def test_two_thousand_requests_with_a_fifth_of_faults_are_stored_once_and_right(
 
                 if stop == 2000:
                     one.restart(0.3)
-                run.sample(store, asked, servers, TOKENIZER, questions, SAMPLING, 0, 50, enough)
+                run.sample(store, asked, lambda: servers, TOKENIZER, questions, SAMPLING, 0, 50, enough)
         with TraceStore(tmp_path / "store", {}) as store:
             assert len(store) == 2000
             for question in wanted:

@@ -17,7 +17,7 @@ ORDER = [
     {"checkpoint"},
     {"collect"},
     {"pruner", "survey"},
-    {"export", "evaluate"},
+    {"export", "evaluate", "planner"},
     {"report"},
     {"page"},
     {"recipe"},

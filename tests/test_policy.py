@@ -11,7 +11,6 @@ from secateurs import policy
 from secateurs.engines import Request, Sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.models import load_model, load_tokenizer
-from secateurs.policy import check_own, surprise
 from secateurs.prompts import render
 from secateurs.questions.tiny import Tiny
 from secateurs.traces import Trace
@@ -35,6 +34,19 @@ def traces_of(model, tokenizer, sampling, count=8):
         )
         for c in hf_engine(model, tokenizer, count).generate(asked, sampling)
     ]  # fmt: skip
+
+
+@torch.inference_mode()
+def logits(model, trace):
+    return model(torch.tensor([trace.prompt_ids + trace.completion_ids])).logits[0]
+
+
+def surprise(model, traces, sampling):
+    return policy.surprise((logits(model, trace) for trace in traces), traces, sampling)
+
+
+def check_own(model, traces, sampling):
+    return policy.check_own((logits(model, trace) for trace in traces), traces, sampling)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=96), Sampling(temperature=0, max_new_tokens=96)])
@@ -86,13 +98,11 @@ def test_the_gap_is_the_divergence_of_the_two_models(bundled):
     found = surprise(model, texts, replace(hot, temperature=1.0))
     expected = variance = count = 0.0
     for trace in texts:
-        with torch.inference_mode():
-            logits = model(torch.tensor([trace.prompt_ids + trace.completion_ids])).logits[0]
-        logits = logits[len(trace.prompt_ids) - 1 : -1]
-        cool, warm = logits.log_softmax(-1), (logits / 1.5).log_softmax(-1)
+        before = logits(model, trace)[len(trace.prompt_ids) - 1 : -1]
+        cool, warm = before.log_softmax(-1), (before / 1.5).log_softmax(-1)
         mean = (warm.exp() * cool).sum(-1)
         expected += float(((cool.exp() * cool).sum(-1) - mean).sum())
         variance += float(((warm.exp() * cool**2).sum(-1) - mean**2).sum())
-        count += len(logits)
+        count += len(before)
     assert abs(found.gap * count - expected) < 4 * variance**0.5
     assert expected > 0.02 * count and found.num_tokens == count

@@ -69,15 +69,11 @@ def _plan(recipe: Any, as_json: bool) -> None:
         print(json.dumps(plan, indent=2))
         return
     table = Table(show_header=False, title="plan (nothing was run)")
+    memory = plan.pop("memory_bytes")
     for name, value in plan.items():
-        shown = (
-            f"{value / 1e6:,.0f} MB (estimate)"
-            if name == "memory_bytes"
-            else f"{value:,}"
-            if isinstance(value, int)
-            else str(value)
-        )
-        table.add_row(name.replace("_", " "), shown)
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.0f}" for name, size in memory.items())
+    table.add_row("memory of a prune, MB (estimate)", parts)
     Console().print(table)
 
 

@@ -149,13 +149,24 @@ def capture(
 @torch.no_grad()
 def final_states(model: PreTrainedModel, batches: Sequence[Batch], opened: Opened = nullcontext) -> list[Tensor]:
     """Final hidden states [batch, seq, d_model] on the CPU, block by block: a block's weights are needed once."""
+    return [stream.shell.leave(stream.batch, stream.hidden).cpu() for stream in _through(model, batches, opened)]
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, batches: Sequence[Batch], opened: Opened = nullcontext) -> Iterator[Tensor]:
+    """Logits [batch, seq, vocab] of one batch after the other, block by block."""
+    for stream in _through(model, batches, opened):
+        yield stream.shell.leave(stream.batch, stream.hidden, logits=True)
+
+
+def _through(model: PreTrainedModel, batches: Sequence[Batch], opened: Opened) -> list[Stream]:
     shell = Shell(model)
     streams = [Stream(batch, False, shell, shell.enter(batch)) for batch in batches]
     for index, block in enumerate(decoder_blocks(model)[1]):
         with opened(index):
             for stream in streams:
                 stream.hidden = stream.run(block, index)
-    return [shell.leave(stream.batch, stream.hidden).cpu() for stream in streams]
+    return streams
 
 
 @dataclass

@@ -1,8 +1,7 @@
 """Whether traces are a model's own: how much more, or less, they surprise it than what it would have said itself."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,21 +28,20 @@ class Surprise:
 
 
 @torch.inference_mode()
-def surprise(model: Any, traces: Sequence[Trace], sampling: Sampling) -> Surprise:
+def surprise(logits: Iterable[Tensor], traces: Sequence[Trace], sampling: Sampling) -> Surprise:
     """Teacher-forced: the mean of E[log p] - log p(token) over all completion tokens, p at the sampling temperature.
 
     E and Var are over what top-k and top-p leave of p. For samples of the model itself every term has mean 0 and
     variance Var[log p], whatever the text; for another model's the mean is the KL divergence and more. Greedy traces
     are measured against the best token at temperature 1, with z = infinity, as there is nothing random in them.
-    Cost: a forward pass a trace.
+    `logits` are the model's for each trace, prompt and completion [seq, vocab].
     """
     total = variance = 0.0
     count = 0
-    for trace in traces:
-        ids = torch.tensor([trace.prompt_ids + trace.completion_ids], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(trace.prompt_ids) - 1 : -1]
-        tokens = ids[0, len(trace.prompt_ids) :, None]
-        for some, drawn in zip(logits.split(ROWS), tokens.split(ROWS), strict=True):
+    for trace, given in zip(traces, logits, strict=True):
+        before = given[len(trace.prompt_ids) - 1 : -1]
+        tokens = torch.tensor(trace.completion_ids, device=given.device)[:, None]
+        for some, drawn in zip(before.split(ROWS), tokens.split(ROWS), strict=True):
             log_p = (some.float() / (sampling.temperature or 1.0)).log_softmax(-1)
             said = log_p.gather(1, drawn)[:, 0]
             if sampling.temperature == 0:
@@ -74,9 +72,9 @@ def _kept(log_p: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return top, p / p.sum(-1, keepdim=True)
 
 
-def check_own(model: Any, traces: Sequence[Trace], sampling: Sampling) -> Surprise:
-    """ValueError, with the numbers, if `traces` are not what `model` says: more than LIMIT off, beyond doubt."""
-    found = surprise(model, traces, sampling)
+def check_own(logits: Iterable[Tensor], traces: Sequence[Trace], sampling: Sampling) -> Surprise:
+    """ValueError, with the numbers, if `traces` are not what the model says: more than LIMIT off, beyond doubt."""
+    found = surprise(logits, traces, sampling)
     if found.gap < -LIMIT and found.z < -DOUBT:
         raise ValueError(
             f"the engine does not sample as it was asked to: over {found.num_tokens:,} tokens of its first "

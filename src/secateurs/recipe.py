@@ -232,6 +232,8 @@ class Resources(_Table):
     """How the work is done. Changes results by float rounding at most, and is in no key."""
 
     device: str = "cpu"
+    hidden_states: Literal["auto", "device", "cpu", "disk"] = "auto"
+    """Where they wait between two blocks of a prune; auto: the first of these places that has room."""
     batch_size: int = Field(default=64, ge=1)
     trust_remote_code: bool = False
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property, partial
 from glob import escape
 from hashlib import sha256
 from importlib.metadata import version
@@ -30,6 +30,7 @@ from secateurs import evaluate, pruner
 from secateurs.allocators import Layer
 from secateurs.artifacts import canonical_hash, folder_hash, model_hash, read_json, tokenizer_hash, write_json
 from secateurs.calibration import (
+    Batch,
     CalibrationSet,
     Document,
     batches,
@@ -39,6 +40,7 @@ from secateurs.calibration import (
     trace_document,
 )
 from secateurs.checkpoint import Checkpoint
+from secateurs.collect import logits_of
 from secateurs.engines import Completion, Engine, Request, Sampling, default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
@@ -48,6 +50,7 @@ from secateurs.layer import Gram, LayerProblem
 from secateurs.models import load_model, load_tokenizer, model_path
 from secateurs.parallel import Progress, silent
 from secateurs.patterns import Pattern, Unstructured
+from secateurs.planner import Needs, Shelf, choose, needs
 from secateurs.policy import Surprise, check_own
 from secateurs.prompts import answer_text, render, think_split, trace_seed, turns
 from secateurs.questions import Question, QuestionSet
@@ -152,7 +155,7 @@ def _provenance(
 def sample(
     store: TraceStore,
     asked: Iterable[Asked],
-    engine: Engine,
+    engine: Callable[[], Engine],
     tokenizer: Any,
     questions: QuestionSet,
     sampling: Sampling,
@@ -162,7 +165,8 @@ def sample(
 ) -> None:
     """Answer what is asked in order and store every trace as it is finished, until `enough` or all is answered.
 
-    What the store holds already is not asked again. Traces go to disk every quarter of a second, or `at_once` together.
+    What the store holds already is not asked again, and no engine is made if nothing is missing. Traces go to disk
+    every quarter of a second, or `at_once` together.
     """
     by_id: dict[str, Question] = {}
 
@@ -185,7 +189,7 @@ def sample(
     waiting: list[Trace] = []
     clock = time.monotonic()
     try:
-        for completion in engine.generate(requests(), sampling):
+        for completion in engine().generate(requests(), sampling):
             waiting.append(_trace(completion, tokenizer, questions, by_id[completion.request.question_id]))
             spent += completion.seconds
             if time.monotonic() - clock > 0.25 or len(waiting) >= at_once:
@@ -272,7 +276,7 @@ def trace(
     rest = [(w, n // 2 if w.get("corpus") else n) for w, n in needs if w.get("think") or w.get("answer")]
     budget = -(-(recipe.calibration.held_out_tokens + max((n for _, n in rest), default=0)) // shards)
     with TraceStore(out / "traces" / key, provenance) as store:
-        engine = trace_engine(recipe, dense)
+        engine = cache(partial(trace_engine, recipe, dense))
         tokens, ahead = 0, iter(asked)
         following = next(ahead, None)
         surprise = None
@@ -280,7 +284,9 @@ def trace(
         def trust() -> None:
             nonlocal surprise
             if table.name != "hf" and surprise is None:
-                surprise = check_own(dense.model, list(islice(store, CHECKED_TRACES)), sampling)
+                first = list(islice(store, CHECKED_TRACES))
+                logits = logits_of(dense.checkpoint.model, _whole(first), dense.checkpoint.opened)
+                surprise = check_own((each[0] for each in logits), first, sampling)
 
         def enough() -> bool:
             nonlocal tokens, following
@@ -321,6 +327,12 @@ def trace(
             f"no trace passed the filters: {dropped}; loosen traces.filters or look at the model's answers"
         )
     return Traced(tuple(held), tuple(kept), _trace_summary([*held, *kept], dropped, seconds), key, surprise)
+
+
+def _whole(traces: Sequence[Trace]) -> list[Batch]:
+    """Each trace as a batch of its own, the last token included."""
+    every = [torch.tensor([trace.prompt_ids + trace.completion_ids]) for trace in traces]
+    return [Batch(ids, torch.ones_like(ids)) for ids in every]
 
 
 def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: float) -> TraceSummary:
@@ -455,14 +467,16 @@ def solve_alike(
         patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
         plans[folder / "blocks"] = replace(plan_of(recipe), patterns=patterns)
     stage = f"prune {arm_label(recipes[0].calibration.arm)}, {len(missing)} models at once"
-    pruner.solve_alike(
-        dense.checkpoint.model,
-        calibration,
-        plans,
-        opened=dense.checkpoint.opened,
-        batch_tokens=recipes[0].calibration.batch_tokens,
-        progress=lambda done, total, what: progress(stage, done, total, "layers"),
-    )
+    with _shelf(recipes[0], calibration, dense, out) as place:
+        pruner.solve_alike(
+            dense.checkpoint.model,
+            calibration,
+            plans,
+            opened=dense.checkpoint.opened,
+            place=place,
+            batch_tokens=recipes[0].calibration.batch_tokens,
+            progress=lambda done, total, what: progress(stage, done, total, "layers"),
+        )
 
 
 def prune(
@@ -488,15 +502,17 @@ def prune(
     model, opened = dense.checkpoint.model, dense.checkpoint.opened
     patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
     plan = replace(plan_of(recipe), patterns=patterns)
-    results = pruner.prune(
-        model,
-        calibration,
-        plan,
-        folder=folder / "blocks",
-        opened=opened,
-        batch_tokens=recipe.calibration.batch_tokens,
-        progress=lambda done, total, what: progress(f"prune {label} {plan.pattern}", done, total, "layers"),
-    )
+    with _shelf(recipe, calibration, dense, folder) as place:
+        results = pruner.prune(
+            model,
+            calibration,
+            plan,
+            folder=folder / "blocks",
+            opened=opened,
+            place=place,
+            batch_tokens=recipe.calibration.batch_tokens,
+            progress=lambda done, total, what: progress(f"prune {label} {plan.pattern}", done, total, "layers"),
+        )
     seconds["prune"] = time.perf_counter() - clock
     clock = time.perf_counter()
     selected = pruner.prunable(model, plan)
@@ -533,6 +549,28 @@ def prune(
     data = {**facts, "layers": layers, "hidden_error": hidden, "seconds": seconds}
     write_json(record, data)
     return Pruned(folder, **data)
+
+
+def _shelf(recipe: Recipe, calibration: CalibrationSet, dense: Dense, folder: Path) -> Shelf:
+    """Where hidden states are to be kept while a cell is pruned."""
+    if (where := recipe.resources.hidden_states) != "auto":
+        return Shelf(where, folder)
+    documents = (*calibration.documents, *calibration.held_out)
+    padded = sum(batch.ids.numel() for batch in batches(documents, recipe.calibration.batch_tokens))
+    wanted = memory_needs(recipe, dense, padded, sum(len(document.ids) for document in calibration.held_out))
+    return Shelf(choose(wanted, dense.checkpoint.device), folder)
+
+
+def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int) -> Needs:
+    """What pruning a cell will hold, for so many tokens, padding and held-out ones included."""
+    return needs(
+        dense.checkpoint.model,
+        plan_of(recipe),
+        recipe.prune.solver["name"],
+        tokens=tokens,
+        held_out_tokens=held_out_tokens,
+        batch_tokens=recipe.calibration.batch_tokens,
+    )
 
 
 def plan_of(recipe: Recipe) -> pruner.Plan:
@@ -612,7 +650,14 @@ class Answers:
 
 
 def answer(
-    recipe: Recipe, folder: Path, model: Any, model_key: str, seed: int, dense: Dense, stage: str, progress: Progress
+    recipe: Recipe,
+    folder: Path,
+    model: Callable[[], Any],
+    model_key: str,
+    seed: int,
+    dense: Dense,
+    stage: str,
+    progress: Progress,
 ) -> Answers:
     """Ask a model the recipe's evaluation questions; a rerun asks only what is missing."""
     spec = recipe.evaluate.questions or recipe.traces.questions
@@ -628,7 +673,9 @@ def answer(
             progress(stage, sum((q.id, n) in store for q, n in asked), len(asked), "answers")
             return all((q.id, n) in store for q, n in asked)
 
-        engine = hf_engine(model, dense.tokenizer, recipe.resources.batch_size)
+        def engine() -> Engine:
+            return hf_engine(model(), dense.tokenizer, recipe.resources.batch_size)
+
         sample(store, asked, engine, dense.tokenizer, questions, sampling, seed, recipe.resources.batch_size, enough)
         traces = [found for q, n in asked if (found := store.get(q.id, n))]
         store.seal(traces)
@@ -654,10 +701,9 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
     models = len(recipe.grid)
     model = dense.checkpoint.model
     parameters = model.num_parameters()
-    tokens = recipe.calibration.num_tokens + recipe.calibration.held_out_tokens
-    hidden = model.config.get_text_config(decoder=True).hidden_size
-    size = model.dtype.itemsize
-    grams = sum(4 * d_in**2 for d_in in {d_in for _, d_in in shapes}) * 2 * 3
+    held_out = recipe.calibration.held_out_tokens
+    tokens = recipe.calibration.num_tokens + held_out
+    wanted = max((memory_needs(cell, dense, tokens, held_out) for cell in recipe.grid), key=lambda one: one.on_device)
     traced = any(w.get("think") or w.get("answer") for w in map(region_weights, recipe.arms))
     return {
         "model": recipe.model,
@@ -669,7 +715,8 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
         "trace_tokens_per_seed": tokens if traced else recipe.calibration.held_out_tokens,
         "answers": recipe.evaluate.num_questions * recipe.evaluate.samples
         * len(recipe.seeds) * (1 + models),
-        "memory_bytes": 2 * parameters * size + tokens * hidden * size + grams,
+        "memory_bytes": asdict(wanted) | {"on_device": wanted.on_device},
+        "hidden_states": choose(wanted, dense.checkpoint.device),
     }  # fmt: skip
 
 

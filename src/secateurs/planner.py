@@ -1,0 +1,152 @@
+"""What pruning a model will hold in memory, part by part, and where its hidden states should lie."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateurs.layer import TOKENS_AT_ONCE
+from secateurs.models import Matrix, decoder_blocks
+from secateurs.pruner import Plan, prunable
+
+Where = Literal["device", "cpu", "disk"]
+SAFE = 0.8  # of the memory that is free now
+# Working memory of a solve in Grams of its inputs and in float32 copies of its weights (benchmarks/memory.py)
+WORK = {"admm": (3.0, 2.9), "admm+": (4.0, 2.9), "alps": (5.0, 4.0), "wanda": (0.0, 2.0), "magnitude": (0.0, 2.0)}
+OTHER_WORK = (3.9, 1.7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Bytes. `hidden` is where `Where` says; the rest is on the device."""
+
+    around: int
+    """Embeddings, norms, head."""
+    block: int
+    """The largest block: its weights, the dense ones beside the pruned, the masks."""
+    grams: int
+    """Of one block's distinct inputs, and the drift of each where a goal needs it."""
+    held_out: int
+    """Inputs of held-out tokens to one block."""
+    hidden: int
+    """Hidden states of all documents between two blocks."""
+    forward: int
+    """One batch on its way through a block."""
+    solve: int
+    """What the solver takes for the largest group of matrices."""
+
+    @property
+    def on_device(self) -> int:
+        """Without the hidden states."""
+        return self.around + self.block + self.grams + self.held_out + max(self.forward, self.solve)
+
+
+def needs(
+    model: PreTrainedModel, plan: Plan, solver: str, *, tokens: int, held_out_tokens: int, batch_tokens: int
+) -> Needs:
+    """An estimate from shapes alone; `tokens` are all of them, padding and held-out ones included.
+
+    Which matrices share an input is guessed: those of one module with as many inputs, but not the last, if it writes
+    to the residual stream. An expert is taken to see its share of the tokens.
+    """
+    prefix, blocks = decoder_blocks(model)
+    config: Any = model.config.get_text_config(decoder=True)
+    size, width = model.dtype.itemsize, config.hidden_size
+    inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
+    around = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if not name.startswith(prefix))
+    grams = held = solve = most = 0
+    for matrices, weights in zip(prunable(model, plan), inside, strict=True):
+        groups = _groups(matrices, width)
+        drifts = 2 if plan.goal != "own" else 1
+        grams = max(grams, sum(4 * drifts * d_in**2 for _, d_in, _ in groups))
+        held = max(held, sum(int(share * held_out_tokens) * d_in * size * drifts for _, d_in, share in groups))
+        a, b = WORK.get(solver, OTHER_WORK)
+        solve = max([solve, *(int(4 * (a * d_in**2 + b * rows * d_in)) for rows, d_in, _ in groups)])
+        pruned = sum(matrix.weight.numel() for matrix in matrices)
+        most = max(most, weights + pruned * (2 * size + 1))
+    widest = max((matrix.weight.shape[1] for block in prunable(model, plan) for matrix in block), default=width)
+    copies = 1 + (plan.goal != "own") + (plan.tune is not None)
+    rows = min(batch_tokens, tokens)
+    return Needs(
+        around=around,
+        block=most,
+        grams=grams,
+        held_out=held,
+        hidden=tokens * width * size * copies,
+        forward=rows * size * (4 * width + 3 * widest) + min(TOKENS_AT_ONCE, rows) * widest * 4,
+        solve=solve,
+    )
+
+
+def _groups(matrices: Sequence[Matrix], width: int) -> list[tuple[int, int, float]]:
+    """Rows, inputs, and the share of the tokens that arrive, for every group of matrices of a block."""
+    rows: dict[Any, int] = {}
+    share: dict[Any, float] = {}
+    for matrix in matrices:
+        d_out, d_in = matrix.weight.shape
+        parent = matrix.name.rsplit(".", 1)[0]
+        writes = d_out == width and any(key[:1] == (parent,) for key in rows)
+        key = (parent, d_in, writes, matrix.expert)
+        rows[key] = rows.get(key, 0) + d_out
+        experts = len(matrix.parameter) if matrix.expert is not None else 1
+        share[key] = min(1.0, 8 / experts)  # routers choose few of many; eight is the most that is usual
+    return [(count, key[1], share[key]) for key, count in rows.items()]
+
+
+def available(device: torch.device) -> int:
+    """Bytes that are free on a device now, within the limit of this process's control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        numbers = [line for file in (limit, used) for line in _lines(file) if line.isdigit()]
+        if len(numbers) == 2:
+            free.append(int(numbers[0]) - int(numbers[1]))
+    return max(min(free), 0) if free else 2**63
+
+
+def _lines(file: str) -> list[str]:
+    return Path(file).read_text().splitlines() if Path(file).exists() else []
+
+
+def choose(wanted: Needs, device: torch.device) -> Where:
+    """Where hidden states fit: the device if it has room for them beside the rest, else the CPU, else the disk."""
+    if wanted.on_device + wanted.hidden <= SAFE * available(device):
+        return "device"
+    if device.type != "cpu" and wanted.hidden <= SAFE * available(torch.device("cpu")):
+        return "cpu"
+    return "disk"
+
+
+class Shelf:
+    """Where hidden states are kept: `shelf.place(hidden)`. On disk they are files of a folder that goes with it."""
+
+    def __init__(self, where: Where, folder: Path):
+        self.where = where
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = TemporaryDirectory(prefix="hidden-", dir=folder) if where == "disk" else None
+        self._count = 0
+
+    def place(self, hidden: Tensor) -> Tensor:
+        """The tensor, where it is to stay: as it is, on the CPU, or in a file that the system pages in and out."""
+        if self._folder is None:
+            return hidden if self.where == "device" else hidden.cpu()
+        self._count += 1
+        file = Path(self._folder.name) / f"{self._count:06d}"
+        mapped = torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=hidden.dtype)
+        return mapped.view(hidden.shape).copy_(hidden)
+
+    def __enter__(self) -> Callable[[Tensor], Tensor]:
+        return self.place
+
+    def __exit__(self, *exception: object) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()

@@ -1,0 +1,84 @@
+"""Where hidden states go, and that it changes nothing; what is planned for, against tensors that are counted."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from families import make_model
+from secateurs import planner, pruner
+from secateurs.models import decoder_blocks
+from secateurs.planner import Needs, Shelf, available, choose, needs
+from secateurs.tune import Tune
+from test_pruner import CALIBRATION, EVERYTHING, PLAN
+
+NEEDS = Needs(around=1, block=1, grams=1, held_out=1, hidden=10, forward=1, solve=2)
+
+
+@pytest.mark.parametrize("plan", [PLAN, replace(PLAN, propagate="dense"), EVERYTHING], ids=["plain", "dense", "all"])
+def test_hidden_states_on_disk_change_nothing_and_leave_nothing(plan, tmp_path):
+    expected, model = make_model("qwen3"), make_model("qwen3")
+    results = pruner.prune(expected, CALIBRATION, plan, batch_tokens=100)
+    with Shelf("disk", tmp_path) as place:
+        found = pruner.prune(model, CALIBRATION, plan, batch_tokens=100, place=place)
+        (folder,) = tmp_path.iterdir()
+        assert len(list(folder.iterdir())) >= 8
+    assert [replace(r, seconds=0) for r in found] == [replace(r, seconds=0) for r in results]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["device", "cpu", "disk"])
+def test_a_shelf_keeps_what_is_put_on_it(where, tmp_path):
+    first, second = torch.randn(2, 3, 5, 8).bfloat16()
+    with Shelf(where, tmp_path) as place:
+        kept = place(first.clone())
+        assert torch.equal(kept, first)
+        kept.copy_(second)
+        assert torch.equal(kept, second)
+
+
+@pytest.mark.parametrize("free, where", [(30, "device"), (12, "disk")])
+def test_the_first_place_with_room_is_chosen(free, where, monkeypatch):
+    monkeypatch.setattr(planner, "available", lambda device: free)
+    assert choose(NEEDS, torch.device("cpu")) == where
+
+
+@pytest.mark.parametrize("free, where", [((30, 99), "device"), ((12, 99), "cpu"), ((12, 10), "disk")])
+def test_beside_a_gpu_there_is_the_cpu(free, where, monkeypatch):
+    monkeypatch.setattr(planner, "available", lambda device: free[device.type == "cpu"])
+    assert choose(NEEDS, torch.device("cuda")) == where
+
+
+def test_the_limit_of_the_control_group_counts(tmp_path, monkeypatch):
+    files = {"/proc/meminfo": ["MemTotal: 99 kB", "MemAvailable: 50 kB"]}
+    monkeypatch.setattr(planner, "_lines", lambda file: files.get(file, []))
+    assert available(torch.device("cpu")) == 50 * 1024
+    files |= {"/sys/fs/cgroup/memory.max": ["9000"], "/sys/fs/cgroup/memory.current": ["2000"]}
+    assert available(torch.device("cpu")) == 7000
+    files["/sys/fs/cgroup/memory.max"] = ["max"]
+    assert available(torch.device("cpu")) == 50 * 1024
+
+
+def test_parts_that_can_be_counted_are_exact():
+    model = make_model("llama")
+    found = needs(model, PLAN, "sparsegpt", tokens=700, held_out_tokens=100, batch_tokens=200)
+    _, blocks = decoder_blocks(model)
+    weights = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    inputs = [32, 32, 32, 48]  # of q, k and v; of o; of gate and up; of down
+    pruned = sum(m.weight.numel() for m in pruner.prunable(model, PLAN)[0])
+    assert found.around == sum(p.nbytes for p in model.parameters()) - sum(weights)
+    assert found.block == weights[0] + pruned * (4 + 4 + 1)
+    assert found.grams == sum(4 * d_in**2 for d_in in inputs)
+    assert found.held_out == 100 * 4 * sum(inputs)
+    assert found.hidden == 700 * 32 * 4
+    more = needs(model, EVERYTHING, "sparsegpt", tokens=700, held_out_tokens=100, batch_tokens=200)
+    assert more.hidden == 3 * found.hidden and more.grams == 2 * found.grams
+    tuned = replace(PLAN, tune=Tune(steps=1))
+    assert needs(model, tuned, "admm", tokens=700, held_out_tokens=1, batch_tokens=9).hidden == 2 * found.hidden
+
+
+def test_experts_have_grams_of_their_own():
+    model = make_model("qwen3_moe")
+    found = needs(model, PLAN, "admm", tokens=700, held_out_tokens=100, batch_tokens=200)
+    assert found.grams == 4 * (2 * 32**2 + 4 * (32**2 + 16**2))
