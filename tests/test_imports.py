@@ -18,7 +18,7 @@ ORDER = [
     {"collect"},
     {"pruner", "survey"},
     {"export", "evaluate", "planner"},
-    {"report"},
+    {"report", "masks"},
     {"page"},
     {"recipe"},
     {"run"},

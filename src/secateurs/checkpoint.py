@@ -120,9 +120,7 @@ class Checkpoint:
         config: Any = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         dtype = config.dtype or next(DTYPES[place.dtype] for place in self.places.values() if place.dtype in DTYPES)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=self.trust_remote_code
-            )
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
         if (self.folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(self.folder)
         return model.eval()

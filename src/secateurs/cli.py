@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -209,6 +209,52 @@ def report(
 
     found = [reports.read(path / "report.json" if path.is_dir() else path) for path in runs]
     _finish(reports.merge(found) if len(found) > 1 else found[0], out, as_json)
+
+
+mask = typer.Typer(help="Whether a pruned model's zeros are still there after more training, and putting them back.")
+app.add_typer(mask, name="mask")
+Of = Annotated[str, typer.Option("--of", help="The pruned model it was made from.")]
+
+
+@mask.command(name="check")
+def mask_check(
+    model: Annotated[str, typer.Argument(help="Folder of a model.")], of: Of = "", as_json: Json = False
+) -> None:
+    """Compare a model's zeros with those of the pruned model it was made from, or of its own export. 1: some are lost."""
+    from secateurs.masks import check
+
+    _show_masks(check(model, of or None), as_json)
+
+
+@mask.command(name="apply")
+def mask_apply(
+    model: Annotated[str, typer.Argument(help="Folder of a model.")],
+    of: Of,
+    out: Annotated[Path, typer.Option(help="A new folder for the model with its zeros put back.")],
+    as_json: Json = False,
+) -> None:
+    """Write a fine-tuned or merged model anew, with the zeros of the pruned model it was made from."""
+    from secateurs.masks import apply
+
+    _show_masks(apply(model, of, out), as_json, mended=True)
+
+
+def _show_masks(found: Sequence[Any], as_json: bool, mended: bool = False) -> None:
+    broken = [one for one in found if one.lost != 0]
+    if as_json:
+        print(json.dumps([vars(one) for one in found]))
+    else:
+        table = Table("matrix", "zeros", "lost")
+        for one in broken:
+            table.add_row(one.name, f"{one.zeros:,}", "?" if one.lost is None else f"{one.lost:,}")
+        screen = Console(width=None if sys.stdout.isatty() else 120)
+        if broken:
+            screen.print(table)
+        ending = ", and have them back now" if mended else ""
+        said = f"{len(broken)} of {len(found)} matrices lost zeros{ending}" if broken else "every zero is kept"
+        screen.print(said)
+    if broken and not mended:
+        raise typer.Exit(1)
 
 
 @app.command(name="list")

@@ -32,7 +32,7 @@ class Group:
     matrices: tuple[Matrix, ...]
     module: nn.Module
     expert: int | None = None
-    part: Literal["gate_up", "down"] | None = None
+    part: Literal["up", "down"] | None = None
 
 
 class Shell:
@@ -248,6 +248,8 @@ class _Watch:
         self.rows = None if bool((self.counts > 0).all()) else (self.counts > 0).nonzero().squeeze(-1)
         counted = self._of_rows(self.counts)
         self.each = None if bool((counted == 1).all()) else counted
+        routed = {group.module for group in groups if group.expert is not None}
+        self.experts = {module: packed_experts(module)[""] for module in routed}
         self.dense_inputs: dict[str, Tensor] = {}
         self.dense_outputs: dict[nn.Module, Tensor] = {}
         self.drift: Tensor | None = None
@@ -292,7 +294,7 @@ class _Watch:
             for group in self.groups:
                 if group.expert is None:
                     stack.callback(group.module.register_forward_pre_hook(linear_hook(group)).remove)
-            for module in {group.module for group in self.groups if group.expert is not None}:
+            for module in self.experts:
                 stack.callback(module.register_forward_pre_hook(self._experts, with_kwargs=True).remove)
             for module in self.writers:
                 stack.callback(module.register_forward_hook(writer_hook).remove)
@@ -314,14 +316,12 @@ class _Watch:
         hidden, index, probability = (*args, *kwargs.values())[:3]
         hidden = hidden.reshape(-1, hidden.shape[-1])
         for group in self.groups:
-            if group.module is not module:
+            if group.module is not module or group.expert is None:
                 continue
             token, slot = torch.where((index == group.expert) & (self.counts > 0)[:, None])
             x = hidden[token]
             if group.part == "down":
-                packed: Any = module
-                gate, up = nn.functional.linear(x, packed.gate_up_proj[group.expert]).chunk(2, dim=-1)
-                x = packed.act_fn(gate) * up
+                x = self.experts[module].inner(group.expert, x)
             # An expert's output is scaled by its routing probability p, so its error counts with p².
             weight = probability[token, slot].float() ** 2 * self.counts[token]
             self._add(group.name, Seen(x, self.codes[token], weight))
@@ -420,11 +420,11 @@ def matrices_of(block: nn.Module, prefix: str) -> Iterator[Matrix]:
     """Every prunable weight of a block under its full name."""
     for name, module in linears(block).items():
         yield Matrix(f"{prefix}.{name}", module)
-    for name, module in packed_experts(block).items():
-        packed: Any = module
-        for expert in range(packed.down_proj.shape[0]):
-            for attribute in ("gate_up_proj", "down_proj"):
-                yield Matrix(f"{prefix}.{name}.{expert}.{attribute}", module, attribute, expert)
+    for name, experts in packed_experts(block).items():
+        for expert in range(experts.count):
+            for attribute in (experts.up, "down_proj"):
+                full = f"{prefix}.{name}.{expert}.{attribute}"
+                yield Matrix(full, experts.module, attribute, expert, experts.transposed)
 
 
 def groups_of(block: nn.Module, index: int, matrices: Sequence[Matrix], stream: Stream) -> list[Group]:
@@ -463,7 +463,7 @@ def groups_of(block: nn.Module, index: int, matrices: Sequence[Matrix], stream: 
     for module in dict.fromkeys(module for module, _ in order):
         for matrix in by_module[module]:
             if matrix.expert is not None:
-                part = "down" if matrix.attribute == "down_proj" else "gate_up"
+                part = "down" if matrix.attribute == "down_proj" else "up"
                 result.append(Group(matrix.name, (matrix,), module, matrix.expert, part))
     return result
 

@@ -29,6 +29,8 @@ class Matrix:
     module: nn.Module
     attribute: str = "weight"
     expert: int | None = None
+    transposed: bool = False
+    """Whether the parameter is [d_in, d_out]."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -38,7 +40,12 @@ class Matrix:
     @property
     def weight(self) -> Tensor:
         """A view of the weight, [d_out, d_in]; writing to it writes to the model."""
-        return self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+        return self.part_of(self.parameter.data)
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """Its place [d_out, d_in] in a tensor shaped like the parameter, as a view."""
+        part = whole if self.expert is None else whole[self.expert]
+        return part.T if self.transposed else part
 
 
 def model_path(name: str) -> str:
@@ -55,7 +62,7 @@ def load_model(name: str, *, device: str = "cpu", trust_remote_code: bool = Fals
     check_folder(name, path)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+            path, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers and safetensors raise many types for the same user mistake
         reason = " ".join(str(error).split())
@@ -109,22 +116,53 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in found.items() if not ROUTERS.search(name)}
 
 
-def packed_experts(block: nn.Module) -> dict[str, nn.Module]:
-    """Modules of a block that hold all experts in 3-D gate_up_proj [E, 2 d_ff, d] and down_proj [E, d, d_ff].
+@dataclass(frozen=True)
+class Experts:
+    """A module that holds all its experts in two 3-D parameters: [E, d_up, d], and `down_proj` [E, d, d_ff], or each
+    expert transposed. d_up is d_ff, or twice that where a gate goes with it."""
+
+    module: Any
+    up: str
+    transposed: bool
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.module.down_proj)
+
+    def inner(self, expert: int, x: Tensor) -> Tensor:
+        """What `down_proj` receives for the inputs `x` [tokens, d] of an expert [tokens, d_ff]."""
+        weight = getattr(self.module, self.up)[expert]
+        bias = getattr(self.module, f"{self.up}_bias", None)
+        out = nn.functional.linear(x, weight.T if self.transposed else weight, None if bias is None else bias[expert])
+        if self.up == "up_proj":
+            return self.module.act_fn(out)
+        if hasattr(self.module, "_apply_gate"):
+            return self.module._apply_gate(out)
+        gate, up = out.chunk(2, dim=-1)
+        return self.module.act_fn(gate) * up
+
+
+def packed_experts(block: nn.Module) -> dict[str, Experts]:
+    """Modules of a block that hold all their experts in 3-D parameters, by name within the block.
 
     ValueError for a packed layout with other shapes: it would be left dense without a word.
     """
     found = {}
     for name, module in block.named_modules():
-        packed = {key: p for key, p in module.named_parameters(recurse=False) if p.dim() == 3}
+        packed = {key: tuple(p.shape) for key, p in module.named_parameters(recurse=False) if p.dim() == 3}
         if not packed:
             continue
-        if set(packed) != {"gate_up_proj", "down_proj"} or (
-            packed["gate_up_proj"].shape[1:] != (2 * packed["down_proj"].shape[2], packed["down_proj"].shape[1])
-        ):
-            shapes = ", ".join(f"{key} {tuple(p.shape)}" for key, p in packed.items())
-            raise ValueError(f"{type(module).__name__} packs its experts in a layout secateurs does not know: {shapes}")
-        found[name] = module
+        up = "gate_up_proj" if "gate_up_proj" in packed else "up_proj"
+        transposed = bool(getattr(module, "is_transposed", False))
+        if set(packed) == {up, "down_proj"}:
+            _, d_up, d = packed[up] if not transposed else (0, *reversed(packed[up][1:]))
+            _, d_out, d_ff = packed["down_proj"] if not transposed else (0, *reversed(packed["down_proj"][1:]))
+            if d_out == d and d_up == (2 if up == "gate_up_proj" else 1) * d_ff:
+                found[name] = Experts(module, up, transposed)
+                continue
+        shapes = ", ".join(f"{key} {shape}" for key, shape in packed.items())
+        raise ValueError(f"{type(module).__name__} packs its experts in a layout secateurs does not know: {shapes}")
     return found
 
 

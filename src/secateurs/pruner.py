@@ -86,6 +86,7 @@ class LayerResult:
     seconds: float
     outcome: str
     note: str = ""
+    tokens: int = 0
     alpha: float = 0.0
     beta: float = 0.0
     block_error: tuple[float, float] | None = None
@@ -359,6 +360,7 @@ def _result(one: _Solved, index: int, pattern: Pattern, block_error: tuple[float
         seconds=solution.stats.get("seconds", 0.0),
         outcome=solution.outcome.value,
         note=one.note or ("" if solution.outcome == Outcome.OK else solution.outcome.text),
+        tokens=one.gram.tokens,
         alpha=one.aim.alpha,
         beta=one.aim.beta,
         block_error=block_error,
@@ -378,7 +380,7 @@ def _tune_block(
     for one in solved:
         parameter = one.aim.matrix.parameter
         mask = kept.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))
-        (mask if one.aim.matrix.expert is None else mask[one.aim.matrix.expert]).copy_(one.solution.mask)
+        one.aim.matrix.part_of(mask).copy_(one.solution.mask)
 
     def example(stream: Stream, worth: Mapping[str, float]) -> Example:
         of_code = torch.tensor([0.0, *(worth.get(region, 0.0) for region in REGIONS)])

@@ -67,6 +67,9 @@ class LayerReport(_Model):
     seconds: Seconds = Field(description="Wall-clock time of the solve.")
     outcome: str = Field(description="How the solve ended, in one word.")
     note: str = Field(default="", description="Cause and remedy when the outcome is not the usual one.")
+    tokens: TokenCount = Field(
+        default=0, description="Calibration tokens that reached it: of an expert, those routed to it."
+    )
     alpha: Fraction = Field(default=0.0, description="How far it was made to reproduce the dense model's output.")
     beta: Fraction = Field(default=0.0, description="How far it was made to make up for the residual stream.")
     block_error: Annotated[tuple[float, float], Field(strict=False), Unit("ratio of squared norms")] | None = Field(

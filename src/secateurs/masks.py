@@ -1,0 +1,150 @@
+"""Masks that last: whether a pruned model's zeros outlived more training or a merge, putting them back, keeping them."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from secateurs.artifacts import atomic_folder, read_json, write_json
+from secateurs.checkpoint import Checkpoint
+from secateurs.collect import matrices_of
+from secateurs.export import PROBE_FILE, SIDE_FILE, mask_hash
+from secateurs.models import Matrix
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What became of one matrix: its zeros when it was pruned, and how many of them are something else now.
+
+    `lost` is None where only the hash of the mask is known, and is another one now.
+    """
+
+    name: str
+    zeros: int
+    lost: int | None
+
+
+def check(model: str, pruned: str | None = None) -> list[Kept]:
+    """Every pruned matrix of `model`, compared with the model it was made from, or with the hashes in its side file.
+
+    Against `pruned`, weights that became zero since do not count; against hashes any other mask does. ValueError if a
+    folder is not what it is taken for.
+    """
+    if pruned is not None:
+        return _compared(model, pruned)
+    rows, checkpoint, found = _layers(side_file(model)), Checkpoint(model), []
+    for index, block in enumerate(checkpoint.blocks):
+        with checkpoint.opened(index):
+            for matrix in matrices_of(block, f"{checkpoint.prefix}.{index}"):
+                if row := rows.pop(matrix.name, None):
+                    same = mask_hash(matrix.weight) == row["mask_sha256"]
+                    found.append(Kept(matrix.name, row["zeros"], 0 if same else None))
+    _all_found(rows, model)
+    return found
+
+
+def apply(model: str, pruned: str, out: Path) -> list[Kept]:
+    """Write `model` to `out` with the zeros of `pruned` put back; returns what `check` would have said before.
+
+    For a fine-tuned model, a merged LoRA, a model that was quantised and written out as floating point again. Its
+    files are copied and weights written over in the copy, so `out` loads wherever `model` does.
+    """
+    side, hashes = side_file(pruned), {}
+    with atomic_folder(out) as folder:
+        for file in Path(model).iterdir():
+            if file.is_file() and file.suffix != ".safetensors":
+                shutil.copyfile(file, folder / file.name)
+        target = Checkpoint(model)
+        target.copy_to(folder)
+
+        def put_back(old: Matrix, new: Matrix) -> None:
+            new.weight.masked_fill_(old.weight == 0, 0)
+            hashes[new.name] = mask_hash(new.weight)
+
+        found = _compared(model, pruned, put_back, lambda index: target.write_block(index, folder), target)
+        layers = [row | {"mask_sha256": hashes[row["name"]]} for row in side["layers"]]
+        write_json(folder / SIDE_FILE, side | {"layers": layers, "masks_of": pruned})
+    return found
+
+
+def side_file(folder: str) -> dict[str, Any]:
+    """The side file of a pruned model. ValueError if there is none."""
+    file = Path(folder) / SIDE_FILE
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {SIDE_FILE}, so secateurs did not write it; name the pruned model by --of")
+    data: Any = read_json(file)
+    return data
+
+
+def _layers(side: dict[str, Any]) -> dict[str, Any]:
+    return {row["name"]: row for row in side["layers"]}
+
+
+def _all_found(rows: dict[str, Any], model: str) -> None:
+    if rows:
+        raise ValueError(f"{model} has no {next(iter(rows))}, which the pruned model has; it is another architecture")
+
+
+def _compared(
+    model: str,
+    pruned: str,
+    change: Callable[[Matrix, Matrix], None] = lambda old, new: None,
+    after: Callable[[int], None] = lambda index: None,
+    target: Checkpoint | None = None,
+) -> list[Kept]:
+    """Zeros lost in every pruned matrix; then `change` sees the pair, and `after` its block, before it is closed."""
+    rows, found = _layers(side_file(pruned)), []
+    source, target = Checkpoint(pruned), target or Checkpoint(model)
+    if len(source.blocks) != len(target.blocks):
+        raise ValueError(f"{model} has {len(target.blocks)} decoder blocks, and {pruned} has {len(source.blocks)}")
+    for index, blocks in enumerate(zip(source.blocks, target.blocks, strict=True)):
+        with source.opened(index), target.opened(index):
+            prefixes = (f"{one.prefix}.{index}" for one in (source, target))
+            old, new = ({m.name: m for m in matrices_of(*pair)} for pair in zip(blocks, prefixes, strict=True))
+            for name in [name for name in old if name in rows and name in new]:
+                before, now = old[name].weight, new[name].weight
+                if before.shape != now.shape:
+                    raise ValueError(f"{name} is {tuple(now.shape)} in {model}, and {tuple(before.shape)} in {pruned}")
+                lost = ((before == 0) & (now != 0)).count_nonzero()
+                found.append(Kept(name, int((before == 0).count_nonzero()), int(lost)))
+                change(old[name], new[name])
+                del rows[name]
+            after(index)
+    _all_found(rows, model)
+    return found
+
+
+class KeepZeros(TrainerCallback):
+    """Weights that are exactly zero when training starts stay zero: `Trainer(..., callbacks=[KeepZeros()])`.
+
+    In a loop of your own: `keep = KeepZeros(); keep.remember(model)`, then `keep.restore()` after every step of the
+    optimiser. Of all trainable parameters with two dimensions or more; costs a byte a weight. Adapters (LoRA) train
+    other parameters and fill the zeros when they are merged: use `secateurs mask apply` on the merged model.
+    """
+
+    def __init__(self) -> None:
+        self._zeros: dict[nn.Parameter, Tensor] = {}
+
+    def remember(self, model: nn.Module) -> None:
+        """Take down where the zeros are."""
+        trained = (p for p in model.parameters() if p.requires_grad and p.ndim > 1)
+        self._zeros = {p: zeros for p in trained if bool((zeros := p.detach() == 0).any())}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put zeros where they were."""
+        for parameter, zeros in self._zeros.items():
+            parameter.masked_fill_(zeros, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Called by the trainer."""
+        self.remember(given["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Called by the trainer."""
+        self.restore()

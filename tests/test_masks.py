@@ -1,0 +1,135 @@
+"""Zeros that training, merging or another export may fill: found, put back, or kept from the start."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from families import make_model
+from secateurs import masks, pruner
+from secateurs.checkpoint import Checkpoint
+from secateurs.cli import app
+from secateurs.export import SIDE_FILE, export
+from secateurs.masks import KeepZeros, apply, check
+from secateurs.models import load_model
+from test_checkpoint import FACTS, Tokenizer, saved
+from test_pruner import CALIBRATION, PLAN
+
+
+@pytest.fixture(params=["qwen3", "gpt_oss", "mixtral"])
+def pruned(request, tmp_path) -> Path:
+    """A pruned model as it is exported."""
+    return exported(request.param, tmp_path)
+
+
+def exported(family: str, tmp_path: Path) -> Path:
+    checkpoint, out = Checkpoint(str(saved(family, tmp_path / "dense"))), tmp_path / "pruned"
+    results = pruner.prune(checkpoint.model, CALIBRATION, PLAN, folder=tmp_path / "blocks", opened=checkpoint.opened)
+    selected = pruner.prunable(checkpoint.model, PLAN)
+    opened = pruner.results_in(tmp_path / "blocks", selected, checkpoint.opened)
+    layers = [asdict(result) for result in results]
+    export(checkpoint, Tokenizer(), selected, opened, out, provenance=FACTS, layers=layers, probe_ids=[3, 4, 5])
+    return out
+
+
+def tuned(pruned: Path, folder: Path, spoil: bool = True) -> Path:
+    """The model as someone saves it after training: other shards, no side file, weights moved; zeros too if `spoil`."""
+    model = load_model(str(pruned))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 1e-3
+            parameter += noise if spoil else noise * (parameter != 0)
+    model.save_pretrained(folder, max_shard_size="35KB")
+    return folder
+
+
+def test_a_model_that_was_not_touched_has_all_its_zeros(pruned):
+    found = check(str(pruned))
+    layers = json.loads((pruned / SIDE_FILE).read_text())["layers"]
+    assert [(one.name, one.zeros) for one in found] == [(row["name"], row["zeros"]) for row in layers]
+    assert all(one.lost == 0 for one in found)
+
+
+def test_lost_zeros_are_counted_and_put_back(pruned, tmp_path):
+    other = tuned(pruned, tmp_path / "tuned")
+    found = check(str(other), str(pruned))
+    assert found and all(one.zeros == one.lost > 0 for one in found)
+    assert apply(str(other), str(pruned), tmp_path / "mended") == found
+    assert all(one.lost == 0 for one in check(str(tmp_path / "mended")))
+    assert all(one.lost == 0 for one in check(str(tmp_path / "mended"), str(pruned)))
+    before, after, zeros = (load_model(str(folder)) for folder in (other, tmp_path / "mended", pruned))
+    names = {matrix.name for block in pruner.prunable(zeros, PLAN) for matrix in block}
+    touched = 0
+    for name, tensor in after.state_dict().items():
+        old, sparse = before.state_dict()[name], zeros.state_dict()[name]
+        inside = any(
+            name == f"{one}.weight" or name.startswith(one.split(".experts.")[0] + ".experts.") for one in names
+        )
+        expected = old.masked_fill(sparse == 0, 0) if inside and "bias" not in name else old
+        touched += int((expected != old).sum())
+        assert torch.equal(tensor, expected), name
+    assert touched == sum(one.lost or 0 for one in found)
+
+
+def test_training_that_kept_the_zeros_is_told_apart_from_one_that_did_not(tmp_path):
+    pruned = exported("qwen3", tmp_path)
+    kept = tuned(pruned, tmp_path / "kept", spoil=False)
+    assert all(one.lost == 0 for one in check(str(kept), str(pruned)))
+    (kept / SIDE_FILE).write_text((pruned / SIDE_FILE).read_text())
+    assert all(one.lost == 0 for one in check(str(kept)))
+    lost = tuned(pruned, tmp_path / "lost")
+    (lost / SIDE_FILE).write_text((pruned / SIDE_FILE).read_text())
+    assert all(one.lost is None for one in check(str(lost)))
+
+
+def test_folders_that_do_not_belong_together_are_refused(tmp_path):
+    pruned = exported("qwen3", tmp_path)
+    other = saved("llama", tmp_path / "llama")
+    with pytest.raises(ValueError, match=r"llama has no secateurs.json, so secateurs did not write it; .* by --of"):
+        check(str(other))
+    short = make_model("qwen3")
+    short.config.num_hidden_layers, short.model.layers = 1, short.model.layers[:1]
+    short.config.layer_types = short.config.layer_types[:1]
+    short.save_pretrained(tmp_path / "short")
+    with pytest.raises(ValueError, match="has 1 decoder blocks, and .* has 2"):
+        check(str(tmp_path / "short"), str(pruned))
+
+
+def test_zeros_stay_through_a_training_loop():
+    model = make_model("qwen3")
+    pruner.prune(model, CALIBRATION, PLAN)
+    zeros = [matrix.weight == 0 for block in pruner.prunable(model, PLAN) for matrix in block]
+    before = [matrix.weight.clone() for block in pruner.prunable(model, PLAN) for matrix in block]
+    keep = KeepZeros()
+    keep.on_train_begin(None, None, None, model=model)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+        keep.on_step_end(None, None, None)
+    after = [matrix.weight for block in pruner.prunable(model, PLAN) for matrix in block]
+    assert all(torch.equal(now == 0, zero) for now, zero in zip(after, zeros, strict=True))
+    assert not any(torch.equal(now, old) for now, old in zip(after, before, strict=True))
+
+
+def test_the_commands_say_what_they_found(tmp_path, capsys):
+    pruned = exported("qwen3", tmp_path)
+    other = tuned(pruned, tmp_path / "tuned")
+
+    def run(*arguments: str) -> int:
+        return app(["mask", *arguments], standalone_mode=False) or 0
+
+    assert run("check", str(pruned)) == 0
+    assert "every zero is kept" in capsys.readouterr().out
+    assert run("check", str(other), "--of", str(pruned)) == 1
+    shown = capsys.readouterr().out
+    assert "14 of 14 matrices lost zeros" in shown and "down_proj" in shown
+    assert run("apply", str(other), "--of", str(pruned), "--out", str(tmp_path / "mended")) == 0
+    assert "14 of 14 matrices lost zeros, and have them back now" in capsys.readouterr().out
+    assert run("check", str(tmp_path / "mended"), "--json") == 0
+    assert {row["lost"] for row in json.loads(capsys.readouterr().out)} == {0}
+    assert masks.side_file(str(tmp_path / "mended"))["masks_of"] == str(pruned)
