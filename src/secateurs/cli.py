@@ -220,7 +220,10 @@ Of = Annotated[str, typer.Option("--of", help="The pruned model it was made from
 def mask_check(
     model: Annotated[str, typer.Argument(help="Folder of a model.")], of: Of = "", as_json: Json = False
 ) -> None:
-    """Compare a model's zeros with those of the pruned model it was made from, or of its own export. 1: some are lost."""
+    """Compare a model's zeros with those of the pruned model it was made from, or of its own export.
+
+    Exit code 1: some are lost.
+    """
     from secateurs.masks import check
 
     _show_masks(check(model, of or None), as_json)

@@ -1,4 +1,4 @@
-"""Masks that last: whether a pruned model's zeros outlived more training or a merge, putting them back, keeping them."""
+"""Masks that last: whether a pruned model's zeros outlived training or a merge, putting them back, keeping them."""
 
 import shutil
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from secateurs.artifacts import atomic_folder, read_json, write_json
 from secateurs.checkpoint import Checkpoint
 from secateurs.collect import matrices_of
-from secateurs.export import PROBE_FILE, SIDE_FILE, mask_hash
+from secateurs.export import SIDE_FILE, mask_hash
 from secateurs.models import Matrix
 
 
