@@ -1,0 +1,208 @@
+"""A whole prune against a bare forward pass of its tokens and against llm-compressor: time, memory, what is lost.
+
+    python benchmarks/peers.py MODEL OUT [--peer PYTHON] [--tokens 16384] [--solvers sparsegpt,sparsegpt+refit]
+
+One model, the same token ids (C4 documents of 512 tokens, the text that ships), the same sparsity (50 %, unstructured),
+as many threads as torch takes. PYTHON is that of an environment with llm-compressor, which is left out without one.
+Every line is a process of its own; seconds are of the work without imports, for secateurs with reading the checkpoint
+and writing blocks, for llm-compressor without either. Memory is the peak of anonymous memory above that after imports.
+The error is of the final hidden states on 8 other documents.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LENGTH = 512
+HELD_OUT = 8
+SPARSITY = 0.5
+
+
+def anonymous() -> int:
+    """Bytes of this process that belong to no file."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+class Meter:
+    """Seconds and peak memory of what is done while it is open."""
+
+    def __enter__(self) -> "Meter":
+        self.before = self.peak = anonymous()
+        self.done = threading.Event()
+        self.watcher = threading.Thread(target=self._watch)
+        self.watcher.start()
+        self.clock = time.perf_counter()
+        return self
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.01):
+            self.peak = max(self.peak, anonymous())
+
+    def __exit__(self, *exception: object) -> None:
+        self.seconds = time.perf_counter() - self.clock
+        self.done.set()
+        self.watcher.join()
+        print(json.dumps({"seconds": self.seconds, "megabytes": (self.peak - self.before) / 1e6}))
+
+
+def prepare(model: str, out: Path, tokens: int) -> None:
+    """Token ids for everyone."""
+    from secateurs.models import load_tokenizer
+    from secateurs.recipe import parse_recipe
+    from secateurs.run import corpus_texts
+
+    tokenizer, ids = load_tokenizer(model), []
+    for text in corpus_texts(parse_recipe({"model": model}, "benchmark"), 0):
+        ids += tokenizer(text)["input_ids"]
+        if len(ids) >= tokens + HELD_OUT * LENGTH:
+            break
+    documents = [ids[start : start + LENGTH] for start in range(0, len(ids) - LENGTH + 1, LENGTH)]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "ids.json").write_text(json.dumps({"held_out": documents[:HELD_OUT], "train": documents[HELD_OUT:]}))
+
+
+def forward(model: str, ids: dict[str, Any]) -> None:
+    """The calibration tokens once through the model in batches, no cache, no logits."""
+    from secateurs.models import decoder, load_model
+
+    loaded = load_model(model)
+    rows = torch.tensor(ids["train"])
+    with torch.inference_mode():
+        decoder(loaded)(input_ids=rows[:1], use_cache=False)
+        with Meter():
+            for batch in rows.split(16):
+                decoder(loaded)(input_ids=batch, use_cache=False)
+
+
+def secateurs(model: str, ids: dict[str, Any], out: Path, solver: str, propagate: Any) -> None:
+    """A prune of the checkpoint, and its blocks on disk; then, not timed, the exported folder."""
+    from transformers import AutoTokenizer
+
+    from secateurs import pruner
+    from secateurs.calibration import CalibrationSet, plain_document
+    from secateurs.checkpoint import Checkpoint
+    from secateurs.export import export
+    from secateurs.recipe import build_pattern, build_solver
+
+    train, held = ([plain_document(row, "corpus") for row in ids[part]] for part in ("train", "held_out"))
+    calibration = CalibrationSet(tuple(train), tuple(held), {"corpus": 1.0})
+    pattern = build_pattern({"name": "unstructured", "sparsity": SPARSITY, "scope": "layer"})
+    plan = pruner.Plan(pattern=pattern, solver=build_solver({"name": solver}), propagate=propagate)
+    with Meter():
+        checkpoint = Checkpoint(model)
+        options: dict[str, Any] = {"folder": out / "blocks", "opened": checkpoint.opened}
+        results = pruner.prune(checkpoint.model, calibration, plan, **options)
+    selected = pruner.prunable(checkpoint.model, plan)
+    opened = pruner.results_in(out / "blocks", selected, checkpoint.opened)
+    layers = [vars(result) | {"shape": list(result.shape)} for result in results]
+    facts = {
+        "arm": "corpus", "pattern": str(pattern), "sparsity": SPARSITY, "solver": solver, "seed": 0, "key": "",
+        "model": model, "calibration_tokens": calibration.tokens, "hashes": {}, "recipe": {}, "held_out": {},
+    }  # fmt: skip
+    export(
+        checkpoint, AutoTokenizer.from_pretrained(model), selected, opened, out / "model",
+        provenance=facts, layers=layers, probe_ids=ids["held_out"][0][:64],
+    )  # fmt: skip
+
+
+def llm_compressor(model: str, ids: dict[str, Any], out: Path) -> None:
+    """SparseGPT as the peer runs it, with its own defaults; in its own environment."""
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
+    from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]
+    from llmcompressor.modifiers.pruning import SparseGPTModifier  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    rows = Dataset.from_dict({"input_ids": ids["train"], "attention_mask": [[1] * LENGTH for _ in ids["train"]]})
+    recipe = SparseGPTModifier(sparsity=SPARSITY, mask_structure="0:0", targets=["Linear"], ignore=["re:.*lm_head"])
+    with Meter():
+        oneshot(
+            model=loaded, processor=AutoTokenizer.from_pretrained(model), dataset=rows, recipe=[recipe],
+            max_seq_length=LENGTH, num_calibration_samples=len(rows),
+        )  # fmt: skip
+    loaded.save_pretrained(out / "model", save_compressed=False)
+    AutoTokenizer.from_pretrained(model).save_pretrained(out / "model")
+
+
+def lost(model: str, pruned: Path, ids: dict[str, Any]) -> tuple[float, float]:
+    """The relative error of the final hidden states on the held-out documents, and the share of zeros in the blocks."""
+    from secateurs.calibration import Batch
+    from secateurs.checkpoint import Checkpoint
+    from secateurs.collect import final_states, matrices_of
+
+    rows = torch.tensor(ids["held_out"])
+    batch, states = Batch(rows, torch.ones_like(rows)), []
+    zeros = total = 0
+    for folder in (model, str(pruned)):
+        checkpoint = Checkpoint(folder)
+        states.append(final_states(checkpoint.model, [batch], checkpoint.opened)[0].double())
+    for index, block in enumerate(checkpoint.blocks):
+        with checkpoint.opened(index):
+            for matrix in matrices_of(block, str(index)):
+                zeros, total = zeros + int((matrix.weight == 0).sum()), total + matrix.weight.numel()
+    dense, now = states
+    return float((now - dense).square().sum() / dense.square().sum()), zeros / total
+
+
+def main() -> None:
+    """A table, every line a ratio to the bare forward pass of the same run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--peer", help="the Python of an environment with llm-compressor")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--solvers", default="sparsegpt,sparsegpt+refit")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        ids = json.loads((options.out.parent / "ids.json").read_text())
+        kind, *rest = options.work.split()
+        if kind == "forward":
+            forward(options.model, ids)
+        elif kind == "llm-compressor":
+            llm_compressor(options.model, ids, options.out)
+        else:
+            secateurs(options.model, ids, options.out, *rest)
+        return
+    prepare(options.model, options.out, options.tokens)
+    ids = json.loads((options.out / "ids.json").read_text())
+    tokens = sum(map(len, ids["train"]))
+    lines = [("forward", sys.executable)]
+    lines += [
+        (f"secateurs {solver} {how}", sys.executable)
+        for solver in options.solvers.split(",")
+        for how in ("dense", "block")
+    ]
+    lines += [("llm-compressor", options.peer)] if options.peer else []
+    print(f"{tokens:,} tokens, {torch.get_num_threads()} threads\n")
+    print("| | seconds | x forward | MB | hidden error | zeros |\n| --- | --- | --- | --- | --- | --- |")
+    base = None
+    for work, python in lines:
+        out = options.out / work.replace(" ", "-")
+        command = [python, __file__, options.model, str(out), "--work", work]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{work} ended with {done.returncode}")
+        found = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds"'))
+        base = base or found["seconds"]
+        error, zeros = lost(options.model, out / "model", ids) if work != "forward" else (0.0, 0.0)
+        shown = (
+            f"{found['seconds']:.0f}",
+            f"{found['seconds'] / base:.2f}",
+            f"{found['megabytes']:.0f}",
+            f"{error:.4f}",
+            f"{zeros:.1%}",
+        )
+        print(f"| {work} | {' | '.join(shown)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
