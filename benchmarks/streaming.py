@@ -164,7 +164,8 @@ def main() -> None:
             if group is not None:
                 group.write_text(str(os.getpid()))
 
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
+        giving_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter, env=giving_back)
     if done.returncode:
         sys.exit(f"the run ended with {done.returncode}; the limit was {options.limit} MB")
     found = json.loads(done.stdout.splitlines()[-1])
