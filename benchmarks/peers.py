@@ -50,7 +50,11 @@ class Meter:
         self.seconds = time.perf_counter() - self.clock
         self.done.set()
         self.watcher.join()
-        print(json.dumps({"seconds": self.seconds, "megabytes": (self.peak - self.before) / 1e6}))
+        self.megabytes = (self.peak - self.before) / 1e6
+
+    def show(self) -> None:
+        """For the process that reads it."""
+        print(json.dumps({"seconds": self.seconds, "megabytes": self.megabytes}))
 
 
 def prepare(model: str, out: Path, tokens: int) -> None:
@@ -77,9 +81,10 @@ def forward(model: str, ids: dict[str, Any]) -> None:
     rows = torch.tensor(ids["train"])
     with torch.inference_mode():
         decoder(loaded)(input_ids=rows[:1], use_cache=False)
-        with Meter():
+        with Meter() as meter:
             for batch in rows.split(16):
                 decoder(loaded)(input_ids=batch, use_cache=False)
+    meter.show()
 
 
 def secateurs(model: str, ids: dict[str, Any], out: Path, solver: str, propagate: Any) -> None:
@@ -89,27 +94,34 @@ def secateurs(model: str, ids: dict[str, Any], out: Path, solver: str, propagate
     from secateurs import pruner
     from secateurs.calibration import CalibrationSet, plain_document
     from secateurs.checkpoint import Checkpoint
-    from secateurs.export import export
     from secateurs.recipe import build_pattern, build_solver
 
     train, held = ([plain_document(row, "corpus") for row in ids[part]] for part in ("train", "held_out"))
     calibration = CalibrationSet(tuple(train), tuple(held), {"corpus": 1.0})
     pattern = build_pattern({"name": "unstructured", "sparsity": SPARSITY, "scope": "layer"})
     plan = pruner.Plan(pattern=pattern, solver=build_solver({"name": solver}), propagate=propagate)
-    with Meter():
+    with Meter() as meter:
         checkpoint = Checkpoint(model)
         options: dict[str, Any] = {"folder": out / "blocks", "opened": checkpoint.opened}
         results = pruner.prune(checkpoint.model, calibration, plan, **options)
+    meter.show()
+    write(checkpoint, AutoTokenizer.from_pretrained(model), plan, results, out, ids["held_out"][0][:64])
+
+
+def write(checkpoint: Any, tokenizer: Any, plan: Any, results: Any, out: Path, probe: Any) -> None:
+    """The folder out/model of what was pruned to out/blocks; of its provenance only what the model card needs."""
+    from secateurs import pruner
+    from secateurs.export import export
+
     selected = pruner.prunable(checkpoint.model, plan)
     opened = pruner.results_in(out / "blocks", selected, checkpoint.opened)
     layers = [vars(result) | {"shape": list(result.shape)} for result in results]
     facts = {
-        "arm": "corpus", "pattern": str(pattern), "sparsity": SPARSITY, "solver": solver, "seed": 0, "key": "",
-        "model": model, "calibration_tokens": calibration.tokens, "hashes": {}, "recipe": {}, "held_out": {},
+        "arm": "", "pattern": str(plan.pattern), "sparsity": SPARSITY, "solver": str(plan.solver), "seed": 0, "key": "",
+        "model": checkpoint.name, "calibration_tokens": 0, "hashes": {}, "recipe": {}, "held_out": {},
     }  # fmt: skip
     export(
-        checkpoint, AutoTokenizer.from_pretrained(model), selected, opened, out / "model",
-        provenance=facts, layers=layers, probe_ids=ids["held_out"][0][:64],
+        checkpoint, tokenizer, selected, opened, out / "model", provenance=facts, layers=layers, probe_ids=probe
     )  # fmt: skip
 
 
@@ -123,11 +135,12 @@ def llm_compressor(model: str, ids: dict[str, Any], out: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     rows = Dataset.from_dict({"input_ids": ids["train"], "attention_mask": [[1] * LENGTH for _ in ids["train"]]})
     recipe = SparseGPTModifier(sparsity=SPARSITY, mask_structure="0:0", targets=["Linear"], ignore=["re:.*lm_head"])
-    with Meter():
+    with Meter() as meter:
         oneshot(
             model=loaded, processor=AutoTokenizer.from_pretrained(model), dataset=rows, recipe=[recipe],
             max_seq_length=LENGTH, num_calibration_samples=len(rows),
         )  # fmt: skip
+    meter.show()
     loaded.save_pretrained(out / "model", save_compressed=False)
     AutoTokenizer.from_pretrained(model).save_pretrained(out / "model")
 

@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +21,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from peers import SPARSITY, Meter, write
 from secateurs import pruner
 from secateurs.calibration import CODES, CalibrationSet, Document, batches, region_weights
 from secateurs.checkpoint import INDEX, Checkpoint
-from secateurs.export import export
 from secateurs.models import model_path
 from secateurs.planner import Shelf, needs
 from secateurs.recipe import build_pattern, build_solver
@@ -71,52 +70,32 @@ def documents(tokens: int, seed: int) -> tuple[Document, ...]:
     return tuple(Document(tuple(ids), codes) for ids in made)
 
 
-def anonymous() -> int:
-    """Bytes of this process that belong to no file."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
-
-
 def prune(folder: Path, out: Path, tokens: int, solver: str, where: Any) -> dict[str, Any]:
     """The work, in this process."""
     calibration = CalibrationSet(documents(tokens, 0), documents(1024, 1), region_weights("rac"))
-    pattern = build_pattern({"name": "unstructured", "sparsity": 0.5, "scope": "layer"})
+    pattern = build_pattern({"name": "unstructured", "sparsity": SPARSITY, "scope": "layer"})
     plan = pruner.Plan(pattern=pattern, solver=build_solver({"name": solver}), propagate="dense")
-    before, peak, done = anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    clock = time.perf_counter()
-    checkpoint = Checkpoint(str(folder))
-    every = (*calibration.documents, *calibration.held_out)
-    padded = sum(batch.ids.numel() for batch in batches(every, BATCH_TOKENS))
-    wanted = needs(checkpoint.model, plan, solver, tokens=padded, held_out_tokens=1024, batch_tokens=BATCH_TOKENS)
-    selected = pruner.prunable(checkpoint.model, plan)
-    print(f"planned: {wanted}", file=sys.stderr)
-    with Shelf(where, out) as place:
-        results = pruner.prune(
-            checkpoint.model, calibration, plan, folder=out / "blocks", batch_tokens=BATCH_TOKENS, place=place,
-            opened=checkpoint.opened, progress=lambda done, total, what: print(done, total, file=sys.stderr),
-        )  # fmt: skip
-    seconds = time.perf_counter() - clock
-    opened = pruner.results_in(out / "blocks", selected, checkpoint.opened)
-    layers = [vars(result) | {"shape": list(result.shape)} for result in results]
-    facts = {"arm": "rac", "pattern": str(pattern), "sparsity": 0.5, "solver": solver, "seed": 0, "model": "random",
-             "calibration_tokens": tokens, "hashes": {}, "key": "", "recipe": {}, "held_out": {}}  # fmt: skip
-    export(
-        checkpoint, AutoTokenizer.from_pretrained(model_path("bundled")), selected, opened, out / "model",
-        provenance=facts, layers=layers, probe_ids=calibration.held_out[0].ids[:64],
-    )  # fmt: skip
-    done.set()
-    watcher.join()
+    with Meter() as both:
+        with Meter() as pruning:
+            checkpoint = Checkpoint(str(folder))
+            every = (*calibration.documents, *calibration.held_out)
+            padded = sum(batch.ids.numel() for batch in batches(every, BATCH_TOKENS))
+            sizes = {"tokens": padded, "held_out_tokens": 1024, "batch_tokens": BATCH_TOKENS}
+            wanted = needs(checkpoint.model, plan, solver, **sizes)
+            print(f"planned: {wanted}", file=sys.stderr)
+            with Shelf(where, out) as place:
+                results = pruner.prune(
+                    checkpoint.model, calibration, plan, folder=out / "blocks", batch_tokens=BATCH_TOKENS, place=place,
+                    opened=checkpoint.opened, progress=lambda done, total, what: print(done, total, file=sys.stderr),
+                )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(model_path("bundled"))
+        write(checkpoint, tokenizer, plan, results, out, calibration.held_out[0].ids[:64])
     planned = wanted.on_device + (wanted.hidden if where != "disk" else 0)
     zeros = sum(result.zeros for result in results) / sum(a * b for a, b in (result.shape for result in results))
-    return {"planned_MB": planned / 1e6, "used_MB": (peak[0] - before) / 1e6, "before_MB": before / 1e6,
-            "seconds": seconds, "export_seconds": time.perf_counter() - clock - seconds, "sparsity": zeros}  # fmt: skip
+    return {
+        "planned_MB": planned / 1e6, "used_MB": both.megabytes, "before_MB": both.before / 1e6, "sparsity": zeros,
+        "seconds": pruning.seconds, "export_seconds": both.seconds - pruning.seconds,
+    }  # fmt: skip
 
 
 @contextmanager

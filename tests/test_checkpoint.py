@@ -61,13 +61,9 @@ def test_pruned_from_its_checkpoint_a_model_is_what_it_is_in_memory(family, tmp_
     folder, out = saved(family, tmp_path / "dense", "bfloat16"), tmp_path / "pruned"
     whole, checkpoint = load_model(str(folder)), Checkpoint(str(folder))
     expected = pruner.prune(whole, CALIBRATION, PLAN)
-    options = {"folder": tmp_path / "blocks", "opened": checkpoint.opened}
-    results = pruner.prune(checkpoint.model, CALIBRATION, PLAN, **options)
+    results = exported(checkpoint, Tokenizer(), PLAN, out)
     assert [replace(r, seconds=0) for r in results] == [replace(r, seconds=0) for r in expected]
     selected = pruner.prunable(checkpoint.model, PLAN)
-    opened = pruner.results_in(tmp_path / "blocks", selected, checkpoint.opened)
-    layers = [asdict(result) for result in results]
-    export(checkpoint, Tokenizer(), selected, opened, out, provenance=FACTS, layers=layers, probe_ids=[3, 4, 5])
     again = load_model(str(out)).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.state_dict().items())
     pruned = {f"{matrix.name}.weight" for block in selected for matrix in block}
@@ -97,6 +93,16 @@ class Tokenizer:
 
     def save_pretrained(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{}")
+
+
+def exported(checkpoint: Checkpoint, tokenizer, plan: pruner.Plan, out: Path) -> list[pruner.LayerResult]:
+    """Prune a checkpoint, its blocks beside `out`, and export it."""
+    blocks = out.parent / "blocks"
+    results = pruner.prune(checkpoint.model, CALIBRATION, plan, folder=blocks, opened=checkpoint.opened)
+    selected = pruner.prunable(checkpoint.model, plan)
+    opened, layers = pruner.results_in(blocks, selected, checkpoint.opened), [asdict(result) for result in results]
+    export(checkpoint, tokenizer, selected, opened, out, provenance=FACTS, layers=layers, probe_ids=[3, 4, 5])
+    return results
 
 
 def test_drift_is_the_same_block_by_block(tmp_path):
@@ -156,12 +162,8 @@ def test_a_shard_that_is_missing_or_elsewhere_is_named(tmp_path):
 
 
 def test_an_exported_folder_loads_in_a_clean_process(tmp_path):
-    model = tf.AutoTokenizer.from_pretrained(Path(pruner.__file__).parent / "assets" / "reasoner")
+    tokenizer = tf.AutoTokenizer.from_pretrained(Path(pruner.__file__).parent / "assets" / "reasoner")
     checkpoint = Checkpoint("bundled")
     plan = replace(PLAN, targets=("mlp.*",))
-    selected = pruner.prunable(checkpoint.model, plan)
-    results = pruner.prune(checkpoint.model, CALIBRATION, plan, folder=tmp_path / "blocks", opened=checkpoint.opened)
-    opened = pruner.results_in(tmp_path / "blocks", selected, checkpoint.opened)
-    layers = [asdict(result) for result in results]
-    export(checkpoint, model, selected, opened, tmp_path / "out", provenance=FACTS, layers=layers, probe_ids=[3, 4, 5])
+    exported(checkpoint, tokenizer, plan, tmp_path / "out")
     assert verify([tmp_path / "out"])[str(tmp_path / "out")] == 0

@@ -1,7 +1,6 @@
 """Zeros that training, merging or another export may fill: found, put back, or kept from the start."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,27 +10,22 @@ from families import make_model
 from secateurs import masks, pruner
 from secateurs.checkpoint import Checkpoint
 from secateurs.cli import app
-from secateurs.export import SIDE_FILE, export
+from secateurs.export import SIDE_FILE
 from secateurs.masks import KeepZeros, apply, check
 from secateurs.models import load_model
-from test_checkpoint import FACTS, Tokenizer, saved
+from test_checkpoint import Tokenizer, exported, saved
 from test_pruner import CALIBRATION, PLAN
 
 
 @pytest.fixture(params=["qwen3", "gpt_oss", "mixtral"])
 def pruned(request, tmp_path) -> Path:
     """A pruned model as it is exported."""
-    return exported(request.param, tmp_path)
+    return pruned_model(request.param, tmp_path)
 
 
-def exported(family: str, tmp_path: Path) -> Path:
-    checkpoint, out = Checkpoint(str(saved(family, tmp_path / "dense"))), tmp_path / "pruned"
-    results = pruner.prune(checkpoint.model, CALIBRATION, PLAN, folder=tmp_path / "blocks", opened=checkpoint.opened)
-    selected = pruner.prunable(checkpoint.model, PLAN)
-    opened = pruner.results_in(tmp_path / "blocks", selected, checkpoint.opened)
-    layers = [asdict(result) for result in results]
-    export(checkpoint, Tokenizer(), selected, opened, out, provenance=FACTS, layers=layers, probe_ids=[3, 4, 5])
-    return out
+def pruned_model(family: str, tmp_path: Path) -> Path:
+    exported(Checkpoint(str(saved(family, tmp_path / "dense"))), Tokenizer(), PLAN, tmp_path / "pruned")
+    return tmp_path / "pruned"
 
 
 def tuned(pruned: Path, folder: Path, spoil: bool = True) -> Path:
@@ -75,7 +69,7 @@ def test_lost_zeros_are_counted_and_put_back(pruned, tmp_path):
 
 
 def test_training_that_kept_the_zeros_is_told_apart_from_one_that_did_not(tmp_path):
-    pruned = exported("qwen3", tmp_path)
+    pruned = pruned_model("qwen3", tmp_path)
     kept = tuned(pruned, tmp_path / "kept", spoil=False)
     assert all(one.lost == 0 for one in check(str(kept), str(pruned)))
     (kept / SIDE_FILE).write_text((pruned / SIDE_FILE).read_text())
@@ -86,7 +80,7 @@ def test_training_that_kept_the_zeros_is_told_apart_from_one_that_did_not(tmp_pa
 
 
 def test_folders_that_do_not_belong_together_are_refused(tmp_path):
-    pruned = exported("qwen3", tmp_path)
+    pruned = pruned_model("qwen3", tmp_path)
     other = saved("llama", tmp_path / "llama")
     with pytest.raises(ValueError, match=r"llama has no secateurs.json, so secateurs did not write it; .* by --of"):
         check(str(other))
@@ -117,7 +111,7 @@ def test_zeros_stay_through_a_training_loop():
 
 
 def test_the_commands_say_what_they_found(tmp_path, capsys):
-    pruned = exported("qwen3", tmp_path)
+    pruned = pruned_model("qwen3", tmp_path)
     other = tuned(pruned, tmp_path / "tuned")
 
     def run(*arguments: str) -> int:

@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from secateurs.models import check_folder, decoder_blocks, model_path
+from secateurs.models import cannot_be_loaded, check_folder, decoder_blocks, model_path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,7 +37,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 @dataclass(frozen=True)
-class Place:
+class Extent:
     """Where a tensor's bytes are in a file, from `start` on."""
 
     file: str
@@ -67,8 +67,7 @@ class Checkpoint:
             self._fill([key for key, name in self.names.items() if not name.startswith(f"{self.prefix}.")])
             self._fill_buffers()
         except Exception as error:  # transformers, safetensors and the hub raise many types for the same user mistake
-            reason = " ".join(str(error).split())
-            raise ValueError(f"model `{name}` cannot be loaded: {reason[:300]}") from error
+            raise cannot_be_loaded(f"model `{name}`", error) from error
 
     @contextmanager
     def opened(self, index: int) -> Iterator[None]:
@@ -188,7 +187,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def layout(folder: Path) -> Mapping[str, Place]:
+def layout(folder: Path) -> Mapping[str, Extent]:
     """Where every tensor of a checkpoint is, from its index and the heads of its safetensors files.
 
     A head is its length in 8 bytes, little-endian, then JSON: dtype, shape and offsets of every tensor.
@@ -209,5 +208,5 @@ def layout(folder: Path) -> Mapping[str, Place]:
         for key, entry in head.items():
             if key != "__metadata__":
                 start, end = entry["data_offsets"]
-                places[key] = Place(name, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+                places[key] = Extent(name, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
     return places

@@ -1,7 +1,7 @@
 """Masks that last: whether a pruned model's zeros outlived training or a merge, putting them back, keeping them."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,15 @@ def check(model: str, pruned: str | None = None) -> list[Kept]:
     Against `pruned`, weights that became zero since do not count; against hashes any other mask does. ValueError if a
     folder is not what it is taken for.
     """
+    rows, checkpoint, found = _layers(side_file(pruned or model)), Checkpoint(model), []
     if pruned is not None:
-        return _compared(model, pruned)
-    rows, checkpoint, found = _layers(side_file(model)), Checkpoint(model), []
-    for index, block in enumerate(checkpoint.blocks):
+        return [_kept(old, new) for _, pairs in _blocks(Checkpoint(pruned), checkpoint, rows) for old, new in pairs]
+    for index in range(len(checkpoint.blocks)):
         with checkpoint.opened(index):
-            for matrix in matrices_of(block, f"{checkpoint.prefix}.{index}"):
-                if row := rows.pop(matrix.name, None):
+            for name, matrix in _matrices(checkpoint, index).items():
+                if row := rows.pop(name, None):
                     same = mask_hash(matrix.weight) == row["mask_sha256"]
-                    found.append(Kept(matrix.name, row["zeros"], 0 if same else None))
+                    found.append(Kept(name, row["zeros"], 0 if same else None))
     _all_found(rows, model)
     return found
 
@@ -54,19 +54,19 @@ def apply(model: str, pruned: str, out: Path) -> list[Kept]:
     For a fine-tuned model, a merged LoRA, a model that was quantised and written out as floating point again. Its
     files are copied and weights written over in the copy, so `out` loads wherever `model` does.
     """
-    side, hashes = side_file(pruned), {}
+    side, found, hashes = side_file(pruned), [], {}
     with atomic_folder(out) as folder:
         for file in Path(model).iterdir():
             if file.is_file() and file.suffix != ".safetensors":
                 shutil.copyfile(file, folder / file.name)
         target = Checkpoint(model)
         target.copy_to(folder)
-
-        def put_back(old: Matrix, new: Matrix) -> None:
-            new.weight.masked_fill_(old.weight == 0, 0)
-            hashes[new.name] = mask_hash(new.weight)
-
-        found = _compared(model, pruned, put_back, lambda index: target.write_block(index, folder), target)
+        for index, pairs in _blocks(Checkpoint(pruned), target, _layers(side)):
+            for old, new in pairs:
+                found.append(_kept(old, new))
+                new.weight.masked_fill_(old.weight == 0, 0)
+                hashes[new.name] = mask_hash(new.weight)
+            target.write_block(index, folder)
         layers = [row | {"mask_sha256": hashes[row["name"]]} for row in side["layers"]]
         write_json(folder / SIDE_FILE, side | {"layers": layers, "masks_of": pruned})
     return found
@@ -90,33 +90,36 @@ def _all_found(rows: dict[str, Any], model: str) -> None:
         raise ValueError(f"{model} has no {next(iter(rows))}, which the pruned model has; it is another architecture")
 
 
-def _compared(
-    model: str,
-    pruned: str,
-    change: Callable[[Matrix, Matrix], None] = lambda old, new: None,
-    after: Callable[[int], None] = lambda index: None,
-    target: Checkpoint | None = None,
-) -> list[Kept]:
-    """Zeros lost in every pruned matrix; then `change` sees the pair, and `after` its block, before it is closed."""
-    rows, found = _layers(side_file(pruned)), []
-    source, target = Checkpoint(pruned), target or Checkpoint(model)
+def _matrices(checkpoint: Checkpoint, index: int) -> dict[str, Matrix]:
+    return {one.name: one for one in matrices_of(checkpoint.blocks[index], f"{checkpoint.prefix}.{index}")}
+
+
+def _kept(old: Matrix, new: Matrix) -> Kept:
+    zeros = old.weight == 0
+    return Kept(old.name, int(zeros.count_nonzero()), int((zeros & (new.weight != 0)).count_nonzero()))
+
+
+def _blocks(
+    source: Checkpoint, target: Checkpoint, rows: dict[str, Any]
+) -> Iterator[tuple[int, list[tuple[Matrix, Matrix]]]]:
+    """Block by block, open in both checkpoints, the pruned matrices of the one with those of the other.
+
+    ValueError if they do not fit each other.
+    """
+    model, pruned, missing = target.name, source.name, dict(rows)
     if len(source.blocks) != len(target.blocks):
         raise ValueError(f"{model} has {len(target.blocks)} decoder blocks, and {pruned} has {len(source.blocks)}")
-    for index, blocks in enumerate(zip(source.blocks, target.blocks, strict=True)):
+    for index in range(len(source.blocks)):
         with source.opened(index), target.opened(index):
-            prefixes = (f"{one.prefix}.{index}" for one in (source, target))
-            old, new = ({m.name: m for m in matrices_of(*pair)} for pair in zip(blocks, prefixes, strict=True))
-            for name in [name for name in old if name in rows and name in new]:
-                before, now = old[name].weight, new[name].weight
-                if before.shape != now.shape:
-                    raise ValueError(f"{name} is {tuple(now.shape)} in {model}, and {tuple(before.shape)} in {pruned}")
-                lost = ((before == 0) & (now != 0)).count_nonzero()
-                found.append(Kept(name, int((before == 0).count_nonzero()), int(lost)))
-                change(old[name], new[name])
-                del rows[name]
-            after(index)
-    _all_found(rows, model)
-    return found
+            old, new = _matrices(source, index), _matrices(target, index)
+            names = [name for name in old if name in rows and name in new]
+            for name in names:
+                before, now = tuple(old[name].weight.shape), tuple(new[name].weight.shape)
+                if before != now:
+                    raise ValueError(f"{name} is {now} in {model}, and {before} in {pruned}")
+                del missing[name]
+            yield index, [(old[name], new[name]) for name in names]
+    _all_found(missing, model)
 
 
 class KeepZeros(TrainerCallback):

@@ -65,8 +65,7 @@ def load_model(name: str, *, device: str = "cpu", trust_remote_code: bool = Fals
             path, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers and safetensors raise many types for the same user mistake
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model `{name}` cannot be loaded: {reason[:300]}") from error
+        raise cannot_be_loaded(f"model `{name}`", error) from error
     return model.to(device).eval()
 
 
@@ -77,10 +76,16 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
-        raise ValueError(f"the tokenizer of `{name}` cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise cannot_be_loaded(f"the tokenizer of `{name}`", error) from error
+
+
+def cannot_be_loaded(what: str, error: Exception) -> ValueError:
+    """Another library's reason, which may be a page long, in one sentence."""
+    return ValueError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}")
 
 
 def check_folder(name: str, path: str) -> None:
+    """ValueError for a path that is no folder, a folder that is no checkpoint, or a quantised checkpoint."""
     folder = Path(path)
     if not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -156,8 +161,8 @@ def packed_experts(block: nn.Module) -> dict[str, Experts]:
         up = "gate_up_proj" if "gate_up_proj" in packed else "up_proj"
         transposed = bool(getattr(module, "is_transposed", False))
         if set(packed) == {up, "down_proj"}:
-            _, d_up, d = packed[up] if not transposed else (0, *reversed(packed[up][1:]))
-            _, d_out, d_ff = packed["down_proj"] if not transposed else (0, *reversed(packed["down_proj"][1:]))
+            turned = slice(None, 0, -1) if transposed else slice(1, None)
+            (d_up, d), (d_out, d_ff) = packed[up][turned], packed["down_proj"][turned]
             if d_out == d and d_up == (2 if up == "gate_up_proj" else 1) * d_ff:
                 found[name] = Experts(module, up, transposed)
                 continue

@@ -1,6 +1,6 @@
 """What pruning a model will hold in memory, part by part, and where its hidden states should lie."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from secateurs.collect import Place
 from secateurs.layer import TOKENS_AT_ONCE
 from secateurs.models import Matrix, decoder_blocks
 from secateurs.pruner import Plan, prunable
@@ -60,6 +61,7 @@ def needs(
     inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
     around = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if not name.startswith(prefix))
     grams = held = solve = most = 0
+    widest = width
     for matrices, weights in zip(prunable(model, plan), inside, strict=True):
         groups = _groups(matrices, width)
         drifts = 2 if plan.goal != "own" else 1
@@ -69,7 +71,7 @@ def needs(
         solve = max([solve, *(int(4 * (a * d_in**2 + b * rows * d_in)) for rows, d_in, _ in groups)])
         pruned = sum(matrix.weight.numel() for matrix in matrices)
         most = max(most, weights + pruned * (2 * size + 1))
-    widest = max((matrix.weight.shape[1] for block in prunable(model, plan) for matrix in block), default=width)
+        widest = max([widest, *(d_in for _, d_in, _ in groups)])
     copies = 1 + (plan.goal != "own") + (plan.tune is not None)
     rows = min(batch_tokens, tokens)
     return Needs(
@@ -130,10 +132,11 @@ class Shelf:
     """Where hidden states are kept: `shelf.place(hidden)`. On disk they are files of a folder that goes with it."""
 
     def __init__(self, where: Where, folder: Path):
-        self.where = where
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = TemporaryDirectory(prefix="hidden-", dir=folder) if where == "disk" else None
-        self._count = 0
+        self.where, self._count = where, 0
+        self._folder = None
+        if where == "disk":
+            folder.mkdir(parents=True, exist_ok=True)
+            self._folder = TemporaryDirectory(prefix="hidden-", dir=folder)
 
     def place(self, hidden: Tensor) -> Tensor:
         """The tensor, where it is to stay: as it is, on the CPU, or in a file that the system pages in and out."""
@@ -144,7 +147,7 @@ class Shelf:
         mapped = torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=hidden.dtype)
         return mapped.view(hidden.shape).copy_(hidden)
 
-    def __enter__(self) -> Callable[[Tensor], Tensor]:
+    def __enter__(self) -> Place:
         return self.place
 
     def __exit__(self, *exception: object) -> None:

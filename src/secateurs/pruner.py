@@ -7,6 +7,8 @@ receive the same tensor (q/k/v, gate/up); solve each matrix; write the block's r
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import torch
@@ -304,10 +306,10 @@ def _solve_group(group: Group, groups: Sequence[Group], sums: Sums, plan: Plan) 
 def _aims(group: Group, gram: Gram, sums: Sums) -> list[_Aim]:
     dense = [matrix.weight.clone() for matrix in group.matrices]
     held = [seen for seen in sums.held[group.name] if seen.off is not None]
-    held_gram, drifts = gram_of(held), [drift_of(seen) for seen in held]
+    held_gram = gram_of(held)
     if group.name not in sums.train_drift or held_gram is None:
         return [_Aim(matrix, weight) for matrix, weight in zip(group.matrices, dense, strict=True)]
-    held_drift = sum(drifts[1:], drifts[0])
+    held_drift = reduce(add, map(drift_of, held))  # one after the other: each is as large as a Gram
     goals = [imitate(weight, gram, sums.train_drift[group.name], held_gram, held_drift) for weight in dense]
     return [
         _Aim(matrix, weight, goal.target, goal.alpha, goal.beta)
