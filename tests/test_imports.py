@@ -8,7 +8,7 @@ import secateurs
 SOURCE = Path(secateurs.__file__).parent
 ORDER = [
     {"artifacts", "patterns", "linalg", "leaks", "hub", "parallel", "statistics"},
-    {"rows"},
+    {"rows", "ranks"},
     {"questions"},
     {"layer", "traces", "prompts"},
     {"scores", "engines"},

@@ -35,7 +35,7 @@ def prepared(dtype=torch.float32):
         goal[weight == 0] = 1e6
         return Example(hidden, (shift,), {"scale": (torch.ones(()),)}, goal, weight)
 
-    train, held = [example(40), example(33)], [example(20)]
+    train, held = [part for one in (example(40), example(33)) for part in one.parts(100)], [example(20)]
     kept = {}
     with torch.no_grad():
         for linear in (block.up, block.down):
@@ -49,7 +49,7 @@ def prepared(dtype=torch.float32):
 def test_the_block_comes_closer_and_only_kept_weights_move(dtype):
     block, kept, train, held = prepared(dtype)
     norm, old = block.norm.weight.clone(), {p: p.clone() for p in kept}
-    before, after = tune(block, kept, train, held, Tune(steps=80, tokens=100))
+    before, after = tune(block, kept, train, held, Tune(steps=80))
     assert 0 < after < 0.7 * before
     for parameter, mask in kept.items():
         assert parameter.dtype == dtype and parameter.grad is None
@@ -64,7 +64,7 @@ def test_the_same_twice_is_the_same():
         torch.manual_seed(0)
         block, kept, train, held = prepared()
         torch.manual_seed(len(ends))  # no global state may enter
-        tune(block, kept, train, held, Tune(steps=10, tokens=100))
+        tune(block, kept, train, held, Tune(steps=10))
         ends.append(block.up.weight.clone())
     assert torch.equal(*ends)
 
@@ -83,7 +83,7 @@ def test_what_is_not_better_on_held_out_documents_is_thrown_away():
 def test_a_rate_that_is_too_high_is_lowered_until_it_helps():
     """On a block that has been fine-tuned already, the first rate undoes what a sixteenth of it still improves."""
     block, kept, train, held = prepared()
-    tune(block, kept, train, held, Tune(steps=150, tokens=100))
+    tune(block, kept, train, held, Tune(steps=150))
     tuned = {p: p.clone() for p in kept}
     tries = []
     for rates in ((1.0,), RATES):
@@ -91,18 +91,18 @@ def test_a_rate_that_is_too_high_is_lowered_until_it_helps():
             parameter.copy_(value)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("secateurs.tune.RATES", rates)
-            tries.append(tune(block, kept, train, held, Tune(steps=20, rate=0.5, tokens=100)))
+            tries.append(tune(block, kept, train, held, Tune(steps=20, rate=0.5)))
     (before, alone), (_, lowered) = tries
     assert alone == before > lowered
 
 
 def test_examples_are_cut_into_rows():
-    _, _, (example, _), _ = prepared()
-    parts = list(example.parts(tokens=100))
-    assert [len(part.hidden) for part in parts] == [11, 11, 11, 7]
+    _, _, _, (example,) = prepared()
+    parts = list(example.parts(tokens=60))
+    assert [len(part.hidden) for part in parts] == [6, 6, 6, 2]
     assert all(len(part.args[0]) == len(part.goal) == len(part.weight) == len(part.hidden) for part in parts)
     assert torch.equal(torch.cat([part.args[0] for part in parts]), example.args[0])
-    assert len(list(example.parts(tokens=1))) == 40
+    assert len(list(example.parts(tokens=1))) == 20
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,12 @@ def _bars(lines: int = 1) -> Iterator[Bars]:
         yield Bars(bars, lines)
 
 
-def _plan(recipe: Any, as_json: bool) -> None:
-    from secateurs.run import Dense, estimate, plan_check
+def _plan(dense: Any, as_json: bool) -> None:
+    from secateurs.run import estimate, plan_check
 
-    dense = Dense(recipe)
-    plan = plan_check(recipe, dense)
-    plan["seconds_estimate"] = {stage: round(seconds, 1) for stage, seconds in estimate(recipe, dense, plan).items()}
+    plan = plan_check(dense.recipe, dense)
+    times = estimate(dense.recipe, dense, plan)
+    plan["seconds_estimate"] = {stage: round(seconds, 1) for stage, seconds in times.items()}
     if as_json:
         print(json.dumps(plan, indent=2))
         return
@@ -91,17 +91,24 @@ def _finish(report: Any, out: Path, as_json: bool) -> None:
     screen.print(f"report: {out / 'report.html'}")
 
 
-def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: bool, jobs: int = 1) -> None:
+def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: bool, jobs: int | None = 1) -> None:
+    from secateurs.ranks import joined
     from secateurs.recipe import load_recipe
+    from secateurs.run import Dense, follow, leading
     from secateurs.study import study
 
     recipe = load_recipe(name, overrides)
-    if dry_run:
-        _plan(recipe, as_json)
-        return
-    with _bars(jobs) as progress:
-        report = study(recipe, out, progress, jobs)
-    _finish(report, out, as_json)
+    with joined(recipe.resources.device) as ranks:
+        if dry_run:
+            if ranks.first:
+                _plan(Dense(recipe, ranks), as_json)
+        elif ranks.first:
+            jobs = (2 if ranks.count == 1 else 1) if jobs is None else jobs
+            with _bars(jobs) as progress, leading(ranks):
+                report = study(recipe, out, progress, jobs, ranks)
+            _finish(report, out, as_json)
+        else:
+            follow(Dense(recipe, ranks))
 
 
 @app.command()
@@ -127,7 +134,10 @@ def study_(
     overrides: Set = [],
     as_json: Json = False,
     dry_run: DryRun = False,
-    jobs: Annotated[int, typer.Option(help="Processes that share the cells, each with its share of the cores.")] = 2,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Processes that share the cells and the cores: 2 if not given, and 1 under torchrun."),
+    ] = None,
 ) -> None:
     """The grid of `[sweep]` (arm x solver x pattern x seed) in parallel processes. Run it again after a stop."""
     _run(recipe, out, overrides, as_json, dry_run, jobs)
@@ -157,10 +167,10 @@ def trace(
 
     loaded = load_recipe(recipe, overrides)
     part = _shard(shard)
-    if dry_run:
-        _plan(loaded, as_json)
-        return
     dense = Dense(loaded)
+    if dry_run:
+        _plan(dense, as_json)
+        return
     with _bars() as progress:
         done = {seed: stage(loaded, out, seed, dense, progress, part) for seed in loaded.seeds}
     for seed, traced in done.items():
@@ -303,13 +313,21 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-        console.print(f"[bold red]error:[/] {_sentence(error)}", highlight=False, soft_wrap=True)
+        who = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
+        if who or not _is_follower():  # before processes meet, all of them make the same mistakes
+            console.print(f"[bold red]error:[/] {who}{_sentence(error)}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
 def _interrupt(number: int, frame: object) -> None:
-    console.print("interrupted; run the same command again to go on", highlight=False)
+    if not _is_follower():
+        console.print("interrupted; run the same command again to go on", highlight=False)
     raise SystemExit(130)
+
+
+def _is_follower() -> bool:
+    """Whether torchrun started this process, and another one speaks for it."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _sentence(error: BaseException) -> str:

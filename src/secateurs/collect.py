@@ -6,7 +6,9 @@ The only file with hooks. Matrices that receive the same tensor (q/k/v, gate/up)
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from itertools import combinations
+from operator import add
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,7 @@ from secateurs.calibration import CODES, REGIONS, Batch, CalibrationSet, batches
 from secateurs.goals import Drift
 from secateurs.layer import Gram, token_energies
 from secateurs.models import Matrix, decoder, decoder_blocks, linears, packed_experts
+from secateurs.ranks import Ranks
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Place = Callable[[Tensor], Tensor]  # where hidden states are kept
@@ -26,13 +29,40 @@ WATCHED_TOKENS = 16  # enough to see which linears receive the same tensor
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that receive the same input, and the module whose input it is; for experts, which one and part."""
+    """Matrices that receive the same input. An expert's are one each."""
 
-    name: str
     matrices: tuple[Matrix, ...]
-    module: nn.Module
-    expert: int | None = None
-    part: Literal["up", "down"] | None = None
+
+    @property
+    def name(self) -> str:
+        """That of the first one."""
+        return self.matrices[0].name
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose input it is."""
+        return self.matrices[0].module
+
+    @property
+    def expert(self) -> int | None:
+        """Which expert's input it is, if it is one's."""
+        return self.matrices[0].expert
+
+    @property
+    def part(self) -> Literal["up", "down"]:
+        """Which of an expert's two inputs it is."""
+        return "down" if self.matrices[0].attribute == "down_proj" else "up"
+
+    @property
+    def d_in(self) -> int:
+        """Inputs."""
+        return self.matrices[0].weight.shape[1]
+
+    @property
+    def cost(self) -> float:
+        """Of a solve, in about the right proportion: a factorisation of the Gram, and a sweep over every row."""
+        rows = sum(matrix.weight.shape[0] for matrix in self.matrices)
+        return float(self.d_in**3 + rows * self.d_in**2)
 
 
 class Shell:
@@ -115,6 +145,8 @@ class Stream:
     hidden: Tensor
     dense: Tensor | None = None
     goal: Tensor | None = None
+    number: int = 0
+    """Its place among those of all processes."""
 
     def run(self, block: nn.Module, index: int, hidden: Tensor | None = None) -> Tensor:
         """What the block makes of the hidden states, or of others."""
@@ -135,14 +167,19 @@ def capture(
     *,
     twin: bool = False,
     place: Place = lambda hidden: hidden,
+    ranks: Ranks = Ranks(),
 ) -> list[Stream]:
-    """Every batch before the first block; with `twin`, twice. `place` says where hidden states are kept."""
+    """This process's batches before the first block; with `twin`, twice. `place` says where hidden states are kept."""
     shell = Shell(model)
+    sets = ((False, calibration.documents), (True, calibration.held_out))
+    every = [(held_out, batch) for held_out, documents in sets for batch in batches(documents, batch_tokens)]
+    takers = ranks.shares([batch.ids.numel() for _, batch in every])
     streams: list[Stream] = []
-    for held_out, documents in ((False, calibration.documents), (True, calibration.held_out)):
-        for batch in batches(documents, batch_tokens):
+    for number, ((held_out, batch), taker) in enumerate(zip(every, takers, strict=True)):
+        if taker == ranks.index:
             hidden = shell.enter(batch)
-            streams.append(Stream(batch, held_out, shell, place(hidden), place(hidden.clone()) if twin else None))
+            twin_hidden = place(hidden.clone()) if twin else None
+            streams.append(Stream(batch, held_out, shell, place(hidden), twin_hidden, number=number))
     return streams
 
 
@@ -185,11 +222,29 @@ class Seen:
 
 @dataclass
 class Sums:
-    """What a solve needs to know of every group's inputs: sums over the calibration, and the held-out inputs."""
+    """What this process saw of every group's inputs: sums over its calibration tokens, and its held-out inputs."""
 
     train: dict[str, Gram]
     train_drift: dict[str, Drift]
     held: dict[str, list[Seen]]
+
+
+@dataclass
+class Inputs:
+    """What a solve knows of a group's inputs, from all processes; the drifts only where a goal needs them."""
+
+    gram: Gram
+    note: str = ""
+    drift: Drift | None = None
+    held_gram: Gram | None = None
+    held_drift: Drift | None = None
+
+    def of_some_tokens(self, group: Group) -> Gram:
+        """The Gram; ValueError if there is nothing in it."""
+        if not self.gram.tokens:
+            name = group.name
+            raise ValueError(f"{name}: no calibration token with a positive weight reached it; use more documents")
+        return self.gram
 
 
 def collect(
@@ -346,34 +401,92 @@ def drift_of(seen: Seen) -> Drift:
     return Drift(seen.off.T @ x, None if seen.stream_off is None else seen.stream_off.float().T @ x)
 
 
-def gram_of(parts: Sequence[Seen]) -> Gram | None:
-    """The Gram of held-out inputs; None of none."""
-    if not parts:
-        return None
-    gram = Gram.zeros(parts[0].x.shape[-1], parts[0].x.device)
+def gram_of(parts: Sequence[Seen], like: Gram) -> Gram:
+    """The Gram of held-out inputs, of the size and on the device of another one."""
+    gram = Gram.zeros(like.d_in, like.xtx.device)
     for seen in parts:
         gram.update(seen.x, seen.weight)
     return gram
 
 
-def held_out_errors(weight: Tensor, dense: Tensor, parts: Sequence[Seen]) -> tuple[float | None, dict[str, float]]:
-    """sum w |(W - What) x|^2 / sum w |W x|^2 over held-out tokens: of all of them, None of none, and by region."""
-    lost, total = (torch.zeros(len(REGIONS) + 1, dtype=torch.float64) for _ in range(2))
+def pools_of(groups: Sequence[Group], sums: Sums, ranks: Ranks = Ranks()) -> dict[Any, Gram]:
+    """What all experts of a module see together, by module and part."""
+    pools: dict[Any, Gram] = {}
+    for group in groups:
+        if group.expert is not None:
+            pool = pools.setdefault((group.module, group.part), _empty(group))
+            if group.name in sums.train:
+                pools[group.module, group.part] = pool + sums.train[group.name]
+    return {key: _added(pool, ranks) for key, pool in pools.items()}
+
+
+def inputs_of(
+    group: Group,
+    sums: Sums,
+    pools: Mapping[Any, Gram],
+    *,
+    imitate: bool = False,
+    writers: Sequence[nn.Module] = (),
+    ranks: Ranks = Ranks(),
+    to: int = 0,
+) -> Inputs:
+    """The sums of all processes over a group's tokens, for process `to`, taken out of `sums`.
+
+    An expert that saw no token gets what its siblings saw together, and a note.
+    """
+    gram = _added(sums.train.pop(group.name, None) or _empty(group), ranks, to)
+    if group.expert is not None and not gram.tokens:
+        pool = pools[group.module, group.part]
+        return Inputs(pool, "no calibration token reached this expert; the Gram of all experts was used")
+    if not gram.tokens or not imitate or group.expert is not None:
+        return Inputs(gram)
+    held = [seen for seen in sums.held[group.name] if seen.off is not None]
+    held_gram = _added(gram_of(held, gram), ranks, to)
+    stream = torch.zeros(len(group.matrices[0].weight), group.d_in) if group.module in writers else None
+    none = Drift(torch.zeros_like(gram.xtx), None if stream is None else stream.to(gram.xtx.device))
+    drifts = []
+    for drift in (sums.train_drift.pop(group.name, none), reduce(add, map(drift_of, held), none)):
+        ranks.add(drift.inputs, to)
+        if drift.stream is not None:
+            ranks.add(drift.stream, to)
+        drifts.append(drift)
+    return Inputs(gram, "", drifts[0], held_gram, drifts[1]) if held_gram.tokens else Inputs(gram)
+
+
+def _empty(group: Group) -> Gram:
+    return Gram.zeros(group.d_in, group.matrices[0].weight.device)
+
+
+def _added(gram: Gram, ranks: Ranks, to: int | None = None) -> Gram:
+    """A Gram of all processes' tokens: its matrix where `to` says, how many they are everywhere."""
+    counts = torch.tensor([gram.weight_sum, gram.tokens], dtype=torch.float64, device=gram.xtx.device)
+    ranks.add(counts)
+    ranks.add(gram.xtx, to)
+    return Gram(gram.xtx, float(counts[0]), int(counts[1]))
+
+
+def held_out_energies(weight: Tensor, dense: Tensor, parts: Sequence[Seen]) -> Tensor:
+    """Sums over held-out tokens, by region code [3, codes], float64: w |(W - What) x|^2, w |W x|^2, and the tokens."""
+    sums = torch.zeros(3, len(REGIONS) + 1, dtype=torch.float64, device=weight.device)
     delta = dense.float() - weight.float()
     for seen in parts:
-        for sums, matrix in ((lost, delta), (total, dense)):
+        sums[2] += torch.bincount(seen.codes, minlength=sums.shape[1])
+        for row, matrix in enumerate((delta, dense)):
             energies = token_energies(matrix, seen.x)
             energies = energies if seen.weight is None else energies * seen.weight
-            sums += torch.bincount(seen.codes, energies.double(), minlength=len(sums)).cpu()
+            sums[row] += torch.bincount(seen.codes, energies.double(), minlength=sums.shape[1])
+    return sums
+
+
+def held_out_errors(energies: Tensor) -> tuple[float | None, dict[str, float]]:
+    """sum w |(W - What) x|^2 / sum w |W x|^2 over held-out tokens: of all of them, None of none, and by region."""
+    lost, total, tokens = energies.cpu()
 
     def ratio(a: float, b: float) -> float:
         return a / b if b else (0.0 if a == 0 else float("inf"))
 
-    present = {code for seen in parts for code in seen.codes.unique().tolist()}
-    by_region = {
-        region: ratio(float(lost[code]), float(total[code])) for region, code in CODES.items() if code in present
-    }
-    return (ratio(float(lost.sum()), float(total.sum())) if parts else None), by_region
+    by_region = {region: ratio(float(lost[code]), float(total[code])) for region, code in CODES.items() if tokens[code]}
+    return (ratio(float(lost.sum()), float(total.sum())) if by_region else None), by_region
 
 
 @contextmanager
@@ -449,31 +562,13 @@ def groups_of(block: nn.Module, index: int, matrices: Sequence[Matrix], stream: 
             called = {module for module, _ in order}
             if called == set(by_module):
                 break
-    groups: dict[int, list[Matrix]] = {}
-    modules: dict[int, nn.Module] = {}
-    result: list[Group] = []
     if missing := [matrix.name for module, found in by_module.items() if module not in called for matrix in found]:
         raise ValueError(f"{missing[0]} is never called by its block; leave it out with `prune.ignore`")
+    shared: dict[int, list[Matrix]] = {}
+    alone: dict[Matrix, Group] = {}
     for module, x in order:
         if by_module[module][0].expert is None:
-            groups.setdefault(id(x), []).extend(by_module[module])
-            modules.setdefault(id(x), module)
-    for key, found in groups.items():
-        result.append(Group(found[0].name, tuple(found), modules[key]))
-    for module in dict.fromkeys(module for module, _ in order):
-        for matrix in by_module[module]:
-            if matrix.expert is not None:
-                part = "down" if matrix.attribute == "down_proj" else "up"
-                result.append(Group(matrix.name, (matrix,), module, matrix.expert, part))
-    return result
-
-
-def train_gram(group: Group, groups: Sequence[Group], grams: Mapping[str, Gram]) -> tuple[Gram, str]:
-    """The Gram of a group, and a note when an expert saw no token and the pool of its siblings stands in."""
-    if group.name in grams:
-        return grams[group.name], ""
-    siblings = [g for g in groups if g.module is group.module and g.part == group.part]
-    pooled = [grams[g.name] for g in siblings if g.name in grams]
-    if group.expert is None or not pooled:
-        raise ValueError(f"{group.name}: no calibration token with a positive weight reached it; use more documents")
-    return sum(pooled[1:], pooled[0]), "no calibration token reached this expert; the Gram of all experts was used"
+            shared.setdefault(id(x), []).extend(by_module[module])
+        else:
+            alone |= {matrix: Group((matrix,)) for matrix in by_module[module]}
+    return [*(Group(tuple(matrices)) for matrices in shared.values()), *alone.values()]

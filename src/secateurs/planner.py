@@ -119,11 +119,14 @@ def _lines(file: str) -> list[str]:
     return Path(file).read_text().splitlines() if Path(file).exists() else []
 
 
-def choose(wanted: Needs, device: torch.device) -> Where:
-    """Where hidden states fit: the device if it has room for them beside the rest, else the CPU, else the disk."""
-    if wanted.on_device + wanted.hidden <= SAFE * available(device):
+def choose(wanted: Needs, device: torch.device, nearby: int = 1) -> Where:
+    """Where hidden states fit: the device if it has room for them beside the rest, else the CPU, else the disk.
+
+    A GPU belongs to one process, the memory of the machine to the `nearby` ones that work on it.
+    """
+    if wanted.on_device + wanted.hidden <= SAFE * available(device) / (nearby if device.type == "cpu" else 1):
         return "device"
-    if device.type != "cpu" and wanted.hidden <= SAFE * available(torch.device("cpu")):
+    if device.type != "cpu" and wanted.hidden <= SAFE * available(torch.device("cpu")) / nearby:
         return "cpu"
     return "disk"
 

@@ -2,14 +2,16 @@
 
 For every decoder block: run the calibration documents through it and add up x xᵀ for each group of matrices that
 receive the same tensor (q/k/v, gate/up); solve each matrix; write the block's result down; pass on.
+
+Several processes (`ranks`) each run a share of the documents; their sums meet where a group is solved, each group in
+one process; the solutions go to all. Only the first process reads and writes files.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import reduce
-from operator import add
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -20,6 +22,7 @@ from secateurs.artifacts import atomic_write, read_json, write_json
 from secateurs.calibration import REGIONS, CalibrationSet
 from secateurs.collect import (
     Group,
+    Inputs,
     Opened,
     Place,
     Seen,
@@ -27,18 +30,19 @@ from secateurs.collect import (
     Sums,
     capture,
     collect,
-    drift_of,
-    gram_of,
     groups_of,
+    held_out_energies,
     held_out_errors,
+    inputs_of,
     matrices_of,
-    train_gram,
+    pools_of,
     writers_of,
 )
 from secateurs.goals import Goal, Propagate, check_goal, imitate
 from secateurs.layer import Gram, LayerProblem, LayerSolution, Outcome, relative_error
 from secateurs.models import Matrix, chosen, decoder_blocks
 from secateurs.patterns import Pattern, stack
+from secateurs.ranks import Ranks
 from secateurs.solvers import Solver
 from secateurs.tune import Example, Tune, tune
 
@@ -122,42 +126,61 @@ def prune(
     place: Place = lambda hidden: hidden,
     opened: Opened = nullcontext,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    ranks: Ranks = Ranks(),
 ) -> list[LayerResult]:
-    """Prune `model` in place and return one result a matrix, in the order they were solved.
+    """Prune `model` in place and return one result a matrix, in the model's order.
 
     Every finished block is written to `folder`; a second call with the same folder takes those blocks from there and
     goes on (the folder must belong to this model, calibration and plan: `run` names it by their hash). `batch_tokens`
-    bounds the padded tokens a forward pass sees and changes results by float rounding only. Hidden states are kept
-    where `place` puts them. A block's weights need to be there only while `opened(index)` is.
+    bounds the padded tokens a forward pass sees and changes results by float rounding only, as `ranks` does: all of
+    them call this with the same model, calibration and plan. Hidden states are kept where `place` puts them. A block's
+    weights need to be there only while `opened(index)` is.
     """
     selected = prunable(model, plan)
     total = sum(map(len, selected))
     _, blocks = decoder_blocks(model)
-    complete = all(_is_saved(folder, index) for index in range(len(blocks)))
-    streams = [] if complete else capture(model, calibration, batch_tokens, twin=plan.goal != "own", place=place)
+    saved = ranks.tell([_is_saved(folder, index) for index in range(len(blocks))])
+    twin = plan.goal != "own"
+    streams = [] if all(saved) else capture(model, calibration, batch_tokens, twin=twin, place=place, ranks=ranks)
     results: list[LayerResult] = []
+
+    def so_far(solved: int, what: str) -> None:
+        progress(len(results) + solved, total, what)
+
     for index, block in enumerate(blocks):
         with opened(index):
-            saved = _load_block(folder, index, selected[index])
-            if saved is None:
-                solved = _prune_block(
-                    block, index, selected[index], streams, calibration.weights, plan, progress, len(results), total
-                )
-                _save_block(folder, index, selected[index], solved)
-            else:
-                tensors, solved = saved
+            if saved[index]:
                 for stream in streams:
                     if stream.dense is not None:
                         stream.dense.copy_(stream.run(block, index, stream.dense))
                     if plan.propagate == "dense":
                         stream.hidden.copy_(stream.run(block, index))
-                for matrix in selected[index]:
-                    matrix.weight.copy_(tensors[matrix.name])
+                solved = _restore(folder, index, selected[index], ranks)
                 for stream in streams:
                     if plan.propagate != "dense":
                         stream.hidden.copy_(stream.run(block, index))
+            else:
+                solved = _prune_block(block, index, selected[index], streams, calibration.weights, plan, so_far, ranks)
+                if ranks.first:
+                    _save_block(folder, index, selected[index], solved)
         results += solved
         progress(len(results), total, f"block {index + 1} of {len(blocks)}")
+    return results
+
+
+def _restore(folder: Path | None, index: int, matrices: Sequence[Matrix], ranks: Ranks) -> list[LayerResult]:
+    """Put the weights that the first process finds in `folder` in their places everywhere."""
+
+    def load() -> list[LayerResult]:
+        found = _load_block(folder, index, matrices)
+        assert found is not None, f"{folder} has no block {index}"
+        for matrix in matrices:
+            matrix.weight.copy_(found[0][matrix.name])
+        return found[1]
+
+    results = ranks.decide(load)
+    for matrix in matrices:
+        ranks.spread(matrix.weight)
     return results
 
 
@@ -171,6 +194,7 @@ def solve_alike(
     place: Place = lambda hidden: hidden,
     opened: Opened = nullcontext,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    ranks: Ranks = Ranks(),
 ) -> None:
     """Solve several plans on the same Grams, and write the blocks of each to its folder, where `prune` finds them.
 
@@ -186,30 +210,33 @@ def solve_alike(
     per_plan = [prunable(model, plan) for plan in plans.values()]
     selected, total = per_plan[0], len(plans) * sum(map(len, per_plan[0]))
     _, blocks = decoder_blocks(model)
-    if all(_is_saved(folder, index) for folder in plans for index in range(len(blocks))):
+    saved = ranks.tell({folder: [_is_saved(folder, index) for index in range(len(blocks))] for folder in plans})
+    if all(map(all, saved.values())):
         return
-    streams = capture(model, calibration, batch_tokens, place=place)
+    streams = capture(model, calibration, batch_tokens, place=place, ranks=ranks)
     done = 0
     for index, block in enumerate(blocks):
         matrices = selected[index]
-        missing = {folder: plan for folder, plan in plans.items() if not _is_saved(folder, index)}
+        missing = {folder: plan for folder, plan in plans.items() if not saved[folder][index]}
         done += len(matrices) * (len(plans) - len(missing))
         with opened(index):
             if not missing:
                 for stream in streams:
                     stream.hidden.copy_(stream.run(block, index))
                 continue
-            groups = groups_of(block, index, matrices, streams[0])
+            groups = _groups(block, index, matrices, streams, ranks)
             sums = collect(block, index, groups, streams, calibration.weights, move=True)
+            turns = list(_turns(groups, sums, first, (), ranks))
             for folder, plan in missing.items():
-                solved = []
-                for group in groups:
-                    solved += _solve_group(group, groups, sums, plan)
-                    progress(done + len(solved), total, group.name)
-                results = [_result(one, index, plan.pattern_of(one.aim.matrix), None) for one in solved]
-                _save_block(folder, index, matrices, results)
+                solved: list[_Solved] = []
+                for turn in turns:
+                    solved += _solve(turn, sums, plan, ranks)
+                    progress(done + len(solved), total, turn[0][0].name)
+                results = _results(solved, index, matrices, plan, None, ranks)
+                if ranks.first:
+                    _save_block(folder, index, matrices, results)
                 for one in solved:
-                    one.aim.matrix.weight.copy_(one.aim.dense)
+                    one.matrix.weight.copy_(one.dense)
                 done += len(solved)
 
 
@@ -235,27 +262,26 @@ def _prune_block(
     streams: Sequence[Stream],
     weights: Mapping[str, float],
     plan: Plan,
-    progress: Callable[[int, int, str], None],
-    done: int,
-    total: int,
+    progress: Callable[[int, str], None],
+    ranks: Ranks,
 ) -> list[LayerResult]:
     """Collect, solve, fine-tune and write back one block, and move the streams behind it."""
-    groups = groups_of(block, index, matrices, streams[0])
-    writers = writers_of(block, index, streams[0]) if plan.goal == "residual" else ()
+    groups = _groups(block, index, matrices, streams, ranks)
+    writers = _writers(block, index, streams, ranks) if plan.goal == "residual" else ()
     solved: list[_Solved] = []
     imitate = plan.goal != "own"
     in_turn = [[group] for group in groups] if plan.propagate == "group" else [groups]
     for batch in in_turn:
         sums = collect(
             block, index, batch, streams, weights, imitate=imitate, writers=writers,
-            dense={one.aim.matrix: one.aim.dense for one in solved},
+            dense={one.matrix: one.dense for one in solved},
             move=batch is in_turn[-1] and plan.tune is None and (imitate or plan.propagate == "dense"),
             keep_goal=batch is in_turn[0] and plan.tune is not None,
         )  # fmt: skip
-        for group in batch:
-            solved.extend(_solve_group(group, groups, sums, plan))
-            progress(done + len(solved), total, group.name)
-    errors = _tune_block(block, index, solved, streams, weights, plan.tune) if plan.tune else None
+        for turn in _turns(batch, sums, plan, writers, ranks):
+            solved += _solve(turn, sums, plan, ranks)
+            progress(len(solved), turn[0][0].name)
+    errors = _tune_block(block, index, solved, streams, weights, plan.tune, ranks) if plan.tune else None
     for stream in streams:
         if plan.propagate != "dense":
             stream.hidden.copy_(stream.run(block, index))
@@ -265,7 +291,41 @@ def _prune_block(
             elif plan.propagate == "dense":
                 stream.hidden.copy_(stream.goal)
             stream.goal = None
-    return [_result(one, index, plan.pattern_of(one.aim.matrix), errors) for one in solved]
+    return _results(solved, index, matrices, plan, errors, ranks)
+
+
+def _groups(
+    block: nn.Module, index: int, matrices: Sequence[Matrix], streams: Sequence[Stream], ranks: Ranks
+) -> list[Group]:
+    """The groups of a block, which the first process finds by watching."""
+    by_name = {matrix.name: matrix for matrix in matrices}
+    found = ranks.decide(
+        lambda: [[m.name for m in group.matrices] for group in groups_of(block, index, matrices, streams[0])]
+    )
+    return [Group(tuple(by_name[name] for name in names)) for names in found]
+
+
+def _writers(block: nn.Module, index: int, streams: Sequence[Stream], ranks: Ranks) -> tuple[nn.Module, ...]:
+    """The linears that write to the residual stream, which the first process finds by watching."""
+    names = {module: name for name, module in block.named_modules()}
+    found = ranks.decide(lambda: [names[module] for module in writers_of(block, index, streams[0])])
+    return tuple(block.get_submodule(name) for name in found)
+
+
+Turn = list[tuple[Group, Inputs]]  # groups that are solved at the same time, each in the process of its place
+
+
+def _turns(
+    groups: Sequence[Group], sums: Sums, plan: Plan, writers: Sequence[nn.Module], ranks: Ranks
+) -> Iterator[Turn]:
+    """Groups to solve at the same time, with their inputs, which are whole in the process that solves them only."""
+    pools = pools_of(groups, sums, ranks)
+    imitate = plan.goal != "own"
+    for together in ranks.rounds(groups, [group.cost for group in groups]):
+        yield [
+            (group, inputs_of(group, sums, pools, imitate=imitate, writers=writers, ranks=ranks, to=to))
+            for to, group in enumerate(together)
+        ]
 
 
 @dataclass(frozen=True)
@@ -281,36 +341,45 @@ class _Aim:
 
 @dataclass(frozen=True)
 class _Solved:
-    """What was aimed at, on which Gram, what judges it, and the solution."""
+    """A matrix, its dense weights, which of them are kept, and the held-out inputs here that judge it."""
 
-    aim: _Aim
-    gram: Gram
+    matrix: Matrix
+    dense: Tensor
+    mask: Tensor
     held: Sequence[Seen]
-    solution: LayerSolution
-    note: str
+    found: tuple[_Aim, Inputs, LayerSolution] | None
+    """What was aimed at, on which inputs, and the solution; only in the process that solved it."""
 
 
-def _solve_group(group: Group, groups: Sequence[Group], sums: Sums, plan: Plan) -> list[_Solved]:
-    """Solve the matrices of a group and put the solutions in their places."""
-    gram, note = train_gram(group, groups, sums.train)
-    aims = _aims(group, gram, sums)
-    solved = [
-        _Solved(aim, gram, sums.held[group.name], solution, note)
-        for aim, solution in zip(aims, _solutions(aims, gram, plan), strict=True)
-    ]
-    for one in solved:
-        one.aim.matrix.weight.copy_(one.solution.weight)
+def _solve(turn: Turn, sums: Sums, plan: Plan, ranks: Ranks) -> list[_Solved]:
+    """Solve the matrices of each group in the process of its place, and put the solutions in their places in all."""
+    dense = {matrix: matrix.weight.clone() for group, _ in turn for matrix in group.matrices}
+    mine = turn[ranks.index : ranks.index + 1]
+    found: dict[Matrix, tuple[_Aim, Inputs, LayerSolution]] = {}
+
+    def solve() -> None:
+        for group, inputs in mine:
+            aims = _aims([dense[matrix] for matrix in group.matrices], group, inputs)
+            for aim, solution in zip(aims, _solutions(aims, inputs.of_some_tokens(group), plan), strict=True):
+                aim.matrix.weight.copy_(solution.weight)
+                found[aim.matrix] = aim, inputs, solution
+
+    ranks.together(solve)
+    solved = []
+    for source, (group, _) in enumerate(turn):
+        for matrix in group.matrices:
+            ranks.spread(matrix.weight, source)
+            one = found.get(matrix)
+            mask = torch.empty_like(dense[matrix], dtype=torch.bool) if one is None else one[2].mask
+            ranks.spread(mask, source)
+            solved.append(_Solved(matrix, dense[matrix], mask, sums.held[group.name], one))
     return solved
 
 
-def _aims(group: Group, gram: Gram, sums: Sums) -> list[_Aim]:
-    dense = [matrix.weight.clone() for matrix in group.matrices]
-    held = [seen for seen in sums.held[group.name] if seen.off is not None]
-    held_gram = gram_of(held)
-    if group.name not in sums.train_drift or held_gram is None:
+def _aims(dense: Sequence[Tensor], group: Group, inputs: Inputs) -> list[_Aim]:
+    if inputs.drift is None or inputs.held_gram is None or inputs.held_drift is None:
         return [_Aim(matrix, weight) for matrix, weight in zip(group.matrices, dense, strict=True)]
-    held_drift = reduce(add, map(drift_of, held))  # one after the other: each is as large as a Gram
-    goals = [imitate(weight, gram, sums.train_drift[group.name], held_gram, held_drift) for weight in dense]
+    goals = [imitate(weight, inputs.gram, inputs.drift, inputs.held_gram, inputs.held_drift) for weight in dense]
     return [
         _Aim(matrix, weight, goal.target, goal.alpha, goal.beta)
         for matrix, weight, goal in zip(group.matrices, dense, goals, strict=True)
@@ -343,30 +412,53 @@ def _solutions(aims: Sequence[_Aim], gram: Gram, plan: Plan) -> list[LayerSoluti
     ]
 
 
-def _result(one: _Solved, index: int, pattern: Pattern, block_error: tuple[float, float] | None) -> LayerResult:
-    """What is reported of a matrix, its errors measured on its weights as they are now."""
-    matrix, dense, solution = one.aim.matrix, one.aim.dense, one.solution
-    d_out, d_in = dense.shape
-    error_held_out, by_region = held_out_errors(matrix.weight, dense, one.held)
-    return LayerResult(
-        name=matrix.name,
-        block=index,
-        shape=(d_out, d_in),
-        pattern=str(pattern),
-        zeros_asked=pattern.num_zeros(d_out, d_in),
-        zeros=int((~solution.mask).count_nonzero()),
-        error_train=relative_error(matrix.weight, dense, one.gram),
-        error_held_out=error_held_out,
-        error_by_region=by_region,
-        damp=solution.stats.get("damp", 0.0),
-        seconds=solution.stats.get("seconds", 0.0),
-        outcome=solution.outcome.value,
-        note=one.note or ("" if solution.outcome == Outcome.OK else solution.outcome.text),
-        tokens=one.gram.tokens,
-        alpha=one.aim.alpha,
-        beta=one.aim.beta,
-        block_error=block_error,
-    )
+def _results(
+    solved: Sequence[_Solved],
+    index: int,
+    matrices: Sequence[Matrix],
+    plan: Plan,
+    block_error: tuple[float, float] | None,
+    ranks: Ranks,
+) -> list[LayerResult]:
+    """What is reported of a block's matrices, their errors measured on their weights as they are now."""
+    if not solved:
+        return []
+    energies = torch.stack([held_out_energies(one.matrix.weight, one.dense, one.held) for one in solved])
+    ranks.add(energies)
+    here = {one.matrix.name: _facts(one.matrix, *one.found) for one in solved if one.found}
+    facts = {name: row for rows in ranks.gather(here) for name, row in rows.items()}
+    results = {}
+    for one, sums in zip(solved, energies, strict=True):
+        d_out, d_in = one.dense.shape
+        pattern = plan.pattern_of(one.matrix)
+        error_held_out, by_region = held_out_errors(sums)
+        results[one.matrix.name] = LayerResult(
+            name=one.matrix.name,
+            block=index,
+            shape=(d_out, d_in),
+            pattern=str(pattern),
+            zeros_asked=pattern.num_zeros(d_out, d_in),
+            zeros=int((~one.mask).count_nonzero()),
+            error_held_out=error_held_out,
+            error_by_region=by_region,
+            block_error=block_error,
+            **facts[one.matrix.name],
+        )
+    return [results[matrix.name] for matrix in matrices]
+
+
+def _facts(matrix: Matrix, aim: _Aim, inputs: Inputs, solution: LayerSolution) -> dict[str, Any]:
+    """What only the process knows that solved a matrix."""
+    return {
+        "error_train": relative_error(matrix.weight, aim.dense, inputs.gram),
+        "damp": solution.stats.get("damp", 0.0),
+        "seconds": solution.stats.get("seconds", 0.0),
+        "outcome": solution.outcome.value,
+        "note": inputs.note or ("" if solution.outcome == Outcome.OK else solution.outcome.text),
+        "tokens": inputs.gram.tokens,
+        "alpha": aim.alpha,
+        "beta": aim.beta,
+    }
 
 
 def _tune_block(
@@ -376,31 +468,35 @@ def _tune_block(
     streams: Sequence[Stream],
     weights: Mapping[str, float],
     how: Tune,
+    ranks: Ranks,
 ) -> tuple[float, float] | None:
     """Fine-tune the kept weights of all matrices together; None if there is nothing held out to judge it by."""
     kept: dict[nn.Parameter, Tensor] = {}
     for one in solved:
-        parameter = one.aim.matrix.parameter
+        parameter = one.matrix.parameter
         mask = kept.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))
-        one.aim.matrix.part_of(mask).copy_(one.solution.mask)
+        one.matrix.part_of(mask).copy_(one.mask)
 
-    def example(stream: Stream, worth: Mapping[str, float]) -> Example:
+    def parts(stream: Stream, worth: Mapping[str, float]) -> list[Example]:
         of_code = torch.tensor([0.0, *(worth.get(region, 0.0) for region in REGIONS)])
         device = stream.shell.device
         assert stream.goal is not None
         args, kwargs = stream.shell.call(stream.batch, index)
         weight = of_code[stream.batch.regions].to(device)
-        return Example(stream.hidden.to(device), args, kwargs, stream.goal.to(device), weight)
+        example = Example(stream.hidden.to(device), args, kwargs, stream.goal.to(device), weight)
+        return list(example.parts(how.tokens))
 
-    train = [example(stream, weights) for stream in streams if not stream.held_out]
-    held = [example(stream, dict.fromkeys(REGIONS, 1.0)) for stream in streams if stream.held_out]
-    if not kept or not held:
+    held = [part for stream in streams if stream.held_out for part in parts(stream, dict.fromkeys(REGIONS, 1.0))]
+    mine = {stream.number: parts(stream, weights) for stream in streams if not stream.held_out}
+    if not kept or not any(ranks.gather(bool(held))):
         return None
-    errors = tune(block, kept, train, held, how)
+    counts = sorted(item for each in ranks.gather({n: len(p) for n, p in mine.items()}) for item in each.items())
+    train = [mine[number][at] if number in mine else None for number, count in counts for at in range(count)]
+    errors = tune(block, kept, train, held, how, ranks)
+    for parameter in kept:
+        ranks.spread(parameter.data)
     for one in solved:
-        assert not bool(one.aim.matrix.weight[~one.solution.mask].any()), (
-            f"{one.aim.matrix.name}: a pruned weight moved"
-        )
+        assert not bool(one.matrix.weight[~one.mask].any()), f"{one.matrix.name}: a pruned weight moved"
     return errors
 
 

@@ -12,7 +12,7 @@ repeated command goes on where it stopped.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cache, cached_property, partial
@@ -48,13 +48,14 @@ from secateurs.export import export
 from secateurs.hub import HUB
 from secateurs.layer import Gram, LayerProblem
 from secateurs.models import load_model, load_tokenizer, model_path
-from secateurs.parallel import Progress, silent
+from secateurs.parallel import MISTAKES, Progress, silent
 from secateurs.patterns import Pattern, Unstructured
-from secateurs.planner import Needs, Shelf, choose, needs
+from secateurs.planner import Needs, Shelf, Where, choose, needs
 from secateurs.policy import Surprise, check_own
 from secateurs.prompts import answer_text, render, think_split, trace_seed, turns
 from secateurs.questions import Question, QuestionSet
 from secateurs.questions.tiny import Tiny
+from secateurs.ranks import Elsewhere, Ranks
 from secateurs.recipe import (
     Arm,
     Recipe,
@@ -78,9 +79,10 @@ Asked = tuple[Question, int]  # and which sample of its answer
 
 @dataclass
 class Dense:
-    """The model a recipe starts from, with what names it."""
+    """The model a recipe starts from, with what names it, and the processes that prune it together."""
 
     recipe: Recipe
+    ranks: Ranks = Ranks()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -467,16 +469,9 @@ def solve_alike(
         patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
         plans[folder / "blocks"] = replace(plan_of(recipe), patterns=patterns)
     stage = f"prune {arm_label(recipes[0].calibration.arm)}, {len(missing)} models at once"
-    with _shelf(recipes[0], calibration, dense, out) as place:
-        pruner.solve_alike(
-            dense.checkpoint.model,
-            calibration,
-            plans,
-            opened=dense.checkpoint.opened,
-            place=place,
-            batch_tokens=recipes[0].calibration.batch_tokens,
-            progress=lambda done, total, what: progress(stage, done, total, "layers"),
-        )
+    where = _where(recipes[0], calibration, dense)
+    work = _Work(calibration, plans, recipes[0].calibration.batch_tokens, where, out, stage)
+    dense.ranks.tell(work).do(dense, progress)
 
 
 def prune(
@@ -502,17 +497,9 @@ def prune(
     model, opened = dense.checkpoint.model, dense.checkpoint.opened
     patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
     plan = replace(plan_of(recipe), patterns=patterns)
-    with _shelf(recipe, calibration, dense, folder) as place:
-        results = pruner.prune(
-            model,
-            calibration,
-            plan,
-            folder=folder / "blocks",
-            opened=opened,
-            place=place,
-            batch_tokens=recipe.calibration.batch_tokens,
-            progress=lambda done, total, what: progress(f"prune {label} {plan.pattern}", done, total, "layers"),
-        )
+    stage, where = f"prune {label} {plan.pattern}", _where(recipe, calibration, dense)
+    work = _Work(calibration, {folder / "blocks": plan}, recipe.calibration.batch_tokens, where, folder, stage)
+    results = dense.ranks.tell(work).do(dense, progress)
     seconds["prune"] = time.perf_counter() - clock
     clock = time.perf_counter()
     selected = pruner.prunable(model, plan)
@@ -551,24 +538,72 @@ def prune(
     return Pruned(folder, **data)
 
 
-def _shelf(recipe: Recipe, calibration: CalibrationSet, dense: Dense, folder: Path) -> Shelf:
+@dataclass(frozen=True)
+class _Work:
+    """A prune that all processes do together: several plans at once on the same Grams, or one of any kind."""
+
+    calibration: CalibrationSet
+    plans: dict[Path, pruner.Plan]
+    """By the folder of their blocks."""
+    batch_tokens: int
+    where: Where
+    shelf: Path
+    stage: str
+
+    def do(self, dense: Dense, progress: Progress = silent) -> list[pruner.LayerResult]:
+        """This process's part in it. The first one writes the blocks; results of one plan are returned."""
+        first = dense.ranks.first
+        with Shelf(self.where, self.shelf) as place:
+            options: dict[str, Any] = {
+                "opened": dense.checkpoint.opened, "place": place, "batch_tokens": self.batch_tokens,
+                "progress": lambda done, total, what: progress(self.stage, done, total, "layers"), "ranks": dense.ranks,
+            }  # fmt: skip
+            if len(self.plans) > 1:
+                pruner.solve_alike(dense.checkpoint.model, self.calibration, self.plans, **options)
+                return []
+            ((folder, plan),) = self.plans.items()
+            options["folder"] = folder if first else None
+            return pruner.prune(dense.checkpoint.model, self.calibration, plan, **options)
+
+
+def follow(dense: Dense) -> None:
+    """What every process but the first does: its part of each prune, until the first says that there are no more."""
+    while (work := dense.ranks.tell(None)) is not None:
+        try:
+            work.do(dense)
+        except Elsewhere:  # the first process has raised it, or goes on
+            continue
+
+
+@contextmanager
+def leading(ranks: Ranks) -> Iterator[None]:
+    """While open, the other processes follow; they end with it, also where it fails with what a user is told."""
+    try:
+        yield
+    except MISTAKES:
+        ranks.tell(None)
+        raise
+    ranks.tell(None)
+
+
+def _where(recipe: Recipe, calibration: CalibrationSet, dense: Dense) -> Where:
     """Where hidden states are to be kept while a cell is pruned."""
     if (where := recipe.resources.hidden_states) != "auto":
-        return Shelf(where, folder)
+        return where
     documents = (*calibration.documents, *calibration.held_out)
     padded = sum(batch.ids.numel() for batch in batches(documents, recipe.calibration.batch_tokens))
     wanted = memory_needs(recipe, dense, padded, sum(len(document.ids) for document in calibration.held_out))
-    return Shelf(choose(wanted, dense.checkpoint.device), folder)
+    return choose(wanted, dense.checkpoint.device, dense.ranks.nearby)
 
 
 def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int) -> Needs:
-    """What pruning a cell will hold, for so many tokens, padding and held-out ones included."""
+    """What each process will hold that prunes a cell, for so many tokens, padding and held-out ones included."""
     return needs(
         dense.checkpoint.model,
         plan_of(recipe),
         recipe.prune.solver["name"],
-        tokens=tokens,
-        held_out_tokens=held_out_tokens,
+        tokens=-(-tokens // dense.ranks.count),
+        held_out_tokens=-(-held_out_tokens // dense.ranks.count),
         batch_tokens=recipe.calibration.batch_tokens,
     )
 
@@ -716,7 +751,7 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
         "answers": recipe.evaluate.num_questions * recipe.evaluate.samples
         * len(recipe.seeds) * (1 + models),
         "memory_bytes": asdict(wanted) | {"on_device": wanted.on_device},
-        "hidden_states": choose(wanted, dense.checkpoint.device),
+        "hidden_states": choose(wanted, dense.checkpoint.device, dense.ranks.nearby),
     }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from secateurs.leaks import overlap
 from secateurs.models import load_model
 from secateurs.parallel import Progress, Task, run_tasks, silent
 from secateurs.prompts import render
+from secateurs.ranks import Ranks
 from secateurs.recipe import Recipe, build_pattern, build_questions
 from secateurs.report import (
     Cell,
@@ -50,15 +51,16 @@ from secateurs.run import (
 )
 
 
-def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1) -> Report:
+def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1, ranks: Ranks = Ranks()) -> Report:
     """Every stage, for every seed and every cell of the recipe's grid; then the report, built but not written.
 
-    `jobs` processes share the work: first the seeds (traces, and the dense model's answers), then the cells. What is
-    on disk is not done again, so a study that was stopped goes on. ValueError if `jobs` is below 1.
+    `jobs` processes share the work: first the seeds (traces, and the dense model's answers), then the cells. Or there
+    is one job, and other processes (`ranks`) that `run.follow`, to prune with it. What is on disk is not done again, so
+    a study that was stopped goes on. ValueError if `jobs` is below 1, or above with other ranks.
     """
-    if jobs < 1:
-        raise ValueError(f"--jobs is {jobs}; it must be 1 or more")
-    dense = Dense(recipe)
+    if jobs < 1 or (jobs > 1 and ranks.count > 1):
+        raise ValueError(f"--jobs is {jobs}; it must be {'1 or more' if jobs < 1 else '1 under torchrun'}")
+    dense = Dense(recipe, ranks)
     out.mkdir(parents=True, exist_ok=True)
     plan_check(recipe, dense)
     bench = partial(_Bench, recipe, out, given=dense if jobs == 1 else None)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from secateurs.allocators import MOST, Layer
 from secateurs.calibration import Batch, CalibrationSet, Document, batches
-from secateurs.collect import Group, Opened, capture, collect, gram_of, groups_of, swapped, train_gram
+from secateurs.collect import Group, Opened, capture, collect, gram_of, groups_of, inputs_of, pools_of, swapped
 from secateurs.layer import Gram, LayerProblem, relative_error
 from secateurs.models import Matrix, decoder_blocks
 from secateurs.patterns import Unstructured
@@ -67,10 +67,11 @@ def survey(
         with opened(index):
             groups = groups_of(block, index, matrices, streams[0])
             sums = collect(block, index, groups, streams, calibration.weights, move=True)
-            grams = [train_gram(group, groups, sums.train)[0] for group in groups]
+            pools = pools_of(groups, sums)
+            grams = [inputs_of(group, sums, pools).of_some_tokens(group) for group in groups]
             outliers.append(_outliers(groups, grams))
             for group, gram in zip(groups, grams, strict=True):
-                held = (gram_of(sums.held[group.name]) or gram) if curves else gram
+                held = gram_of(sums.held[group.name], gram) if curves and sums.held[group.name] else gram
                 for matrix in group.matrices:
                     found.append(_curve(matrix, index, group, gram, held, sparsity, curves))
                     progress(len(found), total, matrix.name)

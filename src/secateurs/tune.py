@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from secateurs.ranks import Ranks
+
 RATES = (1.0, 0.25, 0.0625)  # tried one after the other until one helps
 
 
@@ -71,22 +73,24 @@ class Example:
 def tune(
     block: nn.Module,
     kept: Mapping[nn.Parameter, Bool[Tensor, "..."]],
-    train: Sequence[Example],
+    train: Sequence[Example | None],
     held_out: Sequence[Example],
     how: Tune,
+    ranks: Ranks = Ranks(),
 ) -> tuple[float, float]:
     """Move the `kept` entries of the parameters; the block's relative error on `held_out` before and after.
 
+    `train` has an example a step, in every process the same ones: None where another process holds it. Steps follow
+    each other whoever takes them, so that several processes save memory here, and no time. `held_out` are this one's.
     The error is over sum w |goal - x|^2, what the block adds to its input. Where it has not fallen the parameters are
     back as they were, and both figures are the same. Everything else of the block is left as it is.
     """
     old = {parameter: parameter.detach().clone() for parameter in kept}
-    before = _error(block, held_out, how.tokens)
-    parts = [part for example in train for part in example.parts(how.tokens)]
+    before = _error(block, held_out, ranks)
     for gentler in RATES:
         with _float32(block):
-            _descend(block, kept, parts, replace(how, rate=how.rate * gentler))
-        after = _error(block, held_out, how.tokens)
+            _descend(block, kept, train, replace(how, rate=how.rate * gentler), ranks)
+        after = _error(block, held_out, ranks)
         if after < before:
             return before, after
         for parameter, value in old.items():
@@ -94,7 +98,13 @@ def tune(
     return before, before
 
 
-def _descend(block: nn.Module, kept: Mapping[nn.Parameter, Tensor], parts: Sequence[Example], how: Tune) -> None:
+def _descend(
+    block: nn.Module,
+    kept: Mapping[nn.Parameter, Tensor],
+    train: Sequence[Example | None],
+    how: Tune,
+    ranks: Ranks,
+) -> None:
     groups = []
     for parameter, mask in kept.items():
         size = float((parameter.square() * mask).sum() / mask.sum().clamp_min(1)) ** 0.5
@@ -104,11 +114,14 @@ def _descend(block: nn.Module, kept: Mapping[nn.Parameter, Tensor], parts: Seque
     generator = torch.Generator().manual_seed(0)
     order: list[int] = []
     for _ in range(how.steps):
-        order = order or torch.randperm(len(parts), generator=generator).tolist()
-        with torch.enable_grad():
-            lost, total = _energies(block, parts[order.pop()])
-            gradients = torch.autograd.grad(lost / total.clamp_min(1e-30), list(kept))
+        order = order or torch.randperm(len(train), generator=generator).tolist()
+        gradients: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in kept]
+        if (example := train[order.pop()]) is not None:
+            with torch.enable_grad():
+                lost, total = _energies(block, example)
+                gradients = torch.autograd.grad(lost / total.clamp_min(1e-30), list(kept))
         for (parameter, mask), gradient in zip(kept.items(), gradients, strict=True):
+            ranks.add(gradient)
             parameter.grad = gradient * mask  # no gradient, no moment, no step: zeros stay exactly zero
         adam.step()
         fall.step()
@@ -125,10 +138,12 @@ def _energies(block: nn.Module, example: Example) -> tuple[Tensor, Tensor]:
     return (weight * (goal - out.float()) ** 2).sum(), (weight * (goal - example.hidden.float()) ** 2).sum()
 
 
-def _error(block: nn.Module, examples: Sequence[Example], tokens: int) -> float:
-    pairs = [_energies(block, part) for example in examples for part in example.parts(tokens)]
-    lost, total = (sum(float(pair[i]) for pair in pairs) for i in (0, 1))
-    return lost / total if total else 0.0
+def _error(block: nn.Module, examples: Sequence[Example], ranks: Ranks) -> float:
+    sums = torch.zeros(2, dtype=torch.float64, device=next(block.parameters()).device)
+    for example in examples:
+        sums += torch.stack(_energies(block, example)).double()
+    ranks.add(sums)
+    return float(sums[0] / sums[1]) if sums[1] else 0.0
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
