@@ -186,6 +186,39 @@ def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path):
     assert reports[0]["comparisons"] == reports[1]["comparisons"]
 
 
+def test_processes_of_torchrun_prune_together_and_a_dead_one_loses_nothing(finished, tmp_path):
+    """One of two is killed in a prune: all end, the command is run again, and the models are those of one process."""
+    out, torchrun = tmp_path / "out", [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    shutil.copytree(finished / "traces", out / "traces")
+    command = [
+        *torchrun,
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "secateurs.cli",
+        *arguments("prune", "demo", "--out", str(out)),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait = time.monotonic() + 120
+    while not list(out.glob("cells/*/blocks/*.json")) and time.monotonic() < wait:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(second), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert not (out / "report.json").exists()
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    cells = sorted(path.parent.name for path in finished.glob("cells/*/prune.json"))
+    assert sorted(path.parent.name for path in out.glob("cells/*/prune.json")) == cells
+    for cell in cells:
+        weights, expected = (load_file(at / "cells" / cell / "model" / "model.safetensors") for at in (out, finished))
+        for name, weight in expected.items():
+            assert ((weights[name] == 0) == (weight == 0)).float().mean() > 0.995, name
+            torch.testing.assert_close(weights[name], weight, rtol=0, atol=0.02 * float(weight.abs().max()))
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "secateurs.cli", *arguments("trace", "demo", "--out", str(tmp_path / "out"))]
     big = ["--set", "calibration.num_tokens=200000"]

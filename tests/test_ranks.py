@@ -1,4 +1,4 @@
-"""Several processes prune as one: who does what, equal results, errors of others, resume with another number of them."""
+"""Several processes prune as one: who does what, equal results, errors of others, resume with fewer or more."""
 
 import multiprocessing
 import traceback

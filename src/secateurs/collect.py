@@ -19,7 +19,7 @@ from secateurs.calibration import CODES, REGIONS, Batch, CalibrationSet, batches
 from secateurs.goals import Drift
 from secateurs.layer import Gram, token_energies
 from secateurs.models import Matrix, decoder, decoder_blocks, linears, packed_experts
-from secateurs.ranks import Ranks
+from secateurs.ranks import ALONE, Ranks
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Place = Callable[[Tensor], Tensor]  # where hidden states are kept
@@ -167,7 +167,7 @@ def capture(
     *,
     twin: bool = False,
     place: Place = lambda hidden: hidden,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
 ) -> list[Stream]:
     """This process's batches before the first block; with `twin`, twice. `place` says where hidden states are kept."""
     shell = Shell(model)
@@ -409,7 +409,7 @@ def gram_of(parts: Sequence[Seen], like: Gram) -> Gram:
     return gram
 
 
-def pools_of(groups: Sequence[Group], sums: Sums, ranks: Ranks = Ranks()) -> dict[Any, Gram]:
+def pools_of(groups: Sequence[Group], sums: Sums, ranks: Ranks = ALONE) -> dict[Any, Gram]:
     """What all experts of a module see together, by module and part."""
     pools: dict[Any, Gram] = {}
     for group in groups:
@@ -427,7 +427,7 @@ def inputs_of(
     *,
     imitate: bool = False,
     writers: Sequence[nn.Module] = (),
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
     to: int = 0,
 ) -> Inputs:
     """The sums of all processes over a group's tokens, for process `to`, taken out of `sums`.

@@ -42,7 +42,7 @@ from secateurs.goals import Goal, Propagate, check_goal, imitate
 from secateurs.layer import Gram, LayerProblem, LayerSolution, Outcome, relative_error
 from secateurs.models import Matrix, chosen, decoder_blocks
 from secateurs.patterns import Pattern, stack
-from secateurs.ranks import Ranks
+from secateurs.ranks import ALONE, Ranks
 from secateurs.solvers import Solver
 from secateurs.tune import Example, Tune, tune
 
@@ -126,7 +126,7 @@ def prune(
     place: Place = lambda hidden: hidden,
     opened: Opened = nullcontext,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
 ) -> list[LayerResult]:
     """Prune `model` in place and return one result a matrix, in the model's order.
 
@@ -194,7 +194,7 @@ def solve_alike(
     place: Place = lambda hidden: hidden,
     opened: Opened = nullcontext,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
 ) -> None:
     """Solve several plans on the same Grams, and write the blocks of each to its folder, where `prune` finds them.
 

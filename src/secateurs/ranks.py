@@ -51,7 +51,7 @@ class Ranks:
         return [ordered[start : start + self.count] for start in range(0, len(ordered), self.count)]
 
     def add(self, tensor: Tensor, to: int | None = None) -> None:
-        """Put the sum of every process's tensor in its place; with `to` only there, and the others' is of no more use."""
+        """Put the sum of every process's tensor in its place; with `to` only there: the others' is spoilt."""
         if self.count == 1:
             return
         with _noticing_deaths():
@@ -107,6 +107,9 @@ class Ranks:
         return self.tell(self.together(lambda: function() if self.first else None))  # type: ignore[arg-type]
 
 
+ALONE = Ranks()
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
     """All processes that torchrun started with this one, or this one alone. Each takes the GPU of its number.
@@ -115,7 +118,7 @@ def joined(device: str) -> Iterator[Ranks]:
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Ranks()
+        yield ALONE
         return
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
@@ -128,7 +131,7 @@ def joined(device: str) -> Iterator[Ranks]:
         yield Ranks(index, count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except Exception as error:
         if index:
-            error.add_note(f"process {index} of 0 to {count - 1}")
+            error.add_note(f"process {index} (of 0 to {count - 1})")
         raise
     finally:
         distributed.destroy_process_group()
@@ -139,7 +142,8 @@ def _noticing_deaths() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        reason = str(error).rsplit("] ", 1)[-1].partition(". ")[0]  # without the place in torch's sources
         raise RuntimeError(
-            "another process of this run ended, or cannot be reached; what is done is kept, so run the command again "
-            f"({str(error).splitlines()[0][:200]})"
+            f"another process of this run ended, or cannot be reached ({reason}); what is done is kept, so run the "
+            "command again"
         ) from error

@@ -55,7 +55,7 @@ from secateurs.policy import Surprise, check_own
 from secateurs.prompts import answer_text, render, think_split, trace_seed, turns
 from secateurs.questions import Question, QuestionSet
 from secateurs.questions.tiny import Tiny
-from secateurs.ranks import Elsewhere, Ranks
+from secateurs.ranks import ALONE, Elsewhere, Ranks
 from secateurs.recipe import (
     Arm,
     Recipe,
@@ -82,7 +82,7 @@ class Dense:
     """The model a recipe starts from, with what names it, and the processes that prune it together."""
 
     recipe: Recipe
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ALONE
 
     @cached_property
     def tokenizer(self) -> Any:

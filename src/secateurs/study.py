@@ -22,7 +22,7 @@ from secateurs.leaks import overlap
 from secateurs.models import load_model
 from secateurs.parallel import Progress, Task, run_tasks, silent
 from secateurs.prompts import render
-from secateurs.ranks import Ranks
+from secateurs.ranks import ALONE, Ranks
 from secateurs.recipe import Recipe, build_pattern, build_questions
 from secateurs.report import (
     Cell,
@@ -51,7 +51,7 @@ from secateurs.run import (
 )
 
 
-def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1, ranks: Ranks = Ranks()) -> Report:
+def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1, ranks: Ranks = ALONE) -> Report:
     """Every stage, for every seed and every cell of the recipe's grid; then the report, built but not written.
 
     `jobs` processes share the work: first the seeds (traces, and the dense model's answers), then the cells. Or there

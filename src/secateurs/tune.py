@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from secateurs.ranks import Ranks
+from secateurs.ranks import ALONE, Ranks
 
 RATES = (1.0, 0.25, 0.0625)  # tried one after the other until one helps
 
@@ -76,7 +76,7 @@ def tune(
     train: Sequence[Example | None],
     held_out: Sequence[Example],
     how: Tune,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
 ) -> tuple[float, float]:
     """Move the `kept` entries of the parameters; the block's relative error on `held_out` before and after.
 

@@ -1,0 +1,86 @@
+"""One prune by 1, 2, 4 ... processes: time, memory, how much of it is solving, and whether the result is the same.
+
+    python benchmarks/processes.py MODEL OUT [--counts 1,2,4] [--tokens 16384] [--solver NAME] [--device cpu]
+
+Every line is torchrun with so many processes of one thread each (or one GPU each). The same token ids as in peers.py.
+Seconds are those of the first process, from the checkpoint to the last block on disk; memory is the first one's too.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peers import SPARSITY, Meter, prepare
+from secateurs import pruner
+from secateurs.calibration import CalibrationSet, plain_document
+from secateurs.checkpoint import Checkpoint
+from secateurs.ranks import joined
+from secateurs.recipe import build_pattern, build_solver
+
+BATCH_TOKENS = 1024
+
+
+def work(options: argparse.Namespace) -> None:
+    """This process's part; the first one prints what it took."""
+    ids = json.loads((options.out / "ids.json").read_text())
+    train, held = ([plain_document(row, "corpus") for row in ids[part]] for part in ("train", "held_out"))
+    calibration = CalibrationSet(tuple(train), tuple(held), {"corpus": 1.0})
+    pattern = build_pattern({"name": "unstructured", "sparsity": SPARSITY, "scope": "layer"})
+    plan = pruner.Plan(pattern=pattern, solver=build_solver({"name": options.solver}), propagate=options.propagate)
+    with joined(options.device) as ranks:
+        torch.set_num_threads(1)
+        with Meter() as meter:
+            checkpoint = Checkpoint(options.model, device=options.device)
+            settings: dict[str, Any] = {
+                "folder": options.out / f"blocks-{ranks.count}" if ranks.first else None,
+                "opened": checkpoint.opened, "batch_tokens": BATCH_TOKENS, "ranks": ranks,
+            }  # fmt: skip
+            results = pruner.prune(checkpoint.model, calibration, plan, **settings)
+        if ranks.first:
+            errors = [result.error_held_out for result in results]
+            solve = sum(result.seconds for result in results)
+            print(json.dumps({"seconds": meter.seconds, "MB": meter.megabytes, "solve": solve, "errors": errors}))
+
+
+def main() -> None:
+    """A table, every line a ratio to one process in the same run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--counts", default="1,2,4")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--solver", default="sparsegpt+refit")
+    parser.add_argument("--propagate", default="block", choices=["dense", "block", "group"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options)
+        return
+    prepare(options.model, options.out, options.tokens)
+    print(f"{options.tokens:,} tokens, {options.solver}, propagate = {options.propagate}, {options.device}\n")
+    print("| processes | seconds | speed-up | MB each | solving, all together | held-out errors differ by |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    base: dict[str, Any] = {}
+    for count in options.counts.split(","):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
+        done = subprocess.run([*launch, __file__, *sys.argv[1:], "--work"], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{count} processes ended with {done.returncode}")
+        found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))
+        base = base or found
+        differ = max(abs(a / b - 1) for a, b in zip(found["errors"], base["errors"], strict=True))
+        shown = (
+            count, f"{found['seconds']:.0f}", f"{base['seconds'] / found['seconds']:.2f}", f"{found['MB']:.0f}",
+            f"{found['solve']:.0f} s", f"{differ:.1e}",
+        )  # fmt: skip
+        print(f"| {' | '.join(shown)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
