@@ -5,7 +5,8 @@
 One model, the same token ids (C4 documents of 512 tokens, the text that ships), the same sparsity (50 %, unstructured),
 as many threads as torch takes. PYTHON is that of an environment with llm-compressor, which is left out without one.
 Every line is a process of its own; seconds are of the work without imports, for secateurs with reading the checkpoint
-and writing blocks, for llm-compressor without either. Memory is the peak of anonymous memory above that after imports.
+and writing blocks, for llm-compressor without either. Memory is the peak of anonymous memory above that after imports,
+with what of the model is held.
 The error is of the final hidden states on 8 other documents.
 """
 
@@ -52,9 +53,9 @@ class Meter:
         self.watcher.join()
         self.megabytes = (self.peak - self.before) / 1e6
 
-    def show(self) -> None:
-        """For the process that reads it."""
-        print(json.dumps({"seconds": self.seconds, "megabytes": self.megabytes}))
+    def show(self, all_along: "Meter | None" = None) -> None:
+        """For the process that reads it; memory may be that of a longer stretch."""
+        print(json.dumps({"seconds": self.seconds, "megabytes": (all_along or self).megabytes}))
 
 
 def prepare(model: str, out: Path, tokens: int) -> None:
@@ -77,14 +78,14 @@ def forward(model: str, ids: dict[str, Any]) -> None:
     """The calibration tokens once through the model in batches, no cache, no logits."""
     from secateurs.models import decoder, load_model
 
-    loaded = load_model(model)
     rows = torch.tensor(ids["train"])
-    with torch.inference_mode():
+    with torch.inference_mode(), Meter() as all_along:
+        loaded = load_model(model)
         decoder(loaded)(input_ids=rows[:1], use_cache=False)
         with Meter() as meter:
             for batch in rows.split(16):
                 decoder(loaded)(input_ids=batch, use_cache=False)
-    meter.show()
+    meter.show(all_along)
 
 
 def secateurs(model: str, ids: dict[str, Any], out: Path, solver: str, propagate: Any) -> None:
@@ -132,15 +133,16 @@ def llm_compressor(model: str, ids: dict[str, Any], out: Path) -> None:
     from llmcompressor.modifiers.pruning import SparseGPTModifier  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     rows = Dataset.from_dict({"input_ids": ids["train"], "attention_mask": [[1] * LENGTH for _ in ids["train"]]})
     recipe = SparseGPTModifier(sparsity=SPARSITY, mask_structure="0:0", targets=["Linear"], ignore=["re:.*lm_head"])
-    with Meter() as meter:
-        oneshot(
-            model=loaded, processor=AutoTokenizer.from_pretrained(model), dataset=rows, recipe=[recipe],
-            max_seq_length=LENGTH, num_calibration_samples=len(rows),
-        )  # fmt: skip
-    meter.show()
+    with Meter() as all_along:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        with Meter() as meter:
+            oneshot(
+                model=loaded, processor=AutoTokenizer.from_pretrained(model), dataset=rows, recipe=[recipe],
+                max_seq_length=LENGTH, num_calibration_samples=len(rows),
+            )  # fmt: skip
+    meter.show(all_along)
     loaded.save_pretrained(out / "model", save_compressed=False)
     AutoTokenizer.from_pretrained(model).save_pretrained(out / "model")
 
