@@ -4,10 +4,12 @@
 
 One model, the same token ids (C4 documents of 512 tokens, the text that ships), the same sparsity (50 %, unstructured),
 as many threads as torch takes. PYTHON is that of an environment with llm-compressor, which is left out without one.
-Every line is a process of its own; seconds are of the work without imports, for secateurs with reading the checkpoint
+secateurs computes in what it takes for the fastest type (`compute_dtype = "auto"`), so the bare pass is shown in
+float32 and as the checkpoint is stored.
+
+Every line is a process of its own. Seconds are of the work without imports: for secateurs with reading the checkpoint
 and writing blocks, for llm-compressor without either. Memory is the peak of anonymous memory above that after imports,
-with what of the model is held.
-The error is of the final hidden states on 8 other documents.
+with what of the model is held. The error is of the final hidden states, in float32, on 8 other documents.
 """
 
 import argparse
@@ -74,13 +76,14 @@ def prepare(model: str, out: Path, tokens: int) -> None:
     (out / "ids.json").write_text(json.dumps({"held_out": documents[:HELD_OUT], "train": documents[HELD_OUT:]}))
 
 
-def forward(model: str, ids: dict[str, Any]) -> None:
-    """The calibration tokens once through the model in batches, no cache, no logits."""
+def forward(model: str, ids: dict[str, Any], dtype: str) -> None:
+    """The calibration tokens once through the model in batches, no cache, no logits, in its own type or another."""
     from secateurs.models import decoder, load_model
 
     rows = torch.tensor(ids["train"])
     with torch.inference_mode(), Meter() as all_along:
         loaded = load_model(model)
+        loaded = loaded.float() if dtype == "float32" else loaded
         decoder(loaded)(input_ids=rows[:1], use_cache=False)
         with Meter() as meter:
             for batch in rows.split(16):
@@ -102,8 +105,10 @@ def secateurs(model: str, ids: dict[str, Any], out: Path, solver: str, propagate
     pattern = build_pattern({"name": "unstructured", "sparsity": SPARSITY, "scope": "layer"})
     plan = pruner.Plan(pattern=pattern, solver=build_solver({"name": solver}), propagate=propagate)
     with Meter() as meter:
-        checkpoint = Checkpoint(model)
-        options: dict[str, Any] = {"folder": out / "blocks", "opened": checkpoint.opened}
+        checkpoint = Checkpoint(model, compute_dtype="auto")
+        options: dict[str, Any] = {
+            "folder": out / "blocks", "opened": checkpoint.opened, "stored": checkpoint.stored
+        }  # fmt: skip
         results = pruner.prune(checkpoint.model, calibration, plan, **options)
     meter.show()
     write(checkpoint, AutoTokenizer.from_pretrained(model), plan, results, out, ids["held_out"][0][:64])
@@ -157,7 +162,7 @@ def lost(model: str, pruned: Path, ids: dict[str, Any]) -> tuple[float, float]:
     batch, states = Batch(rows, torch.ones_like(rows)), []
     zeros = total = 0
     for folder in (model, str(pruned)):
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, compute_dtype="float32")
         states.append(final_states(checkpoint.model, [batch], checkpoint.opened)[0].double())
     for index, block in enumerate(checkpoint.blocks):
         with checkpoint.opened(index):
@@ -168,7 +173,7 @@ def lost(model: str, pruned: Path, ids: dict[str, Any]) -> tuple[float, float]:
 
 
 def main() -> None:
-    """A table, every line a ratio to the bare forward pass of the same run."""
+    """A table, every line a ratio to the bare forward pass in float32 of the same run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
@@ -181,7 +186,7 @@ def main() -> None:
         ids = json.loads((options.out.parent / "ids.json").read_text())
         kind, *rest = options.work.split()
         if kind == "forward":
-            forward(options.model, ids)
+            forward(options.model, ids, *rest)
         elif kind == "llm-compressor":
             llm_compressor(options.model, ids, options.out)
         else:
@@ -190,7 +195,7 @@ def main() -> None:
     prepare(options.model, options.out, options.tokens)
     ids = json.loads((options.out / "ids.json").read_text())
     tokens = sum(map(len, ids["train"]))
-    lines = [("forward", sys.executable)]
+    lines = [(f"forward {dtype}", sys.executable) for dtype in ("float32", "stored")]
     lines += [
         (f"secateurs {solver} {how}", sys.executable)
         for solver in options.solvers.split(",")
@@ -208,7 +213,7 @@ def main() -> None:
             sys.exit(f"{work} ended with {done.returncode}")
         found = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds"'))
         base = base or found["seconds"]
-        error, zeros = lost(options.model, out / "model", ids) if work != "forward" else (0.0, 0.0)
+        error, zeros = (0.0, 0.0) if work.startswith("forward") else lost(options.model, out / "model", ids)
         shown = (
             f"{found['seconds']:.0f}",
             f"{found['seconds'] / base:.2f}",

@@ -10,14 +10,14 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from families import FAMILIES, make_model
-from secateurs import pruner
+from secateurs import collect, pruner
 from secateurs.calibration import batches
-from secateurs.checkpoint import INDEX, Checkpoint
+from secateurs.checkpoint import INDEX, Checkpoint, faster
 from secateurs.collect import final_states
 from secateurs.evaluate import drift, reference_states
 from secateurs.export import export, verify
 from secateurs.models import load_model
-from test_pruner import CALIBRATION, PLAN
+from test_pruner import CALIBRATION, EVERYTHING, PLAN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -98,11 +98,50 @@ class Tokenizer:
 def exported(checkpoint: Checkpoint, tokenizer, plan: pruner.Plan, out: Path) -> list[pruner.LayerResult]:
     """Prune a checkpoint, its blocks beside `out`, and export it."""
     blocks = out.parent / "blocks"
-    results = pruner.prune(checkpoint.model, CALIBRATION, plan, folder=blocks, opened=checkpoint.opened)
+    options = {"opened": checkpoint.opened, "stored": checkpoint.stored}
+    results = pruner.prune(checkpoint.model, CALIBRATION, plan, folder=blocks, **options)
     selected = pruner.prunable(checkpoint.model, plan)
     opened, layers = pruner.results_in(blocks, selected, checkpoint.opened), [asdict(result) for result in results]
     export(checkpoint, tokenizer, selected, opened, out, provenance=FACTS, layers=layers, probe_ids=[3, 4, 5])
     return results
+
+
+@pytest.mark.parametrize("plan", [PLAN, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt_oss"])
+def test_a_bfloat16_checkpoint_computed_in_float32_ends_in_bfloat16(family, plan, tmp_path):
+    """Near what it is when computed as stored, closer to what float32 makes of it; every file as exact as ever."""
+    folder = saved(family, tmp_path / "dense", "bfloat16")
+    errors = {}
+    for compute in ("checkpoint", "float32"):
+        checkpoint = Checkpoint(str(folder), compute_dtype=compute)
+        assert checkpoint.stored == torch.bfloat16 and checkpoint.model.dtype == getattr(torch, compute, torch.bfloat16)
+        out = tmp_path / compute / "pruned"
+        results = exported(checkpoint, Tokenizer(), plan, out)
+        assert all(result.zeros == result.zeros_asked for result in results)
+        errors[compute] = [result.error_held_out for result in results]
+        blocks = [tensor for file in out.parent.glob("blocks/*.safetensors") for tensor in load_file(file).values()]
+        assert {tensor.dtype for tensor in blocks} == {torch.bfloat16}
+        assert sum(int((tensor == 0).sum()) for tensor in blocks) == sum(result.zeros for result in results)
+        again, shell = load_model(str(out)), Checkpoint(str(out))
+        assert again.dtype == torch.bfloat16
+        for index, block in enumerate(shell.blocks):
+            saved_ones = load_file(out.parent / "blocks" / f"block-{index:05d}.safetensors")
+            with shell.opened(index):
+                for matrix in collect.matrices_of(block, f"{shell.prefix}.{index}"):
+                    assert torch.equal(matrix.weight, saved_ones[matrix.name]), "what was measured is what was written"
+    assert errors["checkpoint"] != errors["float32"]
+    assert sum(errors["float32"]) == pytest.approx(sum(errors["checkpoint"]), rel=0.05)
+
+
+def test_what_is_faster_depends_on_the_cpu(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    half, single = torch.bfloat16, torch.float32
+    for units, expected in (({"amx_bf16": True}, half), ({"avx512_bf16": False, "fma3": True}, single)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", units.copy)
+        assert faster(half, cpu, "auto") == expected
+        assert faster(torch.float16, cpu, "auto") == faster(single, cpu, "auto") == single
+        assert faster(half, gpu, "auto") == faster(half, cpu, "checkpoint") == half
+        assert faster(half, gpu, "float32") == single
 
 
 def test_drift_is_the_same_block_by_block(tmp_path):
@@ -163,7 +202,9 @@ def test_a_shard_that_is_missing_or_elsewhere_is_named(tmp_path):
 
 def test_an_exported_folder_loads_in_a_clean_process(tmp_path):
     tokenizer = tf.AutoTokenizer.from_pretrained(Path(pruner.__file__).parent / "assets" / "reasoner")
-    checkpoint = Checkpoint("bundled")
-    plan = replace(PLAN, targets=("mlp.*",))
-    exported(checkpoint, tokenizer, plan, tmp_path / "out")
-    assert verify([tmp_path / "out"])[str(tmp_path / "out")] == 0
+    plan, half = replace(PLAN, targets=("mlp.*",)), tmp_path / "half"
+    load_model("bundled").bfloat16().save_pretrained(half)
+    folders = [tmp_path / "as stored" / "out", tmp_path / "in float32" / "out"]
+    exported(Checkpoint("bundled"), tokenizer, plan, folders[0])
+    exported(Checkpoint(str(half), compute_dtype="float32"), tokenizer, plan, folders[1])
+    assert verify(folders) == {str(folder): 0 for folder in folders}

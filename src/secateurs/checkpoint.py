@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from secateurs.models import cannot_be_loaded, check_folder, decoder_blocks, model_path
 
+ComputeDtype = Literal["auto", "checkpoint", "float32"]
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -50,17 +51,29 @@ class Extent:
 class Checkpoint:
     """The causal language model `name`, of which only one block at a time is held: `with checkpoint.opened(3): ...`.
 
-    ValueError in one sentence for a missing folder, a damaged checkpoint or a quantised one.
+    `compute_dtype` is what `model` computes in: "checkpoint", as it is stored; "float32"; or "auto", the faster one.
+    `stored` is the type of its weights on disk. ValueError in one sentence for a missing folder, a damaged checkpoint
+    or a quantised one.
     """
 
-    def __init__(self, name: str, *, device: str = "cpu", trust_remote_code: bool = False):
+    def __init__(
+        self,
+        name: str,
+        *,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+        compute_dtype: ComputeDtype = "checkpoint",
+    ):
         self.name, self.device = name, torch.device(device)
         self.trust_remote_code = trust_remote_code
         check_folder(name, model_path(name))
         try:
             self.folder = self._fetched()
             self.places = layout(self.folder)
-            self.model = self._empty_model()
+            config: Any = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
+            first = next(DTYPES[place.dtype] for place in self.places.values() if place.dtype in DTYPES)
+            self.stored: torch.dtype = config.dtype or first
+            self.model = self._empty_model(config, faster(self.stored, self.device, compute_dtype))
             self.prefix, self.blocks = decoder_blocks(self.model)
             self._mapping: list[Any] = list(get_model_conversion_mapping(self.model))
             self.names = self._names_in_model()
@@ -115,9 +128,7 @@ class Checkpoint:
         wanted = ["*.safetensors", "*.json", *(["*.py"] if self.trust_remote_code else [])]
         return Path(snapshot_download(self.name, allow_patterns=wanted))
 
-    def _empty_model(self) -> PreTrainedModel:
-        config: Any = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        dtype = config.dtype or next(DTYPES[place.dtype] for place in self.places.values() if place.dtype in DTYPES)
+    def _empty_model(self, config: Any, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
         if (self.folder / "generation_config.json").exists():
@@ -173,6 +184,17 @@ class Checkpoint:
         around = (item for item in model.state_dict().items() if not item[0].startswith(f"{self.prefix}."))
         if absent := [name for name, tensor in around if tensor.is_meta]:
             raise ValueError(f"the checkpoint has no {absent[0]}")
+
+
+def faster(stored: torch.dtype, device: torch.device, wanted: ComputeDtype) -> torch.dtype:
+    """What to compute in. A CPU without units for 16 bits takes several times as long with them as with float32."""
+    if wanted == "float32":
+        return torch.float32
+    if wanted == "checkpoint" or device.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
+        return stored
+    ending = "bf16" if stored == torch.bfloat16 else "fp16"
+    units = any(found is True and name.endswith(ending) for name, found in torch.cpu.get_capabilities().items())
+    return stored if units else torch.float32
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from secateurs.ranks import ALONE, Ranks
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Place = Callable[[Tensor], Tensor]  # where hidden states are kept
 Opened = Callable[[int], AbstractContextManager[object]]  # a block's weights are there while it is open
+POOLED = 0.3  # of an expert's inputs: how many tokens of all experts its own Gram gets
 WATCHED_TOKENS = 16  # enough to see which linears receive the same tensor
 
 
@@ -432,13 +433,16 @@ def inputs_of(
 ) -> Inputs:
     """The sums of all processes over a group's tokens, for process `to`, taken out of `sums`.
 
-    An expert that saw no token gets what its siblings saw together, and a note.
+    An expert's Gram gets a little of what its siblings saw together (`shrunk`), and all of it, with a note, where no
+    token reached it.
     """
     gram = _added(sums.train.pop(group.name, None) or _empty(group), ranks, to)
-    if group.expert is not None and not gram.tokens:
+    if group.expert is not None:
         pool = pools[group.module, group.part]
-        return Inputs(pool, "no calibration token reached this expert; the Gram of all experts was used")
-    if not gram.tokens or not imitate or group.expert is not None:
+        if not gram.tokens:
+            return Inputs(pool, "no calibration token reached this expert; the Gram of all experts was used")
+        return Inputs(shrunk(gram, pool) if to == ranks.index else gram)
+    if not gram.tokens or not imitate:
         return Inputs(gram)
     held = [seen for seen in sums.held[group.name] if seen.off is not None]
     held_gram = _added(gram_of(held, gram), ranks, to)
@@ -451,6 +455,16 @@ def inputs_of(
             ranks.add(drift.stream, to)
         drifts.append(drift)
     return Inputs(gram, "", drifts[0], held_gram, drifts[1]) if held_gram.tokens else Inputs(gram)
+
+
+def shrunk(gram: Gram, pool: Gram) -> Gram:
+    """The Gram of an expert and, as if they were its own, of `POOLED` d_in tokens that are like those of all experts.
+
+    Fades as its own tokens become many. Routers starve some experts on any calibration set, and a Gram of fewer tokens
+    than inputs says that whole directions do not matter, which the siblings' inputs deny. Tokens count as they were.
+    """
+    scale = POOLED * gram.d_in / gram.tokens * gram.weight_sum / pool.weight_sum
+    return Gram(gram.xtx + scale * pool.xtx, gram.weight_sum, gram.tokens)
 
 
 def _empty(group: Group) -> Gram:

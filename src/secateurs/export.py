@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 worst = {}
 for folder in json.loads(sys.stdin.read()):
     AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval()
     probe = load_file(folder + "/secateurs_probe.safetensors")
+    dtype = probe["computed"].dtype if "computed" in probe else "auto"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
     with torch.inference_mode():
         logits = model(input_ids=probe["ids"]).logits.float()
     worst[folder] = [float((logits - probe["logits"]).abs().max()), float(probe["logits"].abs().max())]
@@ -74,7 +75,8 @@ def export(
                 checkpoint.write_block(index, folder)
                 probe.hidden = probe.run(block, index)
         logits = shell.leave(batch, probe.hidden, logits=True).float().cpu()
-        save_file({"ids": ids, "logits": logits}, folder / PROBE_FILE)
+        computed = torch.zeros(0, dtype=model.dtype)  # its type says what in
+        save_file({"ids": ids, "logits": logits, "computed": computed}, folder / PROBE_FILE)
         side = {
             "schema": "secateurs.model",
             "version": 1,

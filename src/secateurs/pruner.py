@@ -122,9 +122,10 @@ def prune(
     plan: Plan,
     *,
     folder: Path | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 2048,
     place: Place = lambda hidden: hidden,
     opened: Opened = nullcontext,
+    stored: torch.dtype | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     ranks: Ranks = ALONE,
 ) -> list[LayerResult]:
@@ -134,8 +135,10 @@ def prune(
     goes on (the folder must belong to this model, calibration and plan: `run` names it by their hash). `batch_tokens`
     bounds the padded tokens a forward pass sees and changes results by float rounding only, as `ranks` does: all of
     them call this with the same model, calibration and plan. Hidden states are kept where `place` puts them. A block's
-    weights need to be there only while `opened(index)` is.
+    weights need to be there only while `opened(index)` is. They end as numbers of type `stored`, in whatever `model`
+    computes (its own type, if there is none).
     """
+    stored = stored or model.dtype
     selected = prunable(model, plan)
     total = sum(map(len, selected))
     _, blocks = decoder_blocks(model)
@@ -160,9 +163,11 @@ def prune(
                     if plan.propagate != "dense":
                         stream.hidden.copy_(stream.run(block, index))
             else:
-                solved = _prune_block(block, index, selected[index], streams, calibration.weights, plan, so_far, ranks)
+                solved = _prune_block(
+                    block, index, selected[index], streams, calibration.weights, plan, stored, so_far, ranks
+                )
                 if ranks.first:
-                    _save_block(folder, index, selected[index], solved)
+                    _save_block(folder, index, selected[index], solved, stored)
         results += solved
         progress(len(results), total, f"block {index + 1} of {len(blocks)}")
     return results
@@ -190,9 +195,10 @@ def solve_alike(
     calibration: CalibrationSet,
     plans: Mapping[Path, Plan],
     *,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 2048,
     place: Place = lambda hidden: hidden,
     opened: Opened = nullcontext,
+    stored: torch.dtype | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     ranks: Ranks = ALONE,
 ) -> None:
@@ -201,6 +207,7 @@ def solve_alike(
     The plans differ in pattern and solver only, and see the inputs of the dense model, which stays as it is: then a
     block's Grams are the same for all of them. ValueError for other plans. Blocks that are there are not solved again.
     """
+    stored = stored or model.dtype
     first, *others = plans.values()
     alike = all((p.propagate, p.goal, p.tune) == ("dense", "own", None) for p in plans.values())
     if not alike or any((p.targets, p.ignore) != (first.targets, first.ignore) for p in others):
@@ -230,11 +237,11 @@ def solve_alike(
             for folder, plan in missing.items():
                 solved: list[_Solved] = []
                 for turn in turns:
-                    solved += _solve(turn, sums, plan, ranks)
+                    solved += _solve(turn, sums, plan, stored, ranks)
                     progress(done + len(solved), total, turn[0][0].name)
                 results = _results(solved, index, matrices, plan, None, ranks)
                 if ranks.first:
-                    _save_block(folder, index, matrices, results)
+                    _save_block(folder, index, matrices, results, stored)
                 for one in solved:
                     one.matrix.weight.copy_(one.dense)
                 done += len(solved)
@@ -262,6 +269,7 @@ def _prune_block(
     streams: Sequence[Stream],
     weights: Mapping[str, float],
     plan: Plan,
+    stored: torch.dtype,
     progress: Callable[[int, str], None],
     ranks: Ranks,
 ) -> list[LayerResult]:
@@ -279,9 +287,9 @@ def _prune_block(
             keep_goal=batch is in_turn[0] and plan.tune is not None,
         )  # fmt: skip
         for turn in _turns(batch, sums, plan, writers, ranks):
-            solved += _solve(turn, sums, plan, ranks)
+            solved += _solve(turn, sums, plan, stored, ranks)
             progress(len(solved), turn[0][0].name)
-    errors = _tune_block(block, index, solved, streams, weights, plan.tune, ranks) if plan.tune else None
+    errors = _tune_block(block, index, solved, streams, weights, plan.tune, stored, ranks) if plan.tune else None
     for stream in streams:
         if plan.propagate != "dense":
             stream.hidden.copy_(stream.run(block, index))
@@ -351,9 +359,9 @@ class _Solved:
     """What was aimed at, on which inputs, and the solution; only in the process that solved it."""
 
 
-def _solve(turn: Turn, sums: Sums, plan: Plan, ranks: Ranks) -> list[_Solved]:
+def _solve(turn: Turn, sums: Sums, plan: Plan, stored: torch.dtype, ranks: Ranks) -> list[_Solved]:
     """Solve the matrices of each group in the process of its place, and put the solutions in their places in all."""
-    dense = {matrix: matrix.weight.clone() for group, _ in turn for matrix in group.matrices}
+    dense = {matrix: matrix.weight.to(stored, copy=True) for group, _ in turn for matrix in group.matrices}
     mine = turn[ranks.index : ranks.index + 1]
     found: dict[Matrix, tuple[_Aim, Inputs, LayerSolution]] = {}
 
@@ -468,6 +476,7 @@ def _tune_block(
     streams: Sequence[Stream],
     weights: Mapping[str, float],
     how: Tune,
+    stored: torch.dtype,
     ranks: Ranks,
 ) -> tuple[float, float] | None:
     """Fine-tune the kept weights of all matrices together; None if there is nothing held out to judge it by."""
@@ -492,7 +501,7 @@ def _tune_block(
         return None
     counts = sorted(item for each in ranks.gather({n: len(p) for n, p in mine.items()}) for item in each.items())
     train = [mine[number][at] if number in mine else None for number, count in counts for at in range(count)]
-    errors = tune(block, kept, train, held, how, ranks)
+    errors = tune(block, kept, train, held, how, stored=stored, ranks=ranks)
     for parameter in kept:
         ranks.spread(parameter.data)
     for one in solved:
@@ -508,12 +517,14 @@ def _is_saved(folder: Path | None, index: int) -> bool:
     return folder is not None and _block_path(folder, index).with_suffix(".json").exists()
 
 
-def _save_block(folder: Path | None, index: int, matrices: Sequence[Matrix], results: Sequence[LayerResult]) -> None:
+def _save_block(
+    folder: Path | None, index: int, matrices: Sequence[Matrix], results: Sequence[LayerResult], stored: torch.dtype
+) -> None:
     """Weights first, results last: the results file says that the block is complete."""
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {matrix.name: matrix.weight.cpu().contiguous() for matrix in matrices}
+    tensors = {matrix.name: matrix.weight.to("cpu", stored).contiguous() for matrix in matrices}
     atomic_write(_block_path(folder, index).with_suffix(".safetensors"), save(tensors))
     write_json(_block_path(folder, index).with_suffix(".json"), [asdict(result) for result in results])
 

@@ -100,7 +100,7 @@ class Calibration(_Table):
     arm: Arm = "rac"
     num_tokens: int = Field(default=30_000, ge=1)
     held_out_tokens: int = Field(default=6_000, ge=1)
-    batch_tokens: int = Field(default=16_384, ge=1)
+    batch_tokens: int = Field(default=2048, ge=1)
     """Padded tokens in a forward pass. Not a resource: another number rounds otherwise, and near-ties then turn."""
     first_tokens: int = Field(default=0, ge=0)
     """Only so many tokens of a completion calibrate; 0: all. Held-out traces stay whole."""
@@ -229,9 +229,11 @@ class Sweep(_Table):
 
 
 class Resources(_Table):
-    """How the work is done. Changes results by float rounding at most, and is in no key."""
+    """How the work is done. Changes results by float rounding at most, and is in no key but for `compute_dtype`."""
 
     device: str = "cpu"
+    compute_dtype: Literal["auto", "checkpoint", "float32"] = "auto"
+    """What a prune computes in; auto: float32 for 16-bit weights on a CPU without units for them, else as stored."""
     hidden_states: Literal["auto", "device", "cpu", "disk"] = "auto"
     """Where they wait between two blocks of a prune; auto: the first of these places that has room."""
     batch_size: int = Field(default=64, ge=1)

@@ -92,7 +92,8 @@ class Dense:
     def checkpoint(self) -> Checkpoint:
         """The model block by block: to prune, and to know all about it but its weights."""
         r = self.recipe.resources
-        return Checkpoint(self.recipe.model, device=r.device, trust_remote_code=r.trust_remote_code)
+        options: dict[str, Any] = {"trust_remote_code": r.trust_remote_code, "compute_dtype": r.compute_dtype}
+        return Checkpoint(self.recipe.model, device=r.device, **options)
 
     @cached_property
     def model(self) -> Any:
@@ -432,8 +433,10 @@ def arm_label(arm: Arm) -> str:
 
 
 def _calibrated_on(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> dict[str, Any]:
-    """For a key: the model, and every token that it is calibrated and judged on."""
+    """For a key: the model, and every token that it is calibrated and judged on, and how exactly."""
+    computed, stored = dense.checkpoint.model.dtype, dense.checkpoint.stored
     return {
+        **({} if computed == stored else {"computed": str(computed)}),
         "traces": traced.key, "filters": {"of calibration": recipe.traces.filters} if recipe.traces.filters else {},
         "calibration": recipe.calibration.model_dump(), "seed": seed, **dense.key, "corpus": dense.corpus_hash,
     }  # fmt: skip
@@ -557,6 +560,7 @@ class _Work:
             options: dict[str, Any] = {
                 "opened": dense.checkpoint.opened, "place": place, "batch_tokens": self.batch_tokens,
                 "progress": lambda done, total, what: progress(self.stage, done, total, "layers"), "ranks": dense.ranks,
+                "stored": dense.checkpoint.stored,
             }  # fmt: skip
             if len(self.plans) > 1:
                 pruner.solve_alike(dense.checkpoint.model, self.calibration, self.plans, **options)
@@ -750,6 +754,7 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
         "trace_tokens_per_seed": tokens if traced else recipe.calibration.held_out_tokens,
         "answers": recipe.evaluate.num_questions * recipe.evaluate.samples
         * len(recipe.seeds) * (1 + models),
+        "computes_in": str(model.dtype).removeprefix("torch."),
         "memory_bytes": asdict(wanted) | {"on_device": wanted.on_device},
         "hidden_states": choose(wanted, dense.checkpoint.device, dense.ranks.nearby),
     }  # fmt: skip
@@ -768,7 +773,7 @@ def estimate(recipe: Recipe, dense: Dense, plan: dict[str, Any]) -> dict[str, fl
     per_token = sum(completion.seconds for completion in made) / sum(len(completion.ids) for completion in made)
     batch = next(batches([plain_document(ids, "prompt") for ids in prompts], recipe.calibration.batch_tokens))
     clock = time.perf_counter()
-    evaluate.reference_states(dense.model, [batch])
+    evaluate.reference_states(dense.checkpoint.model, [batch], dense.checkpoint.opened)
     forward = (time.perf_counter() - clock) / batch.tokens
     plan_ = plan_of(recipe.grid[0])
     matrices = [matrix for block in pruner.prunable(dense.model, plan_) for matrix in block]

@@ -46,7 +46,7 @@ def survey(
     *,
     curves: bool,
     opened: Opened = nullcontext,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 2048,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[Layer]:
     """One `Layer` for each of the `selected` matrices of every block. The model is as it was afterwards.

@@ -76,6 +76,8 @@ def tune(
     train: Sequence[Example | None],
     held_out: Sequence[Example],
     how: Tune,
+    *,
+    stored: torch.dtype | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[float, float]:
     """Move the `kept` entries of the parameters; the block's relative error on `held_out` before and after.
@@ -83,13 +85,16 @@ def tune(
     `train` has an example a step, in every process the same ones: None where another process holds it. Steps follow
     each other whoever takes them, so that several processes save memory here, and no time. `held_out` are this one's.
     The error is over sum w |goal - x|^2, what the block adds to its input. Where it has not fallen the parameters are
-    back as they were, and both figures are the same. Everything else of the block is left as it is.
+    back as they were, and both figures are the same. Everything else of the block is left as it is. What is moved ends
+    as numbers of type `stored`, or else of its own.
     """
     old = {parameter: parameter.detach().clone() for parameter in kept}
     before = _error(block, held_out, ranks)
     for gentler in RATES:
         with _float32(block):
             _descend(block, kept, train, replace(how, rate=how.rate * gentler), ranks)
+        for parameter in kept:
+            parameter.copy_(parameter.to(stored or parameter.dtype))
         after = _error(block, held_out, ranks)
         if after < before:
             return before, after
