@@ -300,7 +300,33 @@ def test_an_expert_without_tokens_is_reported():
     tokens = sum(len(document.ids) for document in CALIBRATION.documents)
     starved = [r for r in experts if "no calibration token reached this expert" in r.note]
     assert len(starved) == 4 and {r.tokens for r in experts if r not in starved} == {tokens}
+    assert {(r.tokens, r.note.rsplit("; ", 1)[1], r.name.rsplit(".", 1)[1]) for r in starved} == {
+        (0, "the Gram of all experts was used", "gate_up_proj"),
+        (0, "all its inputs counted alike", "down_proj"),
+    }
     assert all(r.zeros == r.zeros_asked for r in experts)
+
+
+def test_an_experts_gram_gets_a_little_of_all_experts():
+    """As much as 0.3 d_in tokens of the pool would add at the weight of its own; nothing for `down_proj`."""
+    model, bare = make_model("qwen3_moe"), {}
+    streams = collect.capture(model, CALIBRATION, 4096)
+    block, selected = decoder_blocks(model)[1][0], pruner.prunable(model, PLAN)[0]
+    with torch.no_grad():
+        groups = collect.groups_of(block, 0, selected, streams[0])
+        sums = collect.collect(block, 0, groups, streams, CALIBRATION.weights)
+    bare = {name: gram for name, gram in sums.train.items() if ".experts." in name}
+    pools = collect.pools_of(groups, sums)
+    (pool,) = pools.values()
+    ups = [group for group in groups if group.expert is not None and group.part == "up"]
+    assert pool.tokens == sum(bare[group.name].tokens for group in ups)
+    for group in [group for group in groups if group.expert is not None]:
+        own = bare[group.name]
+        found = collect.inputs_of(group, sums, pools).gram
+        share = 0.3 * own.d_in / own.tokens * own.weight_sum / pool.weight_sum if group.part == "up" else 0
+        expected = own.xtx + share * pool.xtx if share else own.xtx
+        torch.testing.assert_close(found.xtx, expected)
+        assert (found.tokens, found.weight_sum) == (own.tokens, own.weight_sum)
 
 
 def test_bf16_weights_stay_bf16_with_exact_zeros():

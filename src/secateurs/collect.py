@@ -242,7 +242,7 @@ class Inputs:
 
     def of_some_tokens(self, group: Group) -> Gram:
         """The Gram; ValueError if there is nothing in it."""
-        if not self.gram.tokens:
+        if not self.gram.weight_sum:
             name = group.name
             raise ValueError(f"{name}: no calibration token with a positive weight reached it; use more documents")
         return self.gram
@@ -410,21 +410,22 @@ def gram_of(parts: Sequence[Seen], like: Gram) -> Gram:
     return gram
 
 
-def pools_of(groups: Sequence[Group], sums: Sums, ranks: Ranks = ALONE) -> dict[Any, Gram]:
-    """What all experts of a module see together, by module and part."""
-    pools: dict[Any, Gram] = {}
+def pools_of(groups: Sequence[Group], sums: Sums, ranks: Ranks = ALONE) -> dict[nn.Module, Gram]:
+    """What all experts of a module receive together, by module. What `down_proj`s receive is not for adding: their
+    inputs are neurons of one expert each."""
+    pools: dict[nn.Module, Gram] = {}
     for group in groups:
-        if group.expert is not None:
-            pool = pools.setdefault((group.module, group.part), _empty(group))
+        if group.expert is not None and group.part == "up":
+            pool = pools.setdefault(group.module, _empty(group))
             if group.name in sums.train:
-                pools[group.module, group.part] = pool + sums.train[group.name]
-    return {key: _added(pool, ranks) for key, pool in pools.items()}
+                pools[group.module] = pool + sums.train[group.name]
+    return {module: _added(pool, ranks) for module, pool in pools.items()}
 
 
 def inputs_of(
     group: Group,
     sums: Sums,
-    pools: Mapping[Any, Gram],
+    pools: Mapping[nn.Module, Gram],
     *,
     imitate: bool = False,
     writers: Sequence[nn.Module] = (),
@@ -434,14 +435,18 @@ def inputs_of(
     """The sums of all processes over a group's tokens, for process `to`, taken out of `sums`.
 
     An expert's Gram gets a little of what its siblings saw together (`shrunk`), and all of it, with a note, where no
-    token reached it.
+    token reached it; a `down_proj` that no token reached has all its inputs count alike.
     """
     gram = _added(sums.train.pop(group.name, None) or _empty(group), ranks, to)
     if group.expert is not None:
-        pool = pools[group.module, group.part]
+        pool = pools[group.module] if group.part == "up" else None
+        if not gram.tokens and pool is not None and pool.tokens:
+            reason = "no calibration token reached this expert; the Gram of all experts was used"
+            return Inputs(Gram(pool.xtx, pool.weight_sum), reason)
         if not gram.tokens:
-            return Inputs(pool, "no calibration token reached this expert; the Gram of all experts was used")
-        return Inputs(shrunk(gram, pool) if to == ranks.index else gram)
+            reason = "no calibration token reached this expert; all its inputs counted alike"
+            return Inputs(Gram(torch.eye(group.d_in, device=gram.xtx.device), 1.0), reason)
+        return Inputs(gram if pool is None or to != ranks.index else shrunk(gram, pool))
     if not gram.tokens or not imitate:
         return Inputs(gram)
     held = [seen for seen in sums.held[group.name] if seen.off is not None]
