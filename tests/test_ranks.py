@@ -18,7 +18,7 @@ from test_pruner import CALIBRATION, EVERYTHING, PLAN
 
 PLANS = {
     "block": ("qwen3", PLAN, 100),
-    "more processes than batches": ("llama", PLAN, 10_000),
+    "more processes than batches": ("llama", EVERYTHING, 10_000),
     "dense, tune": ("qwen3", replace(PLAN, propagate="dense", tune=replace(EVERYTHING.tune, steps=5)), 100),
     "everything": ("llama", EVERYTHING, 100),
     "experts": ("mixtral", replace(PLAN, goal="dense"), 100),

@@ -451,15 +451,12 @@ def inputs_of(
         return Inputs(gram)
     held = [seen for seen in sums.held[group.name] if seen.off is not None]
     held_gram = _added(gram_of(held, gram), ranks, to)
-    stream = torch.zeros(len(group.matrices[0].weight), group.d_in) if group.module in writers else None
-    none = Drift(torch.zeros_like(gram.xtx), None if stream is None else stream.to(gram.xtx.device))
-    drifts = []
-    for drift in (sums.train_drift.pop(group.name, none), reduce(add, map(drift_of, held), none)):
-        ranks.add(drift.inputs, to)
-        if drift.stream is not None:
-            ranks.add(drift.stream, to)
-        drifts.append(drift)
-    return Inputs(gram, "", drifts[0], held_gram, drifts[1]) if held_gram.tokens else Inputs(gram)
+    parts = [map(drift_of, held), [sums.train_drift.pop(group.name)] if group.name in sums.train_drift else []]
+    held_drift, drift = (reduce(add, part, _no_drift(group, writers)) for part in parts)
+    for tensor in (drift.inputs, drift.stream, held_drift.inputs, held_drift.stream):
+        if tensor is not None:
+            ranks.add(tensor, to)
+    return Inputs(gram, "", drift, held_gram, held_drift) if held_gram.tokens else Inputs(gram)
 
 
 def shrunk(gram: Gram, pool: Gram) -> Gram:
@@ -474,6 +471,12 @@ def shrunk(gram: Gram, pool: Gram) -> Gram:
 
 def _empty(group: Group) -> Gram:
     return Gram.zeros(group.d_in, group.matrices[0].weight.device)
+
+
+def _no_drift(group: Group, writers: Sequence[nn.Module]) -> Drift:
+    weight = group.matrices[0].weight
+    stream = torch.zeros(weight.shape, device=weight.device) if group.module in writers else None
+    return Drift(torch.zeros(group.d_in, group.d_in, device=weight.device), stream)
 
 
 def _added(gram: Gram, ranks: Ranks, to: int | None = None) -> Gram:

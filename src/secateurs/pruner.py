@@ -320,20 +320,21 @@ def _writers(block: nn.Module, index: int, streams: Sequence[Stream], ranks: Ran
     return tuple(block.get_submodule(name) for name in found)
 
 
-Turn = list[tuple[Group, Inputs]]  # groups that are solved at the same time, each in the process of its place
+Turn = list[tuple[Group, Inputs | None]]  # solved at the same time, each in the process of its place, which has inputs
 
 
 def _turns(
     groups: Sequence[Group], sums: Sums, plan: Plan, writers: Sequence[nn.Module], ranks: Ranks
 ) -> Iterator[Turn]:
-    """Groups to solve at the same time, with their inputs, which are whole in the process that solves them only."""
+    """Groups to solve at the same time, the costliest first, with their inputs."""
     pools = pools_of(groups, sums, ranks)
     imitate = plan.goal != "own"
     for together in ranks.rounds(groups, [group.cost for group in groups]):
-        yield [
-            (group, inputs_of(group, sums, pools, imitate=imitate, writers=writers, ranks=ranks, to=to))
-            for to, group in enumerate(together)
-        ]
+        turn: Turn = []
+        for to, group in enumerate(together):
+            inputs = inputs_of(group, sums, pools, imitate=imitate, writers=writers, ranks=ranks, to=to)
+            turn.append((group, inputs if to == ranks.index else None))
+        yield turn
 
 
 @dataclass(frozen=True)
@@ -367,6 +368,7 @@ def _solve(turn: Turn, sums: Sums, plan: Plan, stored: torch.dtype, ranks: Ranks
 
     def solve() -> None:
         for group, inputs in mine:
+            assert inputs is not None
             aims = _aims([dense[matrix] for matrix in group.matrices], group, inputs)
             for aim, solution in zip(aims, _solutions(aims, inputs.of_some_tokens(group), plan), strict=True):
                 aim.matrix.weight.copy_(solution.weight)
