@@ -151,27 +151,33 @@ class Broken:
         return Masking(score="wanda").solve(problem)
 
 
-def failing(ranks: Ranks) -> list[str]:
+def failing(ranks: Ranks, file: Path) -> list[str]:
     """What a process hears of failures in the second process and in the first; that all still work afterwards."""
     heard = []
     never_called = make_model("qwen3")
     never_called.model.layers[0].unused = torch.nn.Linear(32, 32)
-    for model, plan in ((make_model("qwen3"), replace(PLAN, solver=Broken())), (never_called, PLAN)):
+    for model, plan, folder in (
+        (make_model("qwen3"), replace(PLAN, solver=Broken()), None), (never_called, PLAN, None),
+        (make_model("qwen3"), PLAN, file if ranks.first else None),
+    ):  # fmt: skip
         try:
-            pruner.prune(model, CALIBRATION, plan, batch_tokens=100, ranks=ranks)
-        except (RuntimeError, Elsewhere) as error:
+            pruner.prune(model, CALIBRATION, plan, batch_tokens=100, folder=folder, ranks=ranks)
+        except (RuntimeError, ValueError, OSError, Elsewhere) as error:
             heard.append(f"{type(error).__name__}: {error}")
     return [*heard, ranks.tell(f"{ranks.index} is well")]
 
 
 def test_what_fails_in_one_process_fails_in_all_of_them(tmp_path):
-    first, second = in_processes(2, tmp_path, failing)
-    for heard, kind in ((first, "RuntimeError"), (second, "Elsewhere")):
-        assert heard[0].startswith(f"{kind}: model.layers.0.") and heard[0].endswith(": not in here")
+    file = tmp_path / "a file, and no folder"
+    file.touch()
+    first, second = in_processes(2, tmp_path, failing, file)
+    for heard, kinds in ((first, ("RuntimeError", "ValueError", "FileExistsError")), (second, ("Elsewhere",) * 3)):
+        assert heard[0].startswith(f"{kinds[0]}: model.layers.0.") and heard[0].endswith(": not in here")
         assert heard[1] == (
-            f"{kind}: model.layers.0.unused is never called by its block; leave it out with `prune.ignore`"
+            f"{kinds[1]}: model.layers.0.unused is never called by its block; leave it out with `prune.ignore`"
         )
-        assert heard[2] == "0 is well"
+        assert heard[2].startswith(f"{kinds[2]}: ") and "a file, and no folder" in heard[2]
+        assert heard[3] == "0 is well"
 
 
 def several(ranks: Ranks, folder: Path) -> None:

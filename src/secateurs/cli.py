@@ -94,7 +94,7 @@ def _finish(report: Any, out: Path, as_json: bool) -> None:
 def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: bool, jobs: int | None = 1) -> None:
     from secateurs.ranks import joined
     from secateurs.recipe import load_recipe
-    from secateurs.run import Dense, follow, leading
+    from secateurs.run import Dense, follow
     from secateurs.study import study
 
     recipe = load_recipe(name, overrides)
@@ -104,8 +104,9 @@ def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: boo
                 _plan(Dense(recipe, ranks), as_json)
         elif ranks.first:
             jobs = (2 if ranks.count == 1 else 1) if jobs is None else jobs
-            with _bars(jobs) as progress, leading(ranks):
+            with _bars(jobs) as progress:
                 report = study(recipe, out, progress, jobs, ranks)
+            ranks.tell(None)  # the others follow until then
             _finish(report, out, as_json)
         else:
             follow(Dense(recipe, ranks))

@@ -166,8 +166,7 @@ def prune(
                 solved = _prune_block(
                     block, index, selected[index], streams, calibration.weights, plan, stored, so_far, ranks
                 )
-                if ranks.first:
-                    _save_block(folder, index, selected[index], solved, stored)
+                _save_block(folder, index, selected[index], solved, stored, ranks)
         results += solved
         progress(len(results), total, f"block {index + 1} of {len(blocks)}")
     return results
@@ -240,8 +239,7 @@ def solve_alike(
                     solved += _solve(turn, sums, plan, stored, ranks)
                     progress(done + len(solved), total, turn[0][0].name)
                 results = _results(solved, index, matrices, plan, None, ranks)
-                if ranks.first:
-                    _save_block(folder, index, matrices, results, stored)
+                _save_block(folder, index, matrices, results, stored, ranks)
                 for one in solved:
                     one.matrix.weight.copy_(one.dense)
                 done += len(solved)
@@ -520,15 +518,23 @@ def _is_saved(folder: Path | None, index: int) -> bool:
 
 
 def _save_block(
-    folder: Path | None, index: int, matrices: Sequence[Matrix], results: Sequence[LayerResult], stored: torch.dtype
+    folder: Path | None,
+    index: int,
+    matrices: Sequence[Matrix],
+    results: Sequence[LayerResult],
+    stored: torch.dtype,
+    ranks: Ranks,
 ) -> None:
-    """Weights first, results last: the results file says that the block is complete."""
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {matrix.name: matrix.weight.to("cpu", stored).contiguous() for matrix in matrices}
-    atomic_write(_block_path(folder, index).with_suffix(".safetensors"), save(tensors))
-    write_json(_block_path(folder, index).with_suffix(".json"), [asdict(result) for result in results])
+    """Weights first, results last: the results file says that the block is complete. The first process writes."""
+
+    def write() -> None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {matrix.name: matrix.weight.to("cpu", stored).contiguous() for matrix in matrices}
+            atomic_write(_block_path(folder, index).with_suffix(".safetensors"), save(tensors))
+            write_json(_block_path(folder, index).with_suffix(".json"), [asdict(result) for result in results])
+
+    ranks.decide(write)
 
 
 def _load_block(

@@ -92,14 +92,14 @@ class Ranks:
         """What `function` returns here; if it fails anywhere it fails everywhere, Elsewhere in all but the first."""
         if self.count == 1:
             return function()
-        result, problem = None, None
+        result, mine = None, None
         try:
             result = function()
         except MISTAKES as error:
-            problem = str(error)
-        problems = [text for text in self.gather(problem) if text is not None]
+            mine = error
+        problems = [text for text in self.gather(mine and str(mine)) if text is not None]
         if problems:
-            raise RuntimeError(problems[0]) if self.first else Elsewhere(problems[0])
+            raise (mine or RuntimeError(problems[0])) if self.first else Elsewhere(problems[0])
         return result  # type: ignore[return-value]
 
     def decide(self, function: Callable[[], T]) -> T:

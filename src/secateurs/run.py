@@ -12,7 +12,7 @@ repeated command goes on where it stopped.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cache, cached_property, partial
@@ -48,7 +48,7 @@ from secateurs.export import export
 from secateurs.hub import HUB
 from secateurs.layer import Gram, LayerProblem
 from secateurs.models import load_model, load_tokenizer, model_path
-from secateurs.parallel import MISTAKES, Progress, silent
+from secateurs.parallel import Progress, silent
 from secateurs.patterns import Pattern, Unstructured
 from secateurs.planner import Needs, Shelf, Where, choose, needs
 from secateurs.policy import Surprise, check_own
@@ -572,22 +572,17 @@ class _Work:
 
 def follow(dense: Dense) -> None:
     """What every process but the first does: its part of each prune, until the first says that there are no more."""
-    while (work := dense.ranks.tell(None)) is not None:
+    while True:
+        try:
+            work = dense.ranks.tell(None)
+        except RuntimeError:  # the first process is gone, and has said why
+            raise SystemExit(2) from None
+        if work is None:
+            return
         try:
             work.do(dense)
-        except Elsewhere:  # the first process has raised it, or goes on
+        except Elsewhere:  # the first process raises it
             continue
-
-
-@contextmanager
-def leading(ranks: Ranks) -> Iterator[None]:
-    """While open, the other processes follow; they end with it, also where it fails with what a user is told."""
-    try:
-        yield
-    except MISTAKES:
-        ranks.tell(None)
-        raise
-    ranks.tell(None)
 
 
 def _where(recipe: Recipe, calibration: CalibrationSet, dense: Dense) -> Where:
