@@ -68,7 +68,19 @@ def test_parts_that_can_be_counted_are_exact():
     inputs = [32, 32, 32, 48]  # of q, k and v; of o; of gate and up; of down
     pruned = sum(m.weight.numel() for m in pruner.prunable(model, PLAN)[0])
     assert found.around == sum(p.nbytes for p in model.parameters()) - sum(weights)
-    assert found.block == weights[0] + pruned * (4 + 4 + 1)
+    assert found.block == weights[0]
+    dense = needs(
+        model, replace(PLAN, propagate="dense"), "sparsegpt", tokens=700, held_out_tokens=100, batch_tokens=200
+    )
+    assert found.forward - dense.forward == pruned * (4 + 4 + 1), "dense weights, solutions and masks follow it through"
+    half = needs(model, PLAN, "sparsegpt", tokens=700, held_out_tokens=100, batch_tokens=200, stored=torch.bfloat16)
+    assert half.forward - dense.forward == pruned * (2 + 2 + 1)
+    there, most = 0, 0  # the costliest first: down, gate and up, q and k and v, o
+    for weights_of_group in (32 * 48, 96 * 32, 64 * 32, 32 * 32):
+        most = max(most, there + weights_of_group * (4 + 2 * 4))
+        there += weights_of_group * (4 + 4 + 1)
+    wanda = needs(model, PLAN, "wanda", tokens=700, held_out_tokens=100, batch_tokens=200)
+    assert wanda.solve == most and found.solve > most
     assert found.grams == sum(4 * d_in**2 for d_in in inputs)
     assert found.held_out == 100 * 4 * sum(inputs)
     assert found.hidden == 700 * 32 * 4

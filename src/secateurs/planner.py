@@ -29,7 +29,7 @@ class Needs:
     around: int
     """Embeddings, norms, head."""
     block: int
-    """The largest block: its weights, the dense ones beside the pruned, the masks."""
+    """The weights of the largest block."""
     grams: int
     """Of one block's distinct inputs, and the drift of each where a goal needs it."""
     held_out: int
@@ -37,9 +37,10 @@ class Needs:
     hidden: int
     """Hidden states of all documents between two blocks."""
     forward: int
-    """One batch on its way through a block."""
+    """One batch on its way through a block, beside the copies below of the whole block where it follows the solves."""
     solve: int
-    """What the solver takes for the largest group of matrices."""
+    """What the solver takes for a group of matrices, with the dense weights, solutions and masks that there are then:
+    the costliest group is the first to be solved."""
 
     @property
     def on_device(self) -> int:
@@ -48,7 +49,14 @@ class Needs:
 
 
 def needs(
-    model: PreTrainedModel, plan: Plan, solver: str, *, tokens: int, held_out_tokens: int, batch_tokens: int
+    model: PreTrainedModel,
+    plan: Plan,
+    solver: str,
+    *,
+    tokens: int,
+    held_out_tokens: int,
+    batch_tokens: int,
+    stored: torch.dtype | None = None,
 ) -> Needs:
     """An estimate from shapes alone; `tokens` are all of them, padding and held-out ones included.
 
@@ -60,27 +68,31 @@ def needs(
     size, width = model.dtype.itemsize, config.hidden_size
     inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
     around = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if not name.startswith(prefix))
-    grams = held = solve = most = 0
+    kept_size = 2 * (stored or model.dtype).itemsize + 1  # of a weight, dense and solved, and its place in the mask
+    grams = held = solve = copies = 0
     widest = width
-    for matrices, weights in zip(prunable(model, plan), inside, strict=True):
+    for matrices in prunable(model, plan):
         groups = _groups(matrices, width)
         drifts = 2 if plan.goal != "own" else 1
         grams = max(grams, sum(4 * drifts * d_in**2 for _, d_in, _ in groups))
         held = max(held, sum(int(share * held_out_tokens) * d_in * size * drifts for _, d_in, share in groups))
         a, b = WORK.get(solver, OTHER_WORK)
-        solve = max([solve, *(int(4 * (a * d_in**2 + b * rows * d_in)) for rows, d_in, _ in groups)])
-        pruned = sum(matrix.weight.numel() for matrix in matrices)
-        most = max(most, weights + pruned * (2 * size + 1))
+        there = 0
+        for rows, d_in, _ in sorted(groups, key=lambda group: -(group[1] ** 3 + group[0] * group[1] ** 2)):
+            solve = max(solve, there + int(4 * (a * d_in**2 + b * rows * d_in)) + rows * d_in * kept_size // 2)
+            there += rows * d_in * kept_size
+        copies = max(copies, there)
         widest = max([widest, *(d_in for _, d_in, _ in groups)])
-    copies = 1 + (plan.goal != "own") + (plan.tune is not None)
+    states = 1 + (plan.goal != "own") + (plan.tune is not None)
     rows = min(batch_tokens, tokens)
+    forward = rows * size * (4 * width + 3 * widest) + min(TOKENS_AT_ONCE, rows) * widest * 4
     return Needs(
         around=around,
-        block=most,
+        block=max(inside),
         grams=grams,
         held_out=held,
-        hidden=tokens * width * size * copies,
-        forward=rows * size * (4 * width + 3 * widest) + min(TOKENS_AT_ONCE, rows) * widest * 4,
+        hidden=tokens * width * size * states,
+        forward=forward + (copies if plan.propagate != "dense" or plan.tune else 0),
         solve=solve,
     )
 

@@ -604,6 +604,7 @@ def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int
         tokens=-(-tokens // dense.ranks.count),
         held_out_tokens=-(-held_out_tokens // dense.ranks.count),
         batch_tokens=recipe.calibration.batch_tokens,
+        stored=dense.checkpoint.stored,
     )
 
 
