@@ -68,7 +68,7 @@ def needs(
     size, width = model.dtype.itemsize, config.hidden_size
     inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
     around = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if not name.startswith(prefix))
-    kept_size = 2 * (stored or model.dtype).itemsize + 1  # of a weight, dense and solved, and its place in the mask
+    dense = (stored or model.dtype).itemsize
     grams = held = solve = copies = 0
     widest = width
     for matrices in prunable(model, plan):
@@ -79,8 +79,8 @@ def needs(
         a, b = WORK.get(solver, OTHER_WORK)
         there = 0
         for rows, d_in, _ in sorted(groups, key=lambda group: -(group[1] ** 3 + group[0] * group[1] ** 2)):
-            solve = max(solve, there + int(4 * (a * d_in**2 + b * rows * d_in)) + rows * d_in * kept_size // 2)
-            there += rows * d_in * kept_size
+            solve = max(solve, there + rows * d_in * dense + int(4 * (a * d_in**2 + b * rows * d_in)))
+            there += rows * d_in * (2 * dense + 1)  # dense, solved, and the mask
         copies = max(copies, there)
         widest = max([widest, *(d_in for _, d_in, _ in groups)])
     states = 1 + (plan.goal != "own") + (plan.tune is not None)
