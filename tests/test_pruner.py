@@ -307,6 +307,15 @@ def test_an_expert_without_tokens_is_reported():
     assert all(r.zeros == r.zeros_asked for r in experts)
 
 
+def test_experts_of_a_module_are_collected_in_one_pass(monkeypatch):
+    passes = []
+    monkeypatch.setattr(pruner, "collect", lambda *a, **k: passes.append(a[2]) or collect.collect(*a, **k))
+    pruner.prune(make_model("mixtral"), CALIBRATION, replace(PLAN, propagate="group"))
+    names = [[group.name.split(".layers.0.")[1] for group in groups] for groups in passes[: len(passes) // 2]]
+    experts = [[f"mlp.experts.{e}.{part}" for e in range(4)] for part in ("gate_up_proj", "down_proj")]
+    assert names == [["self_attn.q_proj"], ["self_attn.o_proj"], *experts]
+
+
 def test_an_experts_gram_gets_a_little_of_all_experts():
     """As much as 0.3 d_in tokens of the pool would add at the weight of its own; nothing for `down_proj`."""
     model, bare = make_model("qwen3_moe"), {}

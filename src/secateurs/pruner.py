@@ -276,7 +276,7 @@ def _prune_block(
     writers = _writers(block, index, streams, ranks) if plan.goal == "residual" else ()
     solved: list[_Solved] = []
     imitate = plan.goal != "own"
-    in_turn = [[group] for group in groups] if plan.propagate == "group" else [groups]
+    in_turn = _one_after_the_other(groups) if plan.propagate == "group" else [groups]
     for batch in in_turn:
         sums = collect(
             block, index, batch, streams, weights, imitate=imitate, writers=writers,
@@ -309,6 +309,15 @@ def _groups(
         lambda: [[m.name for m in group.matrices] for group in groups_of(block, index, matrices, streams[0])]
     )
     return [Group(tuple(by_name[name] for name in names)) for names in found]
+
+
+def _one_after_the_other(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups that see what those before them did; experts of a module side by side, as none sees another."""
+    batches: dict[Any, list[Group]] = {}
+    for group in groups:
+        key = group.name if group.expert is None else (group.module, group.part)
+        batches.setdefault(key, []).append(group)
+    return list(batches.values())
 
 
 def _writers(block: nn.Module, index: int, streams: Sequence[Stream], ranks: Ranks) -> tuple[nn.Module, ...]:
