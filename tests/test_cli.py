@@ -104,44 +104,6 @@ def test_another_batch_size_and_another_folder_give_the_same_files(finished, tmp
         assert ours[name] == theirs[name], name
 
 
-def test_solvers_of_one_run_share_traces_and_dense_answers(tmp_path, monkeypatch, capsys):
-    sets = [*SMALL[1:], "sweep.arm=['rac']", "sweep.solver=[{name='wanda'}, {name='sparsegpt', damp=0.02}]"]
-    assert call(monkeypatch, *arguments("run", "demo", "--out", str(tmp_path / "out"), sets=sets)) == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [cell["solver"] for cell in report["cells"]] == ["none", "wanda", "sparsegpt(damp=0.02)"]
-    assert len(list((tmp_path / "out" / "traces").iterdir())) == len(list((tmp_path / "out" / "dense").iterdir())) == 1
-    errors = [sum(layer["error_held_out"] for layer in cell["layers"]) for cell in report["cells"][1:]]
-    assert errors[1] < errors[0], "each cell was pruned by its own solver"
-    leaks = report["leaks"]
-    assert leaks["evaluation"] == 6 and leaks["calibration"] >= 3 and leaks["equal"] == leaks["near"] == 0
-    assert "6 evaluation questions against" in (tmp_path / "out" / "report.html").read_text()
-    capsys.readouterr()
-    assert call(monkeypatch, *arguments("run", "demo", "--dry-run", "--json", sets=sets)) == 0
-    assert json.loads(capsys.readouterr().out)["cells"] == 2
-    assert call(monkeypatch, "show", "demo", "--set", "sweep.solver=[{name='wandb'}]") == 2
-    assert "sweep.solver: unknown solver `wandb`. Did you mean `wanda`?" in " ".join(capsys.readouterr().err.split())
-
-
-def test_everything_at_once_meets_the_same_budget_and_is_measured_once(tmp_path, monkeypatch):
-    sets = [*SMALL[3:], "prune.tune.steps=2", "evaluate.num_questions=0"]
-    words = arguments("run", "quality", "--out", str(tmp_path / "out"), sets=sets)
-    assert call(monkeypatch, *words) == 0
-    (record,) = (tmp_path / "out" / "cells").glob("*/prune.json")
-    layers = json.loads(record.read_text())["layers"]
-    sizes = [layer["shape"][0] * layer["shape"][1] for layer in layers]
-    assert sum(layer["zeros"] for layer in layers) == sum(size * 7 // 10 for size in sizes)
-    assert all(layer["zeros"] == layer["zeros_asked"] for layer in layers)
-    assert len({round(layer["zeros"] / size, 3) for layer, size in zip(layers, sizes, strict=True)}) > 3
-    assert any(layer["alpha"] > 0 for layer in layers) and any(layer["beta"] > 0 for layer in layers)
-    assert all(layer["block_error"][1] <= layer["block_error"][0] for layer in layers)
-    (survey,) = (tmp_path / "out" / "surveys").iterdir()
-    before = survey.stat().st_mtime_ns
-    monkeypatch.setattr("secateurs.run.survey", None)  # nothing is measured again
-    assert call(monkeypatch, *words, "--set", "prune.allocator={name='atp', step=0.01}") == 0
-    assert len(list((tmp_path / "out" / "cells").iterdir())) == 2
-    assert survey.stat().st_mtime_ns == before
-
-
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_ends_the_same(finished, tmp_path, kills):
     """kill -9 at random moments of a real process, then run to the end: equal files byte for byte."""
@@ -159,31 +121,6 @@ def test_a_run_killed_again_and_again_ends_the_same(finished, tmp_path, kills):
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     assert results(out) == results(finished)
     assert not [path for path in out.rglob(".*tmp*")], "temporary files were left"
-
-
-def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path):
-    """Grams shared between cells or not, in one process or two, killed or not: equal files."""
-    sets = [*SMALL[2:], "sweep.arm=['prompt', 'rac']", "sweep.sparsity=[0.4, 0.5]", "prune.propagate='dense'"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two processes on two cores have one thread each
-
-    def command(*words):
-        return [sys.executable, "-m", "secateurs.cli", *arguments(*words, sets=sets)]
-
-    alone = command("run", "demo", "--out", str(tmp_path / "alone"))
-    assert subprocess.run(alone, stdout=subprocess.DEVNULL, env=environment).returncode == 0
-    study = command("study", "demo", "--jobs", "2", "--out", str(tmp_path / "study"))
-    process = subprocess.Popen(study, stdout=subprocess.DEVNULL, env=environment)
-    wait = time.monotonic() + 120
-    while not list(tmp_path.glob("study/cells/*/blocks/*.json")) and time.monotonic() < wait:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "study" / "report.json").exists()
-    assert subprocess.run(study, stdout=subprocess.DEVNULL, env=environment).returncode == 0
-    assert results(tmp_path / "study") == results(tmp_path / "alone")
-    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("alone", "study")]
-    assert [len(report["cells"]) for report in reports] == [5, 5] and len(reports[0]["comparisons"]) == 2
-    assert reports[0]["comparisons"] == reports[1]["comparisons"]
 
 
 def test_processes_of_torchrun_prune_together_and_a_dead_one_loses_nothing(finished, tmp_path):
@@ -231,18 +168,6 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     assert process.returncode == 130 and "run the same command again" in errors and "Traceback" not in errors
     (store,) = (tmp_path / "out" / "traces").iterdir()
     assert len(read_traces(store)) > 0
-
-
-def test_mixtures_nm_and_the_other_solvers_run_too(tmp_path, monkeypatch):
-    sets = [
-        *SMALL[2:5], "sweep.arm=[{corpus=0.5, prompt=1.0, think=2.0}]", "sweep.sparsity=[]",
-        "prune.pattern={name='nm', n=2, m=4}", "prune.solver={name='wanda'}", "prune.propagate='dense'",
-    ]  # fmt: skip
-    assert call(monkeypatch, *arguments("prune", "demo", "--out", str(tmp_path / "out"), sets=sets)) == 0
-    (weights,) = (tmp_path / "out").rglob("model/model.safetensors")
-    for name, weight in load_file(weights).items():
-        if "_proj" in name:
-            assert ((weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
 
 
 def test_trace_prints_the_store_and_a_plan_runs_nothing(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,86 @@
+"""What a grid of cells shares, in one process or several, killed or not; everything that a recipe can ask for."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+from safetensors.torch import load_file
+
+from test_cli import SMALL, arguments, call, results
+
+
+def test_solvers_of_one_run_share_traces_and_dense_answers(tmp_path, monkeypatch, capsys):
+    sets = [*SMALL[1:], "sweep.arm=['rac']", "sweep.solver=[{name='wanda'}, {name='sparsegpt', damp=0.02}]"]
+    assert call(monkeypatch, *arguments("run", "demo", "--out", str(tmp_path / "out"), sets=sets)) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [cell["solver"] for cell in report["cells"]] == ["none", "wanda", "sparsegpt(damp=0.02)"]
+    assert len(list((tmp_path / "out" / "traces").iterdir())) == len(list((tmp_path / "out" / "dense").iterdir())) == 1
+    errors = [sum(layer["error_held_out"] for layer in cell["layers"]) for cell in report["cells"][1:]]
+    assert errors[1] < errors[0], "each cell was pruned by its own solver"
+    leaks = report["leaks"]
+    assert leaks["evaluation"] == 6 and leaks["calibration"] >= 3 and leaks["equal"] == leaks["near"] == 0
+    assert "6 evaluation questions against" in (tmp_path / "out" / "report.html").read_text()
+    capsys.readouterr()
+    assert call(monkeypatch, *arguments("run", "demo", "--dry-run", "--json", sets=sets)) == 0
+    assert json.loads(capsys.readouterr().out)["cells"] == 2
+    assert call(monkeypatch, "show", "demo", "--set", "sweep.solver=[{name='wandb'}]") == 2
+    assert "sweep.solver: unknown solver `wandb`. Did you mean `wanda`?" in " ".join(capsys.readouterr().err.split())
+
+
+def test_everything_at_once_meets_the_same_budget_and_is_measured_once(tmp_path, monkeypatch):
+    sets = [*SMALL[3:], "prune.tune.steps=2", "evaluate.num_questions=0"]
+    words = arguments("run", "quality", "--out", str(tmp_path / "out"), sets=sets)
+    assert call(monkeypatch, *words) == 0
+    (record,) = (tmp_path / "out" / "cells").glob("*/prune.json")
+    layers = json.loads(record.read_text())["layers"]
+    sizes = [layer["shape"][0] * layer["shape"][1] for layer in layers]
+    assert sum(layer["zeros"] for layer in layers) == sum(size * 7 // 10 for size in sizes)
+    assert all(layer["zeros"] == layer["zeros_asked"] for layer in layers)
+    assert len({round(layer["zeros"] / size, 3) for layer, size in zip(layers, sizes, strict=True)}) > 3
+    assert any(layer["alpha"] > 0 for layer in layers) and any(layer["beta"] > 0 for layer in layers)
+    assert all(layer["block_error"][1] <= layer["block_error"][0] for layer in layers)
+    (survey,) = (tmp_path / "out" / "surveys").iterdir()
+    before = survey.stat().st_mtime_ns
+    monkeypatch.setattr("secateurs.run.survey", None)  # nothing is measured again
+    assert call(monkeypatch, *words, "--set", "prune.allocator={name='atp', step=0.01}") == 0
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 2
+    assert survey.stat().st_mtime_ns == before
+
+
+def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path):
+    """Grams shared between cells or not, in one process or two, killed or not: equal files."""
+    sets = [*SMALL[2:], "sweep.arm=['prompt', 'rac']", "sweep.sparsity=[0.4, 0.5]", "prune.propagate='dense'"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two processes on two cores have one thread each
+
+    def command(*words):
+        return [sys.executable, "-m", "secateurs.cli", *arguments(*words, sets=sets)]
+
+    alone = command("run", "demo", "--out", str(tmp_path / "alone"))
+    assert subprocess.run(alone, stdout=subprocess.DEVNULL, env=environment).returncode == 0
+    study = command("study", "demo", "--jobs", "2", "--out", str(tmp_path / "study"))
+    process = subprocess.Popen(study, stdout=subprocess.DEVNULL, env=environment)
+    wait = time.monotonic() + 120
+    while not list(tmp_path.glob("study/cells/*/blocks/*.json")) and time.monotonic() < wait:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "study" / "report.json").exists()
+    assert subprocess.run(study, stdout=subprocess.DEVNULL, env=environment).returncode == 0
+    assert results(tmp_path / "study") == results(tmp_path / "alone")
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("alone", "study")]
+    assert [len(report["cells"]) for report in reports] == [5, 5] and len(reports[0]["comparisons"]) == 2
+    assert reports[0]["comparisons"] == reports[1]["comparisons"]
+
+
+def test_mixtures_nm_and_the_other_solvers_run_too(tmp_path, monkeypatch):
+    sets = [
+        *SMALL[2:5], "sweep.arm=[{corpus=0.5, prompt=1.0, think=2.0}]", "sweep.sparsity=[]",
+        "prune.pattern={name='nm', n=2, m=4}", "prune.solver={name='wanda'}", "prune.propagate='dense'",
+    ]  # fmt: skip
+    assert call(monkeypatch, *arguments("prune", "demo", "--out", str(tmp_path / "out"), sets=sets)) == 0
+    (weights,) = (tmp_path / "out").rglob("model/model.safetensors")
+    for name, weight in load_file(weights).items():
+        if "_proj" in name:
+            assert ((weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
