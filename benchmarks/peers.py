@@ -91,19 +91,26 @@ def forward(model: str, ids: dict[str, Any], dtype: str) -> None:
     meter.show(all_along)
 
 
-def secateurs(model: str, ids: dict[str, Any], out: Path, solver: str, propagate: Any) -> None:
-    """A prune of the checkpoint, and its blocks on disk; then, not timed, the exported folder."""
-    from transformers import AutoTokenizer
-
-    from secateurs import pruner
+def task(ids: dict[str, Any], solver: str, propagate: Any) -> tuple[Any, Any]:
+    """What to calibrate on, and what to do: for `pruner.prune`."""
     from secateurs.calibration import CalibrationSet, plain_document
-    from secateurs.checkpoint import Checkpoint
+    from secateurs.pruner import Plan
     from secateurs.recipe import build_pattern, build_solver
 
     train, held = ([plain_document(row, "corpus") for row in ids[part]] for part in ("train", "held_out"))
     calibration = CalibrationSet(tuple(train), tuple(held), {"corpus": 1.0})
     pattern = build_pattern({"name": "unstructured", "sparsity": SPARSITY, "scope": "layer"})
-    plan = pruner.Plan(pattern=pattern, solver=build_solver({"name": solver}), propagate=propagate)
+    return calibration, Plan(pattern=pattern, solver=build_solver({"name": solver}), propagate=propagate)
+
+
+def secateurs(model: str, ids: dict[str, Any], out: Path, solver: str, propagate: Any) -> None:
+    """A prune of the checkpoint, and its blocks on disk; then, not timed, the exported folder."""
+    from transformers import AutoTokenizer
+
+    from secateurs import pruner
+    from secateurs.checkpoint import Checkpoint
+
+    calibration, plan = task(ids, solver, propagate)
     with Meter() as meter:
         checkpoint = Checkpoint(model, compute_dtype="auto")
         options: dict[str, Any] = {

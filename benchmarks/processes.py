@@ -15,12 +15,10 @@ from typing import Any
 
 import torch
 
-from peers import SPARSITY, Meter, prepare
+from peers import Meter, prepare, task
 from secateurs import pruner
-from secateurs.calibration import CalibrationSet, plain_document
 from secateurs.checkpoint import Checkpoint
 from secateurs.ranks import joined
-from secateurs.recipe import build_pattern, build_solver
 
 BATCH_TOKENS = 1024
 
@@ -28,10 +26,7 @@ BATCH_TOKENS = 1024
 def work(options: argparse.Namespace) -> None:
     """This process's part; the first one prints what it took."""
     ids = json.loads((options.out / "ids.json").read_text())
-    train, held = ([plain_document(row, "corpus") for row in ids[part]] for part in ("train", "held_out"))
-    calibration = CalibrationSet(tuple(train), tuple(held), {"corpus": 1.0})
-    pattern = build_pattern({"name": "unstructured", "sparsity": SPARSITY, "scope": "layer"})
-    plan = pruner.Plan(pattern=pattern, solver=build_solver({"name": options.solver}), propagate=options.propagate)
+    calibration, plan = task(ids, options.solver, options.propagate)
     with joined(options.device) as ranks:
         torch.set_num_threads(1)
         with Meter() as meter:

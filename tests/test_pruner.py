@@ -318,7 +318,7 @@ def test_experts_of_a_module_are_collected_in_one_pass(monkeypatch):
 
 def test_an_experts_gram_gets_a_little_of_all_experts():
     """As much as 0.3 d_in tokens of the pool would add at the weight of its own; nothing for `down_proj`."""
-    model, bare = make_model("qwen3_moe"), {}
+    model = make_model("qwen3_moe")
     streams = collect.capture(model, CALIBRATION, 4096)
     block, selected = decoder_blocks(model)[1][0], pruner.prunable(model, PLAN)[0]
     with torch.no_grad():

@@ -71,8 +71,8 @@ class Checkpoint:
             self.folder = self._fetched()
             self.places = layout(self.folder)
             config: Any = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
-            first = next(DTYPES[place.dtype] for place in self.places.values() if place.dtype in DTYPES)
-            self.stored: torch.dtype = config.dtype or first
+            known = (DTYPES[place.dtype] for place in self.places.values() if place.dtype in DTYPES)
+            self.stored: torch.dtype = config.dtype or next(known)
             self.model = self._empty_model(config, faster(self.stored, self.device, compute_dtype))
             self.prefix, self.blocks = decoder_blocks(self.model)
             self._mapping: list[Any] = list(get_model_conversion_mapping(self.model))

@@ -61,9 +61,13 @@ class Group:
 
     @property
     def cost(self) -> float:
-        """Of a solve, in about the right proportion: a factorisation of the Gram, and a sweep over every row."""
-        rows = sum(matrix.weight.shape[0] for matrix in self.matrices)
-        return float(self.d_in**3 + rows * self.d_in**2)
+        """Of a solve (`solve_cost`)."""
+        return solve_cost(sum(matrix.weight.shape[0] for matrix in self.matrices), self.d_in)
+
+
+def solve_cost(rows: int, d_in: int) -> float:
+    """In about the right proportion: a factorisation of the Gram, and a sweep over every row."""
+    return float(d_in**3 + rows * d_in**2)
 
 
 class Shell:
@@ -416,9 +420,8 @@ def pools_of(groups: Sequence[Group], sums: Sums, ranks: Ranks = ALONE) -> dict[
     pools: dict[nn.Module, Gram] = {}
     for group in groups:
         if group.expert is not None and group.part == "up":
-            pool = pools.setdefault(group.module, _empty(group))
-            if group.name in sums.train:
-                pools[group.module] = pool + sums.train[group.name]
+            pool, own = pools.get(group.module) or _empty(group), sums.train.get(group.name)
+            pools[group.module] = pool + own if own else pool
     return {module: _added(pool, ranks) for module, pool in pools.items()}
 
 
@@ -451,8 +454,8 @@ def inputs_of(
         return Inputs(gram)
     held = [seen for seen in sums.held[group.name] if seen.off is not None]
     held_gram = _added(gram_of(held, gram), ranks, to)
-    parts = [map(drift_of, held), [sums.train_drift.pop(group.name)] if group.name in sums.train_drift else []]
-    held_drift, drift = (reduce(add, part, _no_drift(group, writers)) for part in parts)
+    drift = sums.train_drift.pop(group.name, None) or _no_drift(group, writers)
+    held_drift = reduce(add, map(drift_of, held)) if held else _no_drift(group, writers)
     for tensor in (drift.inputs, drift.stream, held_drift.inputs, held_drift.stream):
         if tensor is not None:
             ranks.add(tensor, to)

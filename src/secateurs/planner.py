@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateurs.collect import Place
+from secateurs.collect import Place, solve_cost
 from secateurs.layer import TOKENS_AT_ONCE
 from secateurs.models import Matrix, decoder_blocks
 from secateurs.pruner import Plan, prunable
@@ -78,7 +78,7 @@ def needs(
         held = max(held, sum(int(share * held_out_tokens) * d_in * size * drifts for _, d_in, share in groups))
         a, b = WORK.get(solver, OTHER_WORK)
         there = 0
-        for rows, d_in, _ in sorted(groups, key=lambda group: -(group[1] ** 3 + group[0] * group[1] ** 2)):
+        for rows, d_in, _ in sorted(groups, key=lambda group: -solve_cost(group[0], group[1])):
             solve = max(solve, there + rows * d_in * dense + int(4 * (a * d_in**2 + b * rows * d_in)))
             there += rows * d_in * (2 * dense + 1)  # dense, solved, and the mask
         copies = max(copies, there)
