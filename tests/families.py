@@ -35,6 +35,21 @@ FAMILIES = {
             v_head_dim=8,
         )
     ),
+    "qwen3_next": lambda: tf.Qwen3NextForCausalLM(
+        tf.Qwen3NextConfig(
+            **SMALL,
+            head_dim=8,
+            layer_types=["linear_attention", "full_attention"],
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+        )
+    ),
     "gpt_oss": lambda: tf.GptOssForCausalLM(
         tf.GptOssConfig(
             **SMALL,

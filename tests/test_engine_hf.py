@@ -30,7 +30,7 @@ def generate(model, asked, batch_size, sampling):
     return {c.request.question_id: c for c in HF(model, (1, 2), 0, batch_size).generate(asked, sampling)}
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3", "mistral", "phi3"], indirect=True)
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "mistral", "phi3", "qwen3_next"], indirect=True)
 def test_traces_do_not_depend_on_the_batch(tiny_model):
     sampling = Sampling(temperature=0.7, top_p=0.95, top_k=20, max_new_tokens=24)
     alone = generate(tiny_model, requests(14), 1, sampling)
@@ -40,7 +40,7 @@ def test_traces_do_not_depend_on_the_batch(tiny_model):
     assert len({len(c.ids) for c in alone.values()}) > 1, "lengths must vary for this to mean anything"
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3"], indirect=True)
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_next"], indirect=True)
 def test_greedy_equals_transformers_generate(tiny_model):
     for c in generate(tiny_model, requests(5), 5, Sampling(temperature=0, max_new_tokens=20)).values():
         prompt = torch.tensor([c.request.prompt_ids])

@@ -6,9 +6,19 @@ import subprocess
 import sys
 import time
 
+import pytest
+import torch
 from safetensors.torch import load_file
 
 from test_cli import SMALL, arguments, call, results
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_solvers_of_one_run_share_traces_and_dense_answers(tmp_path, monkeypatch, capsys):
@@ -49,17 +59,16 @@ def test_everything_at_once_meets_the_same_budget_and_is_measured_once(tmp_path,
     assert survey.stat().st_mtime_ns == before
 
 
-def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path):
+def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path, monkeypatch, one_thread):
     """Grams shared between cells or not, in one process or two, killed or not: equal files."""
-    sets = [*SMALL[2:], "sweep.arm=['prompt', 'rac']", "sweep.sparsity=[0.4, 0.5]", "prune.propagate='dense'"]
+    sets = [
+        *SMALL[2:], "sweep.arm=['prompt', 'rac']", "sweep.sparsity=[0.4, 0.5]", "prune.propagate='dense'",
+        "calibration.num_tokens=600", "calibration.held_out_tokens=200", "traces.sampling.max_new_tokens=48",
+    ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two processes on two cores have one thread each
-
-    def command(*words):
-        return [sys.executable, "-m", "secateurs.cli", *arguments(*words, sets=sets)]
-
-    alone = command("run", "demo", "--out", str(tmp_path / "alone"))
-    assert subprocess.run(alone, stdout=subprocess.DEVNULL, env=environment).returncode == 0
-    study = command("study", "demo", "--jobs", "2", "--out", str(tmp_path / "study"))
+    assert call(monkeypatch, *arguments("run", "demo", "--out", str(tmp_path / "alone"), sets=sets)) == 0
+    words = arguments("study", "demo", "--jobs", "2", "--out", str(tmp_path / "study"), sets=sets)
+    study = [sys.executable, "-m", "secateurs.cli", *words]
     process = subprocess.Popen(study, stdout=subprocess.DEVNULL, env=environment)
     wait = time.monotonic() + 120
     while not list(tmp_path.glob("study/cells/*/blocks/*.json")) and time.monotonic() < wait:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 BUNDLED = "bundled"  # the name of the tiny reasoner that ships with the package
 
-# Submodules of a decoder block whose weights are never pruned: they route, they do not compute.
-ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+# Submodules of a decoder block whose weights are never pruned: they route, or say what a linear attention forgets.
+ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate|in_proj_(ba|b|a))(\.|$)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ def packed_experts(block: nn.Module) -> dict[str, Experts]:
     found = {}
     for name, module in block.named_modules():
         packed = {key: tuple(p.shape) for key, p in module.named_parameters(recurse=False) if p.dim() == 3}
-        if not packed:
+        if not packed or isinstance(module, nn.Conv1d):
             continue
         up = "gate_up_proj" if "gate_up_proj" in packed else "up_proj"
         transposed = bool(getattr(module, "is_transposed", False))

@@ -2,7 +2,8 @@
 
 Rows share one write column. A finished row gives its slot to the next request, whose prompt is prefilled on its own
 and laid left of the write column; positions and masks are each row's own, so neighbours never change a trace beyond
-float rounding. Works for every decoder with an ordinary key-value cache.
+float rounding. Works for every decoder with an ordinary key-value cache, or with linear attention, whose state has no
+columns.
 """
 
 import time
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from secateurs.engines import Completion, Request, Sampling
 
@@ -50,35 +51,48 @@ def sample_tokens(
 
 
 class _Buffer(DynamicLayer):
-    """One layer's keys and values in a buffer that is written in place instead of concatenated at every token."""
+    """One layer's keys and values, written in place: row i in slot i, in columns `first` to `length` of its store."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.length = 0
+        self.store: list[Tensor] = []
+        self.rows = self.first = self.length = 0
 
     def get_seq_length(self) -> int:
-        return self.length
+        return self.length - self.first
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         end = self.length + key_states.shape[-2]
-        assert self.keys is not None and self.values is not None
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
+        for stored, new in zip(self.store, (key_states, value_states), strict=True):
+            stored[: self.rows, :, self.length : end] = new
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        keys, values = (stored[: self.rows, :, self.first : end] for stored in self.store)
+        return keys, values
 
-    def resize(self, rows: Tensor, extra: int, shift: int, columns: int, like: tuple[Tensor, Tensor]) -> None:
-        """Keep `rows`, add `extra` empty ones, drop `shift` columns at the left (negative: add), hold `columns`."""
-        resized = []
-        for old, shape in zip((self.keys, self.values), like, strict=True):
-            new = shape.new_zeros(len(rows) + extra, shape.shape[1], columns, shape.shape[3])
-            if len(rows):
-                assert old is not None
-                kept = old[rows, :, max(shift, 0) : self.length]
-                new[: len(rows), :, max(-shift, 0) : max(-shift, 0) + kept.shape[2]] = kept
-            resized.append(new)
-        self.keys, self.values = resized
-        self.is_initialized = True
+    def move(self, slots: int, columns: int, shift: int, like: Sequence[Tensor]) -> None:
+        """To a larger store, `shift` columns to the left (negative: to the right)."""
+        old, start = self.store, max(self.first, shift)
+        self.store = [one.new_zeros(slots, one.shape[1], columns, one.shape[3]) for one in like]
+        for new, stored in zip(self.store, old, strict=bool(old)):
+            kept = stored[: self.rows, :, start : self.length]
+            new[: self.rows, :, start - shift : self.length - shift] = kept
+
+    def swap_in(self, hole: int, last: int) -> None:
+        """Give the slot of a row that is done to the last one."""
+        for stored in self.store:
+            stored[hole, :, self.first : self.length] = stored[last, :, self.first : self.length]
+
+
+class _State(LinearAttentionLayer):
+    """What one linear attention remembers of every row."""
+
+    def add(self, fresh: LinearAttentionLayer) -> None:
+        """The rows of a prefill, after those that are there."""
+        if self.device is None:
+            vars(self).update(vars(fresh))
+            return
+        for own, new in ((self.conv_states, fresh.conv_states), (self.recurrent_states, fresh.recurrent_states)):
+            own |= {key: torch.cat([state, new[key]]) for key, state in own.items() if state is not None}  # type: ignore[list-item]
 
 
 @dataclass
@@ -133,18 +147,20 @@ def _uniforms(seed: int, sampling: Sampling) -> Tensor:
 
 
 class _Batch:
-    """The rows in flight: row i occupies the columns [starts[i], column) of the buffers."""
+    """The rows in flight: row i is slot i of the buffers, its tokens the columns [starts[i], column)."""
 
     def __init__(self, model: PreTrainedModel, pad_id: int) -> None:
         self.model, self.pad_id, self.device = model, pad_id, model.device
-        layers = model.config.get_text_config(decoder=True).num_hidden_layers
-        self.buffers = [_Buffer() for _ in range(layers)]
-        self.cache = Cache(layers=[*self.buffers])
+        config: Any = model.config.get_text_config(decoder=True)
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        self.linear = [kind == "linear_attention" for kind in kinds]
+        self.cache = Cache(layers=[_State() if linear else _Buffer() for linear in self.linear])
+        self.buffers = [layer for layer in self.cache.layers if isinstance(layer, _Buffer)]
+        self.states = [layer for layer in self.cache.layers if isinstance(layer, _State)]
         self.rows: list[_Row] = []
         self.starts = torch.zeros(0, dtype=torch.long, device=self.device)
         self.last = torch.zeros(0, dtype=torch.long, device=self.device)
-        self.column = 0
-        self.capacity = 0
+        self.first = self.column = self.slots = self.capacity = 0
 
     def admit(self, rows: list[_Row], sampling: Sampling) -> list[int | None]:
         """Prefill new rows and lay them left of the write column; returns a first token for each new row only."""
@@ -155,20 +171,23 @@ class _Batch:
             ids[index, width - len(row.request.prompt_ids) :] = torch.tensor(row.request.prompt_ids)
         mask = torch.arange(width, device=self.device) >= (width - lengths)[:, None]
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-        prefill = DynamicCache()
+        prefill = Cache(layers=[LinearAttentionLayer() if linear else DynamicLayer() for linear in self.linear])
         out = self.model(
             input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=prefill, logits_to_keep=1
         )
-        old = len(self.rows)
-        filled: Any = prefill.layers  # a prefill leaves keys and values in every layer
-        self._resize(torch.arange(old), len(rows), min(self.column - width, 0), filled)
-        column = self.column
-        for buffer, layer in zip(self.buffers, filled, strict=True):
-            assert buffer.keys is not None and buffer.values is not None
-            buffer.keys[old:, :, column - width : column] = layer.keys
-            buffer.values[old:, :, column - width : column] = layer.values
+        old, new = len(self.rows), len(self.rows) + len(rows)
+        filled: list[Any] = [[one.keys, one.values] for one in prefill.layers if isinstance(one, DynamicLayer)]
+        if new > self.slots or self.column < width or self.column == self.capacity:
+            self._move(max(new, self.slots), min(self.first, self.column - width), filled)
+        for buffer, pair in zip(self.buffers, filled, strict=True):
+            for stored, one in zip(buffer.store, pair, strict=True):
+                stored[old:new, :, self.column - width : self.column] = one
+        fresh = [layer for layer in prefill.layers if isinstance(layer, LinearAttentionLayer)]
+        for state, more in zip(self.states, fresh, strict=True):
+            state.add(more)
         self.rows += rows
-        self.starts = torch.cat([self.starts, column - lengths])
+        self.starts = torch.cat([self.starts, self.column - lengths])
+        self._look()
         tokens = self._draw(out.logits[:, -1], rows, sampling)
         self.last = torch.cat([self.last, tokens])
         return [*([None] * old), *tokens.tolist()]
@@ -176,8 +195,8 @@ class _Batch:
     def step(self, sampling: Sampling) -> list[int | None]:
         """One token for every row."""
         if self.column == self.capacity:
-            self._resize(torch.arange(len(self.rows)), 0, int(self.starts.min()), self.buffers)
-        columns = torch.arange(self.column + 1, device=self.device)
+            self._move(self.slots, self.first, [buffer.store for buffer in self.buffers])
+        columns = torch.arange(self.first, self.column + 1, device=self.device)
         out = self.model(
             input_ids=self.last[:, None],
             attention_mask=(columns >= self.starts[:, None]).long(),
@@ -189,33 +208,41 @@ class _Batch:
         return self.last.tolist()
 
     def drop(self, done: list[int]) -> list[_Row]:
-        """Take the rows `done` out of the batch and return them."""
+        """Take the rows `done` out of the batch and return them; the last ones take their slots."""
         if not done:
             return []
-        gone = [self.rows[index] for index in done]
-        keep = [index for index in range(len(self.rows)) if index not in set(done)]
-        kept = torch.tensor(keep, dtype=torch.long, device=self.device)
-        self.rows = [self.rows[index] for index in keep]
+        gone, order = [self.rows[index] for index in done], list(range(len(self.rows)))
+        for hole in sorted(done, reverse=True):
+            for buffer in self.buffers:
+                buffer.swap_in(hole, len(order) - 1)
+            order[hole] = order[-1]
+            order.pop()
+        kept = torch.tensor(order, dtype=torch.long, device=self.device)
+        for state in self.states:
+            state.reorder_cache(kept)  # type: ignore[arg-type]
+        self.rows = [self.rows[index] for index in order]
         self.starts, self.last = self.starts[kept], self.last[kept]
-        if keep:
-            self._resize(kept, 0, int(self.starts.min()), self.buffers)
-        else:
-            self.column = 0
+        self._look()
         return gone
+
+    def _look(self) -> None:
+        """Have the buffers show what is in use: the rows in flight, from the column where the first of them starts."""
+        self.first = int(self.starts.min()) if self.rows else self.column
+        for buffer in self.buffers:
+            buffer.rows, buffer.first, buffer.length = len(self.rows), self.first, self.column
+
+    def _move(self, slots: int, shift: int, like: Sequence[Sequence[Tensor]]) -> None:
+        """Move every buffer `shift` columns to the left, to a store with room for `slots` rows and `GROW` columns."""
+        self.slots, self.capacity = slots, self.column - shift + GROW
+        for buffer, one in zip(self.buffers, like, strict=True):
+            buffer.move(slots, self.capacity, shift, one)
+        self.column -= shift
+        self.starts = self.starts - shift
+        self._look()
 
     def _draw(self, logits: Tensor, rows: list[_Row], sampling: Sampling) -> Tensor:
         uniforms = torch.stack([row.uniforms[len(row.ids)] for row in rows]).to(logits.device)
         return sample_tokens(logits.float(), uniforms, sampling)
-
-    def _resize(self, rows: Tensor, extra: int, shift: int, like: Sequence[CacheLayerMixin]) -> None:
-        """Move every buffer to the kept `rows` plus `extra` empty ones, `shift` columns to the left."""
-        self.column -= shift
-        self.starts = self.starts - shift
-        self.capacity = self.column + GROW
-        for buffer, layer in zip(self.buffers, like, strict=True):
-            assert layer.keys is not None and layer.values is not None
-            buffer.resize(rows, extra, shift, self.capacity, (layer.keys, layer.values))
-            buffer.length = self.column
 
 
 def hf_engine(model: PreTrainedModel, tokenizer: Any, batch_size: int) -> HF:
