@@ -95,14 +95,15 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text("{}")
 
 
-def exported(checkpoint: Checkpoint, tokenizer, plan: pruner.Plan, out: Path) -> list[pruner.LayerResult]:
+def exported(checkpoint: Checkpoint, tokenizer, plan: pruner.Plan, out: Path, **options) -> list[pruner.LayerResult]:
     """Prune a checkpoint, its blocks beside `out`, and export it."""
     blocks = out.parent / "blocks"
-    options = {"opened": checkpoint.opened, "stored": checkpoint.stored}
-    results = pruner.prune(checkpoint.model, CALIBRATION, plan, folder=blocks, **options)
+    streamed = {"opened": checkpoint.opened, "stored": checkpoint.stored}
+    results = pruner.prune(checkpoint.model, CALIBRATION, plan, folder=blocks, **streamed)
     selected = pruner.prunable(checkpoint.model, plan)
     opened, layers = pruner.results_in(blocks, selected, checkpoint.opened), [asdict(result) for result in results]
-    export(checkpoint, tokenizer, selected, opened, out, provenance=FACTS, layers=layers, probe_ids=[3, 4, 5])
+    facts = {"provenance": FACTS, "layers": layers, "probe_ids": [3, 4, 5]}
+    export(checkpoint, tokenizer, selected, opened, out, **facts, **options)
     return results
 
 

@@ -43,7 +43,16 @@ def test_shipped_recipes_parse(name):
         ("prune.allocator.name=curve", "unknown allocator `curve`. Did you mean `curves`?"),
         ("prune.allocator={name='owl', spread=1.0}", "prune.allocator: spread is 1.0, but it must be in [0, 0.5)"),
         ("prune.allocator={name='owl'}", "prune: allocator `owl` gives every matrix a number of zeros, which only an"),
-        ("prune.pattern={name='nm', n=2, m=4}", "sweep.sparsity needs prune.pattern.name"),
+        ("prune.pattern={name='nm', n=2, m=4}", "sweep.sparsity needs a prune.pattern with a sparsity"),
+        (
+            "prune.pattern={name='width', sparsity=0.3}",
+            "solver `sparsegpt` cannot solve for pattern `width`; those that",
+        ),
+        (
+            "prune.solver={name='obs'}",
+            "solver `obs` cannot solve for pattern `unstructured`; those that can: magnitude",
+        ),
+        ("sweep.pattern=[{name='depth', sparsity=1.0}]", "sparsity is 1.0, but it must be in [0, 1)"),
         ("nonsense", "--set nonsense: expected key=value"),
         ("seed.a.b=1", "`seed` is a value, not a table"),
     ],
@@ -52,6 +61,13 @@ def test_mistakes_teach(override, sentence):
     with pytest.raises(ValueError) as error:
         load_recipe("demo", ["seed=1", override])
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_cut_takes_no_targets():
+    cut = ["prune.pattern={name='width', sparsity=0.3}", "prune.solver={name='obs'}"]
+    assert load_recipe("demo", cut).patterns[0]["name"] == "width"
+    with pytest.raises(ValueError, match="pattern `width` cuts every block alike: it takes no targets and no ignore"):
+        load_recipe("demo", [*cut, "prune.ignore=['o_proj']"])
 
 
 def test_missing_and_broken_files(tmp_path):

@@ -93,3 +93,26 @@ def test_mixtures_nm_and_the_other_solvers_run_too(tmp_path, monkeypatch):
     for name, weight in load_file(weights).items():
         if "_proj" in name:
             assert ((weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
+
+
+def test_cuts_leave_smaller_models_that_answer(tmp_path, monkeypatch, capsys):
+    cuts = "[{name='width', sparsity=0.3}, {name='depth', sparsity=0.25}]"
+    sets = [
+        "sweep.arm=['rac']", "sweep.sparsity=[]", "sweep.seed=[0]", "prune.solver.name='obs'", "calibration.num_tokens=600",
+        "calibration.held_out_tokens=200", "evaluate.num_questions=2", f"sweep.pattern={cuts}",
+    ]  # fmt: skip
+    words = arguments("run", "demo", "--out", str(tmp_path / "out"), sets=sets)
+    assert call(monkeypatch, *words[:2], "--dry-run", "--json", *words[4:]) == 0
+    zeros = json.loads(capsys.readouterr().out)["zeros"]
+    assert set(zeros) == {"width 30%", "depth 25%"} and all(zeros.values())
+    assert call(monkeypatch, *words) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [cell["pattern"] for cell in report["cells"]] == ["dense", "width 30%", "depth 25%"]
+    assert report["cells"][1]["sparsity"] == 0.3 and report["cells"][1]["evaluation"]["questions"] == 2
+    (survey,) = (tmp_path / "out" / "surveys").iterdir()
+    assert len(json.loads(survey.read_text())["dropped"]) == 1
+    (folder,) = (tmp_path / "out" / "cells").glob("rac-depth-25pct-*/model")
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
+    assert "| `num_hidden_layers` | 4 | 3 |" in (folder / "README.md").read_text()
+    assert call(monkeypatch, "mask", "check", str(folder)) == 2
+    assert "is smaller than the model it was cut from" in " ".join(capsys.readouterr().err.split())

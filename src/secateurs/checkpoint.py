@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -110,15 +110,21 @@ class Checkpoint:
 
     def write_block(self, index: int, folder: Path) -> None:
         """Put the weights that block `index` has now, while it is open, in their places in a copy of the files."""
-        weights = {f"{self.prefix}.{index}.{name}": value for name, value in self.blocks[index].state_dict().items()}
-        for key, tensor in revert_weight_conversion(self.model, weights).items():
+        for key, data in self.block_weights(index).items():
             place = self.places[key]
-            data = tensor.to("cpu", DTYPES.get(place.dtype, tensor.dtype)).contiguous()
             if tuple(data.shape) != place.shape or data.nbytes != place.size:
                 raise RuntimeError(f"{key} is {tuple(data.shape)} now, and was {place.shape} in {place.file}")
             with (folder / place.file).open("r+b") as file:
                 file.seek(place.start)
                 file.write(data.view(-1).view(torch.uint8).numpy().data)
+
+    def block_weights(self, index: int) -> dict[str, Tensor]:
+        """The weights that block `index` has now, while it is open, under the names and types of its files."""
+        weights = {f"{self.prefix}.{index}.{name}": value for name, value in self.blocks[index].state_dict().items()}
+        return {
+            key: tensor.to("cpu", DTYPES.get(self.places[key].dtype, tensor.dtype)).contiguous()
+            for key, tensor in revert_weight_conversion(self.model, weights).items()
+        }
 
     def _fetched(self) -> Path:
         """The checkpoint's folder; of a hub id, the local copy of its files."""

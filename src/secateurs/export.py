@@ -18,6 +18,7 @@ from secateurs.calibration import Batch
 from secateurs.checkpoint import Checkpoint
 from secateurs.collect import Opened, Shell, Stream
 from secateurs.models import Matrix, decoder_blocks
+from secateurs.trim import Trimmer
 
 SIDE_FILE = "secateurs.json"
 PROBE_FILE = "secateurs_probe.safetensors"
@@ -50,13 +51,15 @@ def export(
     provenance: Mapping[str, Any],
     layers: Sequence[Mapping[str, Any]],
     probe_ids: Sequence[int],
+    cut: bool = False,
 ) -> None:
     """Write `out`: the checkpoint's own files with exact zeros in them, tokenizer, card; one block at a time.
 
-    `selected` are the matrices of every block, and `opened` gives a block its pruned weights. The configuration stays
-    as it is: ValueError for one with a sparsity or quantisation entry. `secateurs.json` holds, for every pruned matrix,
+    `selected` are the matrices of every block, and `opened` gives a block its pruned weights. With `cut`, whole inputs
+    are zero, and the files are smaller ones without them (`trim.Trimmer`). Otherwise the configuration stays as it is;
+    ValueError for one with a sparsity or quantisation entry. `secateurs.json` holds, for every pruned matrix,
     its figures and the sha256 of its mask's bits (row-major, packed eight to a byte), so that anyone can check later
-    that the zeros are still where they were. The folder appears whole or not at all.
+    that the zeros are still where they were; of a cut model, what it has kept. The folder appears whole or not at all.
     """
     model = checkpoint.model
     for key in ("quantization_config", "sparsity_config"):
@@ -67,12 +70,17 @@ def export(
     probe = Stream(batch, held_out=True, shell=shell, hidden=shell.enter(batch))
     hashes = {}
     with atomic_folder(out, overwrite=True) as folder, torch.inference_mode():
-        checkpoint.copy_to(folder)
+        trimmer = Trimmer(checkpoint, folder) if cut else None
+        if trimmer is None:
+            checkpoint.copy_to(folder)
         tokenizer.save_pretrained(folder)
         for index, block in enumerate(decoder_blocks(model)[1]):
             with opened(index):
-                hashes |= {matrix.name: mask_hash(matrix.weight) for matrix in selected[index]}
-                checkpoint.write_block(index, folder)
+                if trimmer is not None:
+                    trimmer.write_block(index)
+                else:
+                    hashes |= {matrix.name: mask_hash(matrix.weight) for matrix in selected[index]}
+                    checkpoint.write_block(index, folder)
                 probe.hidden = probe.run(block, index)
         logits = shell.leave(batch, probe.hidden, logits=True).float().cpu()
         computed = torch.zeros(0, dtype=model.dtype)  # its type says what in
@@ -81,7 +89,8 @@ def export(
             "schema": "secateurs.model",
             "version": 1,
             "provenance": dict(provenance),
-            "layers": [dict(layer) | {"mask_sha256": hashes[layer["name"]]} for layer in layers],
+            "layers": [dict(layer) | ({} if cut else {"mask_sha256": hashes[layer["name"]]}) for layer in layers],
+            "cut": trimmer.close() if trimmer else None,
         }
         write_json(folder / SIDE_FILE, side)
         card = Environment(loader=PackageLoader("secateurs"), autoescape=False).get_template("model_card.md.j2")

@@ -73,11 +73,13 @@ def apply(model: str, pruned: str, out: Path) -> list[Kept]:
 
 
 def side_file(folder: str) -> dict[str, Any]:
-    """The side file of a pruned model. ValueError if there is none."""
+    """The side file of a pruned model. ValueError if there is none, or nothing was masked but cut."""
     file = Path(folder) / SIDE_FILE
     if not file.is_file():
         raise ValueError(f"{folder} has no {SIDE_FILE}, so secateurs did not write it; name the pruned model by --of")
     data: Any = read_json(file)
+    if data.get("cut"):
+        raise ValueError(f"{folder} is smaller than the model it was cut from and has no zeros that could be lost")
     return data
 
 

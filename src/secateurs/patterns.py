@@ -170,6 +170,60 @@ class NM:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Whole inputs go, the same ones for every row: what is then left is a smaller dense matrix.
+
+    Neighbouring inputs fall into groups of `size` (the outputs of one attention head), and groups into `runs` equal
+    runs, each of which keeps `keep` groups. A group's score is the sum of its weights' scores.
+    """
+
+    keep: int
+    size: int = 1
+    runs: int = 1
+
+    def __post_init__(self):
+        if self.keep < 0 or self.size < 1 or self.runs < 1:
+            raise ValueError(f"{self!r}: keep must be 0 or more, size and runs 1 or more.")
+
+    def __str__(self) -> str:
+        return f"{self.keep * self.runs} groups of {self.size} inputs" if self.size > 1 else f"{self.keep} inputs"
+
+    def check(self, d_out: int, d_in: int) -> None:
+        """ValueError unless the inputs are equal runs of whole groups, of which so many can be kept."""
+        _check_shape(d_out, d_in)
+        if d_in % (self.size * self.runs) or self.keep * self.size * self.runs > d_in:
+            raise ValueError(
+                f"{d_in} inputs are not {self.runs} equal runs with at least {self.keep} groups of {self.size}."
+            )
+
+    def num_zeros(self, d_out: int, d_in: int) -> int:
+        """The exact number of zeros in a `d_out` x `d_in` matrix."""
+        return d_out * (d_in - self.keep * self.size * self.runs)
+
+    def kept(self, scores: Float[Tensor, " groups"]) -> Bool[Tensor, " d_in"]:
+        """True for the inputs of the groups that are kept, by their scores. ValueError if one is NaN."""
+        pools = scores.view(self.runs, -1)
+        return ~_lowest(pools, pools.shape[1] - self.keep).flatten().repeat_interleave(self.size)
+
+    def mask(self, scores: Float[Tensor, "d_out d_in"]) -> Bool[Tensor, "d_out d_in"]:
+        """True where the weight is kept. ValueError if a score is NaN."""
+        kept = self.kept(scores.sum(0).view(-1, self.size).sum(1))
+        return kept.expand(scores.shape).contiguous()
+
+    def block_mask(self, scores: Float[Tensor, "d_out block"], start: int) -> Bool[Tensor, "d_out block"]:
+        """Of all columns at once. ValueError for some of them, as they cannot be chosen without the others."""
+        raise ValueError(f"{self} are chosen among all inputs, not column by column.")
+
+    def columns_at_once(self, block_size: int) -> int:
+        """The whole block."""
+        return block_size
+
+    def shared_rows(self, d_out: int) -> list[slice]:
+        """None: no zero can move."""
+        return []
+
+
+@dataclass(frozen=True)
 class Stacked:
     """Matrices with the same inputs, one upon the other: `rows[i]` rows with `patterns[i]`, each with its own count.
 
@@ -217,6 +271,8 @@ class Stacked:
 def stack(patterns: Sequence[Pattern], rows: Sequence[int]) -> Pattern | None:
     """One pattern for matrices one upon the other; None if theirs do not go together."""
     first = patterns[0]
+    if isinstance(first, Columns):
+        return None  # rows do meet in the choice
     if all(pattern == first for pattern in patterns) and not first.shared_rows(rows[0]):
         return first
     if all(isinstance(pattern, Unstructured) for pattern in patterns):

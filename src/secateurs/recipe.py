@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from secateurs.allocators import ALLOCATORS, Allocator
 from secateurs.calibration import region_weights
+from secateurs.cuts import CUTS, Cut
 from secateurs.goals import Goal, Propagate, check_goal
 from secateurs.patterns import PATTERNS, Pattern, Unstructured
 from secateurs.questions import QuestionSet, question_set, unknown_name
-from secateurs.solvers import SOLVERS, Solver
+from secateurs.solvers import CUT_SOLVERS, SOLVERS, Solver
 from secateurs.traces import apply_filters
 from secateurs.tune import Tune
 
@@ -257,10 +258,19 @@ class Recipe(_Table):
     def _sweepable(self) -> "Recipe":
         if self.sweep.sparsity and self.sweep.pattern:
             raise ValueError("sweep.sparsity and sweep.pattern both say what to remove; give one of them")
-        if self.sweep.sparsity and self.prune.pattern["name"] != "unstructured":
-            raise ValueError(
-                'sweep.sparsity needs prune.pattern.name = "unstructured"; an N:M pattern has one sparsity'
-            )
+        if self.sweep.sparsity and self.prune.pattern["name"] == "nm":
+            raise ValueError("sweep.sparsity needs a prune.pattern with a sparsity; an N:M pattern has only one")
+        for pattern, solver in product(self.patterns, self.solvers):
+            cut, name = isinstance(build_pattern(pattern), Cut), solver["name"]
+            if name not in (CUT_SOLVERS if cut else SOLVERS):
+                allowed = ", ".join(CUT_SOLVERS if cut else SOLVERS)
+                raise ValueError(
+                    f"solver `{name}` cannot solve for pattern `{pattern['name']}`; those that can: {allowed}"
+                )
+            if cut and (self.prune.targets or self.prune.ignore):
+                raise ValueError(
+                    f"pattern `{pattern['name']}` cuts every block alike: it takes no targets and no ignore"
+                )
         return self
 
     @property
@@ -305,14 +315,14 @@ def solver_label(spec: Mapping[str, Any]) -> str:
     return f"{spec['name']}({options})" if options else str(spec["name"])
 
 
-def build_pattern(spec: Mapping[str, Any]) -> Pattern:
-    """The pattern a table describes. ValueError for an unknown name, key or value."""
-    return _build("pattern", PATTERNS, spec)
+def build_pattern(spec: Mapping[str, Any]) -> Pattern | Cut:
+    """The pattern, or structured cut, a table describes. ValueError for an unknown name, key or value."""
+    return _build("pattern", PATTERNS | CUTS, spec)
 
 
 def build_solver(spec: Mapping[str, Any]) -> Solver:
     """The solver a table describes. ValueError for an unknown name, key or value."""
-    return _build("solver", SOLVERS, spec)
+    return _build("solver", SOLVERS | CUT_SOLVERS, spec)
 
 
 def build_allocator(spec: Mapping[str, Any]) -> Allocator:

@@ -41,6 +41,7 @@ from secateurs.calibration import (
 )
 from secateurs.checkpoint import Checkpoint
 from secateurs.collect import logits_of
+from secateurs.cuts import Cut, Depth
 from secateurs.engines import Completion, Engine, Request, Sampling, default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
@@ -69,7 +70,7 @@ from secateurs.recipe import (
 from secateurs.recipe import Sampling as SamplingOverrides
 from secateurs.report import TraceSummary
 from secateurs.rows import read_rows
-from secateurs.survey import survey
+from secateurs.survey import blocks_to_drop, survey
 from secateurs.traces import Trace, TraceStore, apply_filters
 
 CHECKED_TRACES = 8  # of a server's, before it is believed
@@ -444,14 +445,15 @@ def _calibrated_on(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> d
 
 def cell_folder(recipe: Recipe, out: Path, seed: int, traced: Traced, dense: Dense) -> Path:
     """Where a cell's model, blocks and answers are kept."""
-    plan = plan_of(recipe)
     key = canonical_hash(
         {
             **_calibrated_on(recipe, seed, traced, dense), "prune": recipe.prune.model_dump(),
-            "resolved": [repr(plan.solver), repr(build_allocator(recipe.prune.allocator))],  # defaults may change
+            "resolved": [  # defaults may change
+                repr(build_solver(recipe.prune.solver)), repr(build_allocator(recipe.prune.allocator))
+            ],
         }
     )[:12]  # fmt: skip
-    pattern = str(plan.pattern).replace("%", "pct").replace(":", "of").replace(" ", "-")
+    pattern = str(build_pattern(recipe.prune.pattern)).replace("%", "pct").replace(":", "of").replace(" ", "-")
     return out / "cells" / f"{arm_label(recipe.calibration.arm)}-{pattern}-s{seed}-{key}"
 
 
@@ -470,7 +472,7 @@ def solve_alike(
     plans = {}
     for folder, recipe in missing.items():
         patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
-        plans[folder / "blocks"] = replace(plan_of(recipe), patterns=patterns)
+        plans[folder / "blocks"] = replace(plan_of(recipe, dense), patterns=patterns)
     stage = f"prune {arm_label(recipes[0].calibration.arm)}, {len(missing)} models at once"
     where = _where(recipes[0], calibration, dense)
     work = _Work(calibration, plans, recipes[0].calibration.batch_tokens, where, out, stage)
@@ -499,8 +501,9 @@ def prune(
     clock = time.perf_counter()
     model, opened = dense.checkpoint.model, dense.checkpoint.opened
     patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
-    plan = replace(plan_of(recipe), patterns=patterns)
-    stage, where = f"prune {label} {plan.pattern}", _where(recipe, calibration, dense)
+    plan = replace(plan_of(recipe, dense), patterns=patterns)
+    pattern = build_pattern(pattern_spec)
+    stage, where = f"prune {label} {pattern}", _where(recipe, calibration, dense)
     work = _Work(calibration, {folder / "blocks": plan}, recipe.calibration.batch_tokens, where, folder, stage)
     results = dense.ranks.tell(work).do(dense, progress)
     seconds["prune"] = time.perf_counter() - clock
@@ -515,7 +518,7 @@ def prune(
     sparsity = sum(result.zeros for result in results) / sum(d_out * d_in for d_out, d_in in shapes)
     facts = {
         "arm": label,
-        "pattern": "unstructured" if pattern_spec["name"] == "unstructured" else str(plan.pattern),
+        "pattern": "unstructured" if pattern_spec["name"] == "unstructured" else str(pattern),
         "sparsity": pattern_spec.get("sparsity", sparsity),
         "solver": solver_label(recipe.prune.solver),
         "seed": seed,
@@ -534,6 +537,7 @@ def prune(
         },
         layers=layers,
         probe_ids=(calibration.held_out or calibration.documents)[0].ids[:64],
+        cut=isinstance(pattern, Cut),
     )  # fmt: skip
     seconds["export"] = time.perf_counter() - clock
     data = {**facts, "layers": layers, "hidden_error": hidden, "seconds": seconds}
@@ -599,7 +603,7 @@ def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int
     """What each process will hold that prunes a cell, for so many tokens, padding and held-out ones included."""
     return needs(
         dense.checkpoint.model,
-        plan_of(recipe),
+        plan_of(recipe, dense),
         recipe.prune.solver["name"],
         tokens=-(-tokens // dense.ranks.count),
         held_out_tokens=-(-held_out_tokens // dense.ranks.count),
@@ -608,15 +612,18 @@ def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int
     )
 
 
-def plan_of(recipe: Recipe) -> pruner.Plan:
-    """What the recipe says to do to the model, with one pattern for all matrices."""
+def plan_of(recipe: Recipe, dense: Dense) -> pruner.Plan:
+    """What the recipe says to do to the model, before anything is known of it but its shapes."""
+    pattern = build_pattern(recipe.prune.pattern)
+    patterns = pattern.patterns(dense.checkpoint.model) if isinstance(pattern, Cut) else {}
     return pruner.Plan(
-        pattern=build_pattern(recipe.prune.pattern),
+        pattern=next(iter(patterns.values())) if isinstance(pattern, Cut) else pattern,
+        patterns=patterns,
         solver=build_solver(recipe.prune.solver),
         propagate=recipe.prune.propagate,
         goal=recipe.prune.goal,
         tune=build_tune(recipe.prune.tune),
-        targets=tuple(recipe.prune.targets),
+        targets=tuple(patterns or recipe.prune.targets),
         ignore=tuple(recipe.prune.ignore),
     )
 
@@ -632,11 +639,14 @@ def allocate(
 ) -> dict[str, Pattern]:
     """The pattern of every matrix under the allocator's plan, with as many zeros as the uniform one; none for uniform.
 
-    What the allocator wants to know of the dense model is measured once and kept in out/surveys.
+    What the allocator, or a cut of blocks, wants to know of the dense model is measured once and kept in out/surveys.
     """
-    allocator, plan = build_allocator(recipe.prune.allocator), plan_of(recipe)
+    allocator, plan = build_allocator(recipe.prune.allocator), plan_of(recipe, dense)
+    cut = build_pattern(recipe.prune.pattern)
+    if isinstance(cut, Depth):
+        return _without_blocks(cut, recipe, out, seed, traced, dense, calibration, progress)
     if not allocator.needs_survey:
-        return {}
+        return dict(plan.patterns)
     label, sparsity = f"{arm_label(recipe.calibration.arm)} {plan.pattern}", recipe.prune.pattern["sparsity"]
     model, opened = dense.checkpoint.model, dense.checkpoint.opened
     selected = pruner.prunable(model, plan)
@@ -665,12 +675,39 @@ def allocate(
         )
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, [asdict(layer) for layer in layers])
-    zeros = sum(plan.pattern.num_zeros(*matrix.weight.shape) for block in selected for matrix in block)
+    zeros = sum(plan.pattern_of(matrix).num_zeros(*matrix.weight.shape) for block in selected for matrix in block)
     counts = allocator.allocate(layers, zeros)
     return {
         layer.name: Unstructured(Fraction(count, layer.size), "layer")
         for layer, count in zip(layers, counts, strict=True)
     }
+
+
+def _without_blocks(
+    cut: Depth,
+    recipe: Recipe,
+    out: Path,
+    seed: int,
+    traced: Traced,
+    dense: Dense,
+    calibration: CalibrationSet,
+    progress: Progress,
+) -> dict[str, Pattern]:
+    """Which blocks go, which a survey of the dense model says, as the patterns of every block's matrices."""
+    key = canonical_hash({**_calibrated_on(recipe, seed, traced, dense), "blocks": repr(cut)})[:12]
+    record = out / "surveys" / f"{key}.json"
+    if not record.exists():
+        stage = f"survey {arm_label(recipe.calibration.arm)} {cut}"
+        dropped = blocks_to_drop(
+            dense.model,
+            calibration,
+            cut,
+            progress=lambda done, total, what: progress(stage, done, total, "blocks"),
+        )
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"dropped": dropped})
+    found: Any = read_json(record)
+    return {**cut.patterns(dense.checkpoint.model, found["dropped"])}
 
 
 @dataclass(frozen=True)
@@ -723,10 +760,11 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
     """What a run will do, without doing it: sizes, tokens, memory. ValueError for what cannot work."""
     counts: dict[str, Any] = {}
     for cell in recipe.grid:
-        plan = plan_of(cell)
+        plan = plan_of(cell, dense)
         matrices = [matrix for block in pruner.prunable(dense.checkpoint.model, plan) for matrix in block]
         shapes = [tuple(matrix.weight.shape) for matrix in matrices]
-        counts[str(plan.pattern)] = sum(plan.pattern.num_zeros(*shape) for shape in shapes)
+        zeros = sum(plan.pattern_of(matrix).num_zeros(*matrix.weight.shape) for matrix in matrices)
+        counts[str(build_pattern(cell.prune.pattern))] = zeros
     if any(region_weights(arm).get("corpus") for arm in recipe.arms):
         next(corpus_texts(recipe, recipe.seeds[0]), None)  # says what is wrong with the file
     questions = build_questions(recipe.evaluate.questions or recipe.traces.questions)
@@ -771,13 +809,14 @@ def estimate(recipe: Recipe, dense: Dense, plan: dict[str, Any]) -> dict[str, fl
     clock = time.perf_counter()
     evaluate.reference_states(dense.checkpoint.model, [batch], dense.checkpoint.opened)
     forward = (time.perf_counter() - clock) / batch.tokens
-    plan_ = plan_of(recipe.grid[0])
+    plan_ = plan_of(recipe.grid[0], dense)
     matrices = [matrix for block in pruner.prunable(dense.model, plan_) for matrix in block]
-    weight = sorted((matrix.weight for matrix in matrices), key=lambda w: w.numel())[len(matrices) // 2]
+    median = sorted(matrices, key=lambda matrix: matrix.weight.numel())[len(matrices) // 2]
+    weight, pattern = median.weight, plan_.pattern_of(median)
     gram = Gram(torch.eye(weight.shape[1], device=weight.device), 1e6, 10**6)
     clock = time.perf_counter()
     for solver in recipe.solvers:
-        build_solver(solver).solve(LayerProblem(name="probe", weight=weight, gram=gram, pattern=plan_.pattern))
+        build_solver(solver).solve(LayerProblem(name="probe", weight=weight, gram=gram, pattern=pattern))
     solve = (time.perf_counter() - clock) * len(matrices) / len(recipe.solvers)
     tokens = recipe.calibration.num_tokens + recipe.calibration.held_out_tokens
     length = (recipe.evaluate.sampling or recipe.traces.sampling).max_new_tokens / 2

@@ -17,6 +17,7 @@ import torch
 from secateurs import evaluate
 from secateurs.artifacts import canonical_hash
 from secateurs.calibration import batches, region_weights, trace_document
+from secateurs.cuts import Cut
 from secateurs.export import verify
 from secateurs.leaks import overlap
 from secateurs.models import load_model
@@ -159,7 +160,8 @@ def _ask_dense(bench: _Bench, seed: int) -> _Seed:
 
 def _alike(grid: Sequence[Recipe]) -> list[list[Recipe]]:
     """Cells that are done by one process, one after the other: those that can share Grams, else each alone."""
-    if grid[0].prune.propagate != "dense" or grid[0].prune.tune.steps:
+    cut = any(isinstance(build_pattern(cell.prune.pattern), Cut) for cell in grid)
+    if cut or grid[0].prune.propagate != "dense" or grid[0].prune.tune.steps:
         return [[cell] for cell in grid]
     by_arm = sorted(grid, key=lambda cell: repr(cell.calibration.arm))
     return [list(cells) for _, cells in groupby(by_arm, key=lambda cell: repr(cell.calibration.arm))]

@@ -8,6 +8,7 @@ from secateurs.layer import LayerProblem, LayerSolution
 from secateurs.solvers.admm import ADMM
 from secateurs.solvers.alps import ALPS
 from secateurs.solvers.masking import Masking
+from secateurs.solvers.obs import OBS
 from secateurs.solvers.refit import Refit
 from secateurs.solvers.sparsegpt import SparseGPT
 from secateurs.solvers.swaps import Swaps
@@ -36,4 +37,9 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "alps": ALPS,
     "admm": ADMM,
     "admm+": partial(Swaps, base=ADMM(steps=40, levels=20)),
+}
+
+# Those that can choose whole inputs, for structured cuts.
+CUT_SOLVERS: dict[str, Callable[..., Solver]] = {"obs": OBS} | {
+    name: SOLVERS[name] for name in ("magnitude", "wanda", "wanda+refit")
 }

@@ -1,0 +1,200 @@
+"""Structured cuts: what goes as a whole, so that what is left is a smaller dense model, which is faster everywhere.
+
+A cut is carried out in two steps. The block loop prunes the matrices that write to the residual stream by whole inputs
+(`patterns.Columns`): an MLP's neurons go with columns of `down_proj`, heads with columns of `o_proj`, a block with all
+columns of both. Then `trim` writes a checkpoint without what nothing reads any more.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from secateurs.models import decoder_blocks
+from secateurs.patterns import Columns
+
+MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # of neurons; engines like the large ones
+ROUNDED_TO = 16  # parts of the neurons, at least, that a multiple leaves to choose from
+
+
+@runtime_checkable
+class Cut(Protocol):
+    """What is cut, as a fraction `sparsity` of the parameters in the matrices of the decoder blocks."""
+
+    sparsity: float
+
+    def patterns(self, model: PreTrainedModel) -> Mapping[str, Columns]:
+        """What stays of each matrix that is pruned, by name. ValueError for a model that cannot be cut so."""
+        ...
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A decoder of blocks with one attention and one MLP each, all of the same sizes."""
+
+    prefix: str
+    """The name of the list of blocks."""
+    blocks: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    d_model: int
+    d_ff: int
+    gates: int
+    """Matrices beside `down_proj` that have a row for each neuron: `up_proj`, and `gate_proj` if there is one."""
+
+    @property
+    def in_attention(self) -> int:
+        """Parameters of a block's q, k, v and o."""
+        return 2 * (self.heads + self.kv_heads) * self.head_dim * self.d_model
+
+    @property
+    def in_neuron(self) -> int:
+        """Parameters of one neuron."""
+        return (1 + self.gates) * self.d_model
+
+    @property
+    def in_block(self) -> int:
+        """Parameters of a block's matrices."""
+        return self.in_attention + self.d_ff * self.in_neuron
+
+    def writers(self, part: str) -> list[str]:
+        """The matrix of every block that ends its attention (`self_attn.o_proj`) or its MLP (`mlp.down_proj`)."""
+        return [f"{self.prefix}.{index}.{part}" for index in range(self.blocks)]
+
+
+def anatomy(model: PreTrainedModel) -> Anatomy:
+    """What a model is made of. ValueError for one that is not made as Llama, Mistral and Qwen are."""
+    prefix, blocks = decoder_blocks(model)
+    config: Any = model.config.get_text_config(decoder=True)
+    found = {_sizes(block, config) for block in blocks}
+    sizes = found.pop()
+    if found or sizes is None:
+        raise ValueError(
+            f"{type(model).__name__} cannot be cut: every block must have self_attn.q_proj, k_proj, v_proj, o_proj "
+            "and mlp.up_proj, down_proj of the same sizes; prune single weights instead"
+        )
+    return Anatomy(prefix, len(blocks), *sizes)
+
+
+def _sizes(block: nn.Module, config: Any) -> tuple[int, int, int, int, int, int] | None:
+    shapes = {name: tuple(p.shape) for name, p in block.named_parameters()}
+    attention = [shapes.get(f"self_attn.{part}_proj.weight") for part in "qkvo"]
+    up, gate, down = (shapes.get(f"mlp.{part}_proj.weight") for part in ("up", "gate", "down"))
+    if None in attention or up is None or down is None:
+        return None
+    q, k, v, o = attention
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    assert q and k and v and o
+    head_dim, d_model, d_ff = o[1] // heads, down[0], down[1]
+    rows = {heads * head_dim: q[0], kv_heads * head_dim: k[0]}
+    if k != v or any(wanted != there for wanted, there in rows.items()) or up != (d_ff, d_model):
+        return None
+    known = {f"self_attn.{part}_proj" for part in "qkvo"} | {f"mlp.{part}_proj" for part in ("up", "gate", "down")}
+    for name, shape in shapes.items():  # a norm over all heads, say, would have to be cut too
+        if name.rsplit(".", 1)[0] not in known and shape not in ((d_model,), (head_dim,)):
+            return None
+    return heads, kv_heads, head_dim, d_model, d_ff, 1 if gate is None else 2
+
+
+@dataclass(frozen=True)
+class Width:
+    """The same number of MLP neurons goes in every block, and of attention heads.
+
+    `attention` says what goes there: nothing; query heads, as many of each group that shares keys and values; or whole
+    groups with their keys and values, which makes the cache smaller too. Heads come first, as near below `sparsity` as
+    they can; neurons make up the rest, rounded to `multiple` (0: the largest power of two up to 256 that leaves sixteen
+    choices).
+    """
+
+    sparsity: float
+    attention: Literal["none", "heads", "kv_heads"] = "heads"
+    multiple: int = 0
+
+    def __post_init__(self):
+        _check_sparsity(self.sparsity)
+        if self.multiple < 0:
+            raise ValueError(f"multiple is {self.multiple}; it must be 1 or more, or 0 for one that suits the model")
+
+    def __str__(self) -> str:
+        what = {"none": " neurons", "heads": "", "kv_heads": " kv-heads"}[self.attention]
+        return f"width {100 * self.sparsity:.6g}%{what}"
+
+    def kept(self, body: Anatomy) -> tuple[int, int, int]:
+        """Query heads of each group of keys and values, such groups, and neurons. ValueError if nothing would stay."""
+        group, heads, kv_heads = body.heads // body.kv_heads, body.heads // body.kv_heads, body.kv_heads
+        removed = 0
+        if self.attention == "heads":
+            heads = group - int(self.sparsity * group)
+            removed = 2 * (group - heads) * body.kv_heads * body.head_dim * body.d_model
+        elif self.attention == "kv_heads":
+            kv_heads = body.kv_heads - int(self.sparsity * body.kv_heads)
+            removed = body.in_attention * (body.kv_heads - kv_heads) // body.kv_heads
+        multiple = self.multiple or next(m for m in MULTIPLES if m * ROUNDED_TO <= max(body.d_ff, ROUNDED_TO))
+        wanted = body.d_ff - (self.sparsity * body.in_block - removed) / body.in_neuron
+        neurons = min(round(wanted / multiple) * multiple, body.d_ff)
+        if neurons <= 0:
+            raise ValueError(
+                f"{self} would leave no neuron: {body.d_ff} of them have {body.d_ff * body.in_neuron:,} of a block's "
+                f"{body.in_block:,} parameters; ask for less, or cut attention too"
+            )
+        return heads, kv_heads, neurons
+
+    def patterns(self, model: PreTrainedModel) -> dict[str, Columns]:
+        """See `Cut.patterns`."""
+        body = anatomy(model)
+        heads, kv_heads, neurons = self.kept(body)
+        found = dict.fromkeys(body.writers("mlp.down_proj"), Columns(neurons))
+        if self.attention == "heads":
+            found |= dict.fromkeys(body.writers("self_attn.o_proj"), Columns(heads, body.head_dim, body.kv_heads))
+        elif self.attention == "kv_heads":
+            size = body.heads // body.kv_heads * body.head_dim
+            found |= dict.fromkeys(body.writers("self_attn.o_proj"), Columns(kv_heads, size))
+        return found
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Whole blocks go: round(`sparsity` x blocks), those whose absence changes the final hidden states least.
+
+    `score` says how that is found: "drop" leaves out one block after the other and takes the one that matters least,
+    then looks again; "angle" takes those that turn the residual stream least in the dense model (Men et al. 2024,
+    arXiv 2403.03853), in one pass.
+    """
+
+    sparsity: float
+    score: Literal["drop", "angle"] = "drop"
+
+    def __post_init__(self):
+        _check_sparsity(self.sparsity)
+
+    def __str__(self) -> str:
+        return f"depth {100 * self.sparsity:.6g}%" + ("" if self.score == "drop" else f" {self.score}")
+
+    def count(self, blocks: int) -> int:
+        """How many blocks go. ValueError if none would stay, or none would go."""
+        count = round(self.sparsity * blocks)
+        if not 0 < count < blocks and self.sparsity:
+            raise ValueError(f"{self} is {count} of {blocks} blocks; it must be 1 to {blocks - 1}")
+        return count
+
+    def patterns(self, model: PreTrainedModel, dropped: Sequence[int] | None = None) -> dict[str, Columns]:
+        """See `Cut.patterns`. Before it is known which blocks go, as if it were the last ones."""
+        body = anatomy(model)
+        count = self.count(body.blocks)
+        gone = set(range(body.blocks - count, body.blocks) if dropped is None else dropped)
+        found = {}
+        for part, size in (("self_attn.o_proj", body.heads * body.head_dim), ("mlp.down_proj", body.d_ff)):
+            for index, name in enumerate(body.writers(part)):
+                found[name] = Columns(0 if index in gone else 1, size)
+        return found
+
+
+CUTS: dict[str, type[Width] | type[Depth]] = {"width": Width, "depth": Depth}
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is {sparsity}, but it must be in [0, 1): the fraction of parameters that goes.")

@@ -1,0 +1,505 @@
+/*
+ * Matrix-vector products y[b][r] = scale[r] * sum_j W[r][j] * x[b][j] for a few vectors at a time, where reading W is
+ * the cost. A pruned W is stored packed: a bitmap of 64 columns per word (bit j % 64 of word j / 64 says that column j
+ * is kept), the kept weights alone, row after row in order of j, and the element of that buffer where each row starts.
+ * A kernel expands eight to sixty-four weights in registers, zeros in place, and multiplies them like dense ones.
+ *
+ * Weights are bfloat16 (taken as they are) or int8 (one float scale a row, applied to the finished sum). At one level
+ * the packed and the dense kernel run the same tile code and differ only in how they fetch weights, so their results
+ * are equal to the last bit. Each row and vector has its own accumulators, filled in order of j, so the result depends
+ * on neither the batch size nor the tile a row falls in nor the number of threads. Hence a dropped weight is still
+ * multiplied, as a zero: skipping it would be a different sum wherever a sum can be -0.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__) && !defined(__AARCH64EB__)
+#define NEON
+#include <arm_neon.h>
+#endif
+
+#if defined(__GNUC__) && !defined(_WIN32)
+#define EXPORT __attribute__((visibility("default")))
+#else
+#define EXPORT
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+enum { WORD = 64, HIGHEST_TILE = 8, WIDEST_TILE = 4 };
+enum level { PORTABLE, AVX2, AVX512, NEON_LEVEL, LEVELS };
+enum format { DENSE_BF16, PACKED_BF16, DENSE_INT8, PACKED_INT8, FORMATS };
+
+struct matrix {
+    enum format format;
+    int64_t rows, columns, words;
+    const void *weights; /* dense: all of them; packed: the kept ones */
+    const uint64_t *bits;
+    const int64_t *starts;
+    const float *scale;
+};
+
+/* Where the next weights of one row come from. */
+struct cursor {
+    const uint8_t *weights, *bits;
+};
+
+/* A tile multiplies `height` rows from `row` on with `width` vectors. x is packed by pack_vectors. */
+typedef void tile_function(const struct matrix *m, int64_t row, const float *x, float *y);
+
+INLINE int is_packed(enum format format) { return format == PACKED_BF16 || format == PACKED_INT8; }
+
+INLINE int is_int8(enum format format) { return format == DENSE_INT8 || format == PACKED_INT8; }
+
+INLINE int weight_size(enum format format) { return is_int8(format) ? 1 : 2; }
+
+INLINE struct cursor row_cursor(enum format format, const struct matrix *m, int64_t row) {
+    int64_t first = is_packed(format) ? m->starts[row] : row * m->columns;
+    const uint64_t *bits = is_packed(format) ? m->bits + row * m->words : NULL;
+    return (struct cursor){(const uint8_t *)m->weights + first * weight_size(format), (const uint8_t *)bits};
+}
+
+/* The last word of a dense row may end inside the next row or past the matrix: go on in a copy padded with zeros. */
+INLINE void pad_tail(enum format format, const struct matrix *m, struct cursor *cursor, uint8_t tail[2 * WORD]) {
+    memset(tail, 0, 2 * WORD);
+    memcpy(tail, cursor->weights, (size_t)(m->columns % WORD * weight_size(format)));
+    cursor->weights = tail;
+}
+
+INLINE int is_partial(enum format format, const struct matrix *m, int64_t word) {
+    return !is_packed(format) && word == m->columns / WORD;
+}
+
+INLINE void store(enum format format, const struct matrix *m, float *y, int64_t row, float sum) {
+    y[row] = is_int8(format) ? sum * m->scale[row] : sum;
+}
+
+/* Portable: 64 weights are expanded to floats in memory; both formats then share one multiplication loop. */
+
+enum { PORTABLE_LANES = 8 };
+
+static void portable_expand(enum format format, struct cursor *cursor, uint64_t kept, float weights[WORD]) {
+    for (int j = 0; j < WORD; j++) {
+        uint32_t pattern = 0;
+        weights[j] = 0;
+        if (is_packed(format) && !(kept >> j & 1)) continue;
+        if (is_int8(format)) {
+            weights[j] = (float)*(const int8_t *)cursor->weights;
+        } else {
+            uint16_t half;
+            memcpy(&half, cursor->weights, 2);
+            pattern = (uint32_t)half << 16;
+            memcpy(&weights[j], &pattern, 4);
+        }
+        cursor->weights += weight_size(format);
+    }
+}
+
+static void portable(const struct matrix *m, int64_t row, const float *x, float *y) {
+    struct cursor cursor = row_cursor(m->format, m, row);
+    float weights[WORD], sums[PORTABLE_LANES] = {0};
+    uint8_t tail[2 * WORD];
+    for (int64_t word = 0; word < m->words; word++, x += WORD) {
+        if (is_partial(m->format, m, word)) pad_tail(m->format, m, &cursor, tail);
+        uint64_t kept = is_packed(m->format) ? m->bits[row * m->words + word] : 0;
+        portable_expand(m->format, &cursor, kept, weights);
+        for (int j = 0; j < WORD; j += PORTABLE_LANES)
+            for (int lane = 0; lane < PORTABLE_LANES; lane++) sums[lane] += weights[j + lane] * x[j + lane];
+    }
+    float sum = 0;
+    for (int lane = 0; lane < PORTABLE_LANES; lane++) sum += sums[lane];
+    store(m->format, m, y, row, sum);
+}
+
+#if defined(__x86_64__) || defined(NEON)
+/* Byte shuffles that spread the leading weights of a vector over the set bits of a byte; DROP yields a zero. */
+
+enum { DROP = 0x80, BYTES = 256 };
+#ifdef NEON
+static uint8_t spread_bf16[BYTES][16] __attribute__((aligned(64)));
+static uint8_t counts[BYTES];
+#else
+static uint8_t spread_bf16[BYTES][32] __attribute__((aligned(64)));
+#endif
+static uint8_t spread_int8[BYTES + 1][8] __attribute__((aligned(64))); /* read 16 bytes at a time */
+
+static void __attribute__((constructor)) fill_tables(void) {
+    const int lane_size = sizeof spread_bf16[0] / 8; /* AVX2 fills the upper half of float lanes at once */
+    memset(spread_bf16, DROP, sizeof spread_bf16);
+    memset(spread_int8, DROP, sizeof spread_int8);
+    for (int byte = 0; byte < BYTES; byte++) {
+        uint8_t count = 0;
+        for (int bit = 0; bit < 8; bit++) {
+            if (!(byte >> bit & 1)) continue;
+            uint8_t *lane_end = spread_bf16[byte] + (bit + 1) * lane_size;
+            lane_end[-2] = (uint8_t)(2 * count);
+            lane_end[-1] = (uint8_t)(2 * count + 1);
+            spread_int8[byte][bit] = count++;
+        }
+#ifdef NEON
+        counts[byte] = count;
+#endif
+    }
+}
+
+INLINE void next_word(enum format format, struct cursor *cursor) {
+    if (is_packed(format)) cursor->bits += WORD / 8;
+    else cursor->weights += WORD * weight_size(format);
+}
+#endif
+
+#ifdef __x86_64__
+#define AVX2_CODE __attribute__((target("avx2,fma,popcnt")))
+
+#ifndef PREFETCH
+#define PREFETCH 1024
+#endif
+
+AVX2_CODE INLINE __m256 avx2_bf16(__m128i weights) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(weights), 16));
+}
+
+AVX2_CODE INLINE __m256 avx2_int8(__m128i weights) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(weights)); }
+
+AVX2_CODE INLINE __m256 avx2_fetch(enum format format, struct cursor *cursor, int group) {
+    const void *dense = cursor->weights + 8 * group * weight_size(format);
+    if (format == DENSE_BF16) return avx2_bf16(_mm_loadu_si128(dense));
+    if (format == DENSE_INT8) return avx2_int8(_mm_loadl_epi64(dense));
+    uint64_t byte = cursor->bits[group];
+    const void *kept = cursor->weights;
+    cursor->weights += weight_size(format) * __builtin_popcountll(byte);
+    if (format == PACKED_INT8) {
+        __m128i spread = _mm_loadu_si128((const void *)spread_int8[byte]);
+        return avx2_int8(_mm_shuffle_epi8(_mm_loadl_epi64(kept), spread));
+    }
+    __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(kept));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, _mm256_load_si256((const void *)spread_bf16[byte])));
+}
+
+AVX2_CODE INLINE float avx2_sum(__m256 lanes) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+AVX2_CODE INLINE void avx2(enum format format, int height, int width, const struct matrix *m, int64_t row,
+                           const float *x, float *y) {
+    struct cursor cursors[HIGHEST_TILE];
+    __m256 sums[HIGHEST_TILE][WIDEST_TILE];
+    uint8_t tails[HIGHEST_TILE][2 * WORD];
+    UNROLL for (int r = 0; r < height; r++) {
+        cursors[r] = row_cursor(format, m, row + r);
+        UNROLL for (int b = 0; b < width; b++) sums[r][b] = _mm256_setzero_ps();
+    }
+    for (int64_t word = 0; word < m->words; word++, x += WORD * width) {
+        if (is_partial(format, m, word))
+            UNROLL for (int r = 0; r < height; r++) pad_tail(format, m, &cursors[r], tails[r]);
+        UNROLL for (int group = 0; group < 8; group++) {
+            UNROLL for (int r = 0; r < height; r++) {
+                __m256 weights = avx2_fetch(format, &cursors[r], group);
+                UNROLL for (int b = 0; b < width; b++)
+                    sums[r][b] = _mm256_fmadd_ps(weights, _mm256_load_ps(x + 8 * (group * width + b)), sums[r][b]);
+            }
+        }
+        UNROLL for (int r = 0; r < height; r++) {
+            next_word(format, &cursors[r]);
+            if (PREFETCH && is_packed(format)) _mm_prefetch((const char *)cursors[r].weights + PREFETCH, _MM_HINT_T0);
+        }
+    }
+    UNROLL for (int r = 0; r < height; r++)
+        UNROLL for (int b = 0; b < width; b++) store(format, m, y + b * m->rows, row + r, avx2_sum(sums[r][b]));
+}
+
+#define AVX512_CODE __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")))
+
+AVX512_CODE INLINE __m512 avx512_int8(__m128i weights) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(weights)); }
+
+/* The weights of one word, as floats. A bf16 pair shares a 32-bit lane, so even and odd columns part, as x does. */
+AVX512_CODE INLINE void avx512_fetch(enum format format, struct cursor *cursor, __m512 weights[4]) {
+    uint64_t kept = ~0ull;
+    if (is_packed(format)) memcpy(&kept, cursor->bits, sizeof kept);
+    const uint8_t *from = cursor->weights;
+    if (is_int8(format)) {
+        __m512i all = _mm512_loadu_si512(from);
+        if (is_packed(format)) all = _mm512_maskz_expand_epi8(kept, all);
+        weights[0] = avx512_int8(_mm512_castsi512_si128(all));
+        weights[1] = avx512_int8(_mm512_extracti32x4_epi32(all, 1));
+        weights[2] = avx512_int8(_mm512_extracti32x4_epi32(all, 2));
+        weights[3] = avx512_int8(_mm512_extracti32x4_epi32(all, 3));
+    } else {
+        UNROLL for (int half = 0; half < 2; half++) {
+            __m512i pairs = _mm512_loadu_si512(from);
+            if (is_packed(format)) pairs = _mm512_maskz_expand_epi16((__mmask32)(kept >> 32 * half), pairs);
+            from += 2 * __builtin_popcountll((uint32_t)(kept >> 32 * half));
+            weights[2 * half] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+            weights[2 * half + 1] =
+                _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000u)));
+        }
+    }
+    if (is_packed(format)) cursor->weights += weight_size(format) * __builtin_popcountll(kept);
+}
+
+AVX512_CODE INLINE float avx512_sum(__m512 lanes) {
+    float lane[16], sum = 0;
+    _mm512_storeu_ps(lane, lanes);
+    for (int i = 0; i < 16; i++) sum += lane[i];
+    return sum;
+}
+
+AVX512_CODE INLINE void avx512(enum format format, int height, int width, const struct matrix *m, int64_t row,
+                               const float *x, float *y) {
+    struct cursor cursors[HIGHEST_TILE];
+    __m512 sums[HIGHEST_TILE][WIDEST_TILE], weights[4];
+    uint8_t tails[HIGHEST_TILE][2 * WORD];
+    UNROLL for (int r = 0; r < height; r++) {
+        cursors[r] = row_cursor(format, m, row + r);
+        UNROLL for (int b = 0; b < width; b++) sums[r][b] = _mm512_setzero_ps();
+    }
+    for (int64_t word = 0; word < m->words; word++, x += WORD * width) {
+        if (is_partial(format, m, word))
+            UNROLL for (int r = 0; r < height; r++) pad_tail(format, m, &cursors[r], tails[r]);
+        UNROLL for (int r = 0; r < height; r++) {
+            avx512_fetch(format, &cursors[r], weights);
+            next_word(format, &cursors[r]);
+            UNROLL for (int group = 0; group < 4; group++)
+                UNROLL for (int b = 0; b < width; b++)
+                    sums[r][b] = _mm512_fmadd_ps(weights[group], _mm512_load_ps(x + 16 * (group * width + b)),
+                                                 sums[r][b]);
+        }
+    }
+    UNROLL for (int r = 0; r < height; r++)
+        UNROLL for (int b = 0; b < width; b++) store(format, m, y + b * m->rows, row + r, avx512_sum(sums[r][b]));
+}
+#endif
+
+#ifdef NEON
+#define NEON_CODE
+
+INLINE void neon_bf16(uint16x8_t weights, float32x4_t out[2]) {
+    out[0] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(weights), 16));
+    out[1] = vreinterpretq_f32_u32(vshll_high_n_u16(weights, 16));
+}
+
+INLINE void neon_int8(int8x8_t weights, float32x4_t out[2]) {
+    int16x8_t wide = vmovl_s8(weights);
+    out[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+    out[1] = vcvtq_f32_s32(vmovl_high_s16(wide));
+}
+
+INLINE void neon_fetch(enum format format, struct cursor *cursor, int group, float32x4_t out[2]) {
+    const uint8_t *from = cursor->weights;
+    if (!is_packed(format)) {
+        from += 8 * group * weight_size(format);
+        if (is_int8(format)) neon_int8(vreinterpret_s8_u8(vld1_u8(from)), out);
+        else neon_bf16(vreinterpretq_u16_u8(vld1q_u8(from)), out);
+        return;
+    }
+    uint8_t byte = cursor->bits[group];
+    uint8x16_t kept = vld1q_u8(from);
+    cursor->weights += weight_size(format) * counts[byte];
+    if (is_int8(format)) neon_int8(vreinterpret_s8_u8(vqtbl1_u8(kept, vld1_u8(spread_int8[byte]))), out);
+    else neon_bf16(vreinterpretq_u16_u8(vqtbl1q_u8(kept, vld1q_u8(spread_bf16[byte]))), out);
+}
+
+INLINE void neon(enum format format, int height, int width, const struct matrix *m, int64_t row, const float *x,
+                 float *y) {
+    struct cursor cursors[HIGHEST_TILE];
+    float32x4_t sums[HIGHEST_TILE][WIDEST_TILE][2], weights[2];
+    uint8_t tails[HIGHEST_TILE][2 * WORD];
+    UNROLL for (int r = 0; r < height; r++) {
+        cursors[r] = row_cursor(format, m, row + r);
+        UNROLL for (int b = 0; b < width; b++) sums[r][b][0] = sums[r][b][1] = vdupq_n_f32(0);
+    }
+    for (int64_t word = 0; word < m->words; word++, x += WORD * width) {
+        if (is_partial(format, m, word))
+            UNROLL for (int r = 0; r < height; r++) pad_tail(format, m, &cursors[r], tails[r]);
+        UNROLL for (int group = 0; group < 8; group++) {
+            UNROLL for (int r = 0; r < height; r++) {
+                neon_fetch(format, &cursors[r], group, weights);
+                UNROLL for (int b = 0; b < width; b++) {
+                    const float *from = x + 8 * (group * width + b);
+                    sums[r][b][0] = vfmaq_f32(sums[r][b][0], weights[0], vld1q_f32(from));
+                    sums[r][b][1] = vfmaq_f32(sums[r][b][1], weights[1], vld1q_f32(from + 4));
+                }
+            }
+        }
+        UNROLL for (int r = 0; r < height; r++) next_word(format, &cursors[r]);
+    }
+    UNROLL for (int r = 0; r < height; r++)
+        UNROLL for (int b = 0; b < width; b++)
+            store(format, m, y + b * m->rows, row + r, vaddvq_f32(vaddq_f32(sums[r][b][0], sums[r][b][1])));
+}
+#endif
+
+/* The tiles of one format: for 1, 2 and 4 vectors, how many rows a tile takes, that tile, and one for leftover rows. */
+struct tile {
+    int height;
+    tile_function *many, *one;
+};
+
+#define TILE(code, level, format, height, width)                                                                  \
+    code static void level##_##format##_##height##x##width(const struct matrix *m, int64_t row, const float *x,   \
+                                                            float *y) {                                           \
+        level(format, height, width, m, row, x, y);                                                               \
+    }
+#define TILES(code, level, format, high, middle, low)                                                             \
+    TILE(code, level, format, high, 1)                                                                            \
+    TILE(code, level, format, middle, 2)                                                                          \
+    TILE(code, level, format, low, 4)                                                                             \
+    TILE(code, level, format, 1, 1)                                                                               \
+    TILE(code, level, format, 1, 2)                                                                               \
+    TILE(code, level, format, 1, 4)                                                                               \
+    static const struct tile level##_##format[] = {                                                               \
+        {high, level##_##format##_##high##x1, level##_##format##_1x1},                                            \
+        {middle, level##_##format##_##middle##x2, level##_##format##_1x2},                                        \
+        {low, level##_##format##_##low##x4, level##_##format##_1x4},                                              \
+    };
+
+#define ALL_FORMATS(level) {level##_DENSE_BF16, level##_PACKED_BF16, level##_DENSE_INT8, level##_PACKED_INT8}
+
+struct kernels {
+    int lanes, widest;
+    const struct tile *tiles[FORMATS];
+};
+
+static const struct tile portable_tile = {1, portable, portable};
+
+#ifdef __x86_64__
+TILES(AVX2_CODE, avx2, DENSE_BF16, 4, 4, 2)
+TILES(AVX2_CODE, avx2, PACKED_BF16, 4, 4, 2)
+TILES(AVX2_CODE, avx2, DENSE_INT8, 4, 4, 2)
+TILES(AVX2_CODE, avx2, PACKED_INT8, 4, 4, 2)
+TILES(AVX512_CODE, avx512, DENSE_BF16, 8, 4, 4)
+TILES(AVX512_CODE, avx512, PACKED_BF16, 8, 4, 4)
+TILES(AVX512_CODE, avx512, DENSE_INT8, 8, 4, 4)
+TILES(AVX512_CODE, avx512, PACKED_INT8, 8, 4, 4)
+#endif
+#ifdef NEON
+TILES(NEON_CODE, neon, DENSE_BF16, 4, 4, 2)
+TILES(NEON_CODE, neon, PACKED_BF16, 4, 4, 2)
+TILES(NEON_CODE, neon, DENSE_INT8, 4, 4, 2)
+TILES(NEON_CODE, neon, PACKED_INT8, 4, 4, 2)
+#endif
+
+static const struct kernels kernels[LEVELS] = {
+    [PORTABLE] = {PORTABLE_LANES, 1, {&portable_tile, &portable_tile, &portable_tile, &portable_tile}},
+#ifdef __x86_64__
+    [AVX2] = {8, 4, ALL_FORMATS(avx2)},
+    [AVX512] = {16, 4, ALL_FORMATS(avx512)},
+#endif
+#ifdef NEON
+    [NEON_LEVEL] = {8, 4, ALL_FORMATS(neon)},
+#endif
+};
+
+static int64_t block_width(const struct kernels *k, int64_t vectors) {
+    int64_t width = 1;
+    while (2 * width <= k->widest && 2 * width <= vectors) width *= 2;
+    return width;
+}
+
+/* Order x as the tiles read it, lane groups of the vectors of a block in turn, and pad it with zeros to whole words. */
+static void pack_vectors(const struct kernels *k, const struct matrix *m, int apart, const float *x, int64_t batch,
+                         float *packed) {
+    const int lanes = k->lanes;
+    for (int64_t done = 0, width; done < batch; done += width, packed += width * m->words * WORD) {
+        width = block_width(k, batch - done);
+        for (int64_t b = 0; b < width; b++, x += m->columns)
+            for (int64_t group = 0; group < m->words * WORD / lanes; group++)
+                for (int lane = 0; lane < lanes; lane++) {
+                    int64_t column = group * lanes + lane;
+                    if (apart) column = group / 2 * 2 * lanes + 2 * lane + group % 2;
+                    packed[(group * width + b) * lanes + lane] = column < m->columns ? x[column] : 0;
+                }
+    }
+}
+
+static void multiply_rows(const struct kernels *k, const struct matrix *m, int64_t row, int64_t end, const float *x,
+                          float *y, int64_t batch) {
+    for (int64_t done = 0, width; done < batch; done += width) {
+        width = block_width(k, batch - done);
+        const struct tile tile = k->tiles[m->format][width / 2];
+        const float *block = x + done * m->words * WORD;
+        int64_t r = row;
+        for (; r + tile.height <= end; r += tile.height) tile.many(m, r, block, y + done * m->rows);
+        for (; r < end; r++) tile.one(m, r, block, y + done * m->rows);
+    }
+}
+
+static void multiply(int level, int threads, struct matrix m, const float *x, float *y, int64_t batch) {
+    const struct kernels *k = &kernels[level > 0 && level < LEVELS && kernels[level].lanes ? level : PORTABLE];
+    m.words = (m.columns + WORD - 1) / WORD;
+    void *memory = malloc((size_t)(batch * m.words * WORD) * sizeof(float) + WORD);
+    if (!memory) {
+        memset(y, 0xff, (size_t)(batch * m.rows) * sizeof(float)); /* NaN: without an error code, be seen */
+        return;
+    }
+    float *packed = (float *)(((uintptr_t)memory + WORD - 1) / WORD * WORD);
+    pack_vectors(k, &m, level == AVX512 && !is_int8(m.format), x, batch, packed);
+    const int64_t blocks = (m.rows + HIGHEST_TILE - 1) / HIGHEST_TILE;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#endif
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t row = block * HIGHEST_TILE, left = m.rows - row;
+        multiply_rows(k, &m, row, row + (left < HIGHEST_TILE ? left : HIGHEST_TILE), packed, y, batch);
+    }
+    free(memory);
+}
+
+/* The highest level this processor can run; the functions below take it or a lower one that it supports. */
+EXPORT int secateurs_level(void) {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2"))
+        return AVX512;
+    if (avx2) return AVX2;
+#endif
+#ifdef NEON
+    return NEON_LEVEL;
+#endif
+    return PORTABLE;
+}
+
+EXPORT const char *secateurs_level_name(int level) {
+    static const char *const names[LEVELS] = {"portable", "avx2", "avx512", "neon"};
+    return level >= 0 && level < LEVELS ? names[level] : "unknown";
+}
+
+EXPORT int secateurs_has_threads(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+EXPORT void secateurs_dense_bf16(int level, int threads, const uint16_t *w, const float *x, float *y, int64_t batch,
+                                 int64_t rows, int64_t d_in) {
+    struct matrix m = {.format = DENSE_BF16, .rows = rows, .columns = d_in, .weights = w};
+    multiply(level, threads, m, x, y, batch);
+}
+
+EXPORT void secateurs_packed_bf16(int level, int threads, const uint64_t *bits, const uint16_t *values,
+                                  const int64_t *starts, const float *x, float *y, int64_t batch, int64_t rows,
+                                  int64_t d_in) {
+    struct matrix m = {PACKED_BF16, rows, d_in, 0, values, bits, starts, NULL};
+    multiply(level, threads, m, x, y, batch);
+}
+
+EXPORT void secateurs_dense_int8(int level, int threads, const int8_t *w, const float *scale, const float *x, float *y,
+                                 int64_t batch, int64_t rows, int64_t d_in) {
+    struct matrix m = {.format = DENSE_INT8, .rows = rows, .columns = d_in, .weights = w, .scale = scale};
+    multiply(level, threads, m, x, y, batch);
+}
+
+EXPORT void secateurs_packed_int8(int level, int threads, const uint64_t *bits, const int8_t *values,
+                                  const int64_t *starts, const float *scale, const float *x, float *y, int64_t batch,
+                                  int64_t rows, int64_t d_in) {
+    struct matrix m = {PACKED_INT8, rows, d_in, 0, values, bits, starts, scale};
+    multiply(level, threads, m, x, y, batch);
+}

@@ -1,0 +1,139 @@
+"""A checkpoint written without what a cut left unread: smaller matrices, fewer blocks, a configuration to match."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from secateurs.checkpoint import INDEX, SINGLE, Checkpoint
+from secateurs.cuts import Anatomy, anatomy
+
+SHARD = 2 * 10**9  # bytes of a file, about
+
+
+class Trimmer:
+    """Writes the folder of a checkpoint whose blocks were pruned by whole inputs, block by block.
+
+    What may go is seen from the weights: neurons that `down_proj` does not read, heads that `o_proj` does not, blocks
+    that add nothing to the residual stream. Every block that stays keeps the same number of each.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
+        self.checkpoint, self.folder = checkpoint, folder
+        self.body: Anatomy = anatomy(checkpoint.model)
+        self.blocks: list[int] = []
+        """Those that stayed."""
+        self.sizes: dict[str, int] = {}
+        self._shard: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+
+    def write_block(self, index: int) -> None:
+        """Trim and write block `index`, while it is open with its pruned weights; nothing if it adds nothing.
+
+        ValueError if it does not keep as much as the blocks before it, or heads that no engine could group.
+        """
+        weights = self.checkpoint.block_weights(index)
+        o, down = (self._of(weights, index, part) for part in ("self_attn.o_proj.weight", "mlp.down_proj.weight"))
+        if not bool(o.any()) and not bool(down.any()):
+            return
+        neurons = down.any(0).nonzero().squeeze(-1)
+        heads, kv_heads = self._heads(index, o.any(0).view(self.body.heads, -1).any(1))
+        sizes = {
+            "intermediate_size": len(neurons), "num_attention_heads": len(heads), "num_key_value_heads": len(kv_heads)
+        }  # fmt: skip
+        self.sizes = self.sizes or sizes
+        if sizes != self.sizes:
+            raise ValueError(f"block {index} keeps {sizes}, but those before it {self.sizes}; engines take one size")
+        queries, keys = (_rows(heads, self.body.head_dim), _rows(kv_heads, self.body.head_dim))
+        smaller: dict[str, Callable[[Tensor], Tensor]] = {
+            "self_attn.q_proj": lambda w: w[queries], "self_attn.k_proj": lambda w: w[keys],
+            "self_attn.v_proj": lambda w: w[keys], "self_attn.o_proj.weight": lambda w: w[:, queries],
+            "mlp.gate_proj": lambda w: w[neurons], "mlp.up_proj": lambda w: w[neurons],
+            "mlp.down_proj.weight": lambda w: w[:, neurons],
+        }  # fmt: skip
+        place = self.body.prefix.rsplit(".", 1)[-1]  # the key may lack what stands before it
+        for key, tensor in weights.items():
+            old, part = f"{place}.{index}.", key.split(f"{place}.{index}.", 1)[1]
+            cut = next((smaller[name] for name in smaller if part.startswith(name)), lambda w: w)
+            self._add(key.replace(old, f"{place}.{len(self.blocks)}.", 1), cut(tensor).contiguous())
+        self.blocks.append(index)
+
+    def close(self) -> dict[str, Any]:
+        """Write what lies around the blocks, the index and the configuration; returns what was cut, for the record."""
+        checkpoint, places = self.checkpoint, self.checkpoint.places
+        for key, name in checkpoint.names.items():
+            if not name.startswith(f"{checkpoint.prefix}."):
+                with safe_open(checkpoint.folder / places[key].file, framework="pt") as file:
+                    self._add(key, file.get_tensor(key))
+        self._flush()
+        self._name_shards()
+        before: dict[str, Any] = json.loads((checkpoint.folder / "config.json").read_text())
+        config = self._config(dict(before))
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2))
+        for file in ("generation_config.json", *(file.name for file in checkpoint.folder.glob("*.py"))):
+            if (checkpoint.folder / file).exists():
+                shutil.copyfile(checkpoint.folder / file, self.folder / file)
+        body = self.body
+        was = {
+            "intermediate_size": body.d_ff, "num_attention_heads": body.heads, "num_key_value_heads": body.kv_heads,
+            "num_hidden_layers": body.blocks,
+        }  # fmt: skip
+        return {"was": was, "is": self.sizes | {"num_hidden_layers": len(self.blocks)}, "blocks": self.blocks}
+
+    def _name_shards(self) -> None:
+        """Their final names, and an index if there are several."""
+        count = len(self._shards)
+        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        names = [SINGLE] if count == 1 else names
+        for number, name in enumerate(names):
+            (self.folder / f"shard-{number}").rename(self.folder / name)
+            (self.folder / name).chmod(0o644)
+        if count > 1:
+            where = {key: name for name, keys in zip(names, self._shards, strict=True) for key in keys}
+            size = sum((self.folder / name).stat().st_size for name in names)
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2))
+
+    def _config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The configuration of what is left; `head_dim` is spelled out, as heads no longer share out the width."""
+        config |= self.sizes | {"num_hidden_layers": len(self.blocks), "head_dim": self.body.head_dim}
+        for key in ("layer_types", "mlp_layer_types"):
+            if isinstance(config.get(key), list):
+                config[key] = [config[key][index] for index in self.blocks]
+        if isinstance(config.get("max_window_layers"), int):  # blocks below it attend to everything
+            config["max_window_layers"] = sum(index < config["max_window_layers"] for index in self.blocks)
+        return config
+
+    def _of(self, weights: dict[str, Tensor], index: int, part: str) -> Tensor:
+        return next(tensor for key, tensor in weights.items() if key.endswith(f".{index}.{part}"))
+
+    def _heads(self, index: int, read: Tensor) -> tuple[Tensor, Tensor]:
+        """The heads that stay, and the groups of keys and values: those of which a head stays, each with as many."""
+        by_group = read.view(self.body.kv_heads, -1)
+        groups = by_group.any(1).nonzero().squeeze(-1)
+        counts = by_group[groups].sum(1)
+        if not len(groups) or bool((counts != counts[0]).any()):
+            raise ValueError(f"block {index}: heads of a group that stay, by group: {by_group.sum(1).tolist()}")
+        return read.nonzero().squeeze(-1), groups
+
+    def _add(self, key: str, tensor: Tensor) -> None:
+        self._shard[key] = tensor
+        if sum(one.nbytes for one in self._shard.values()) >= SHARD:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._shard:
+            save_file(self._shard, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+            self._shards.append(list(self._shard))
+            self._shard = {}
+
+
+def _rows(groups: Tensor, size: int) -> Tensor:
+    """The places of all members of some groups."""
+    return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()

@@ -1,0 +1,226 @@
+"""Structured cuts: the right parts go, what stays makes up for them, and the smaller model is the masked one."""
+
+import json
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+
+from families import FAMILIES, SMALL, make_model
+from secateurs import pruner, trim
+from secateurs.calibration import Batch
+from secateurs.checkpoint import Checkpoint
+from secateurs.collect import Shell
+from secateurs.cuts import Depth, Width, anatomy
+from secateurs.export import PROBE_FILE
+from secateurs.linalg import masked_refit
+from secateurs.models import load_model
+from secateurs.patterns import Columns, stack
+from secateurs.solvers import CUT_SOLVERS
+from secateurs.solvers.obs import OBS
+from secateurs.survey import blocks_to_drop
+from test_checkpoint import Tokenizer, exported
+from test_pruner import CALIBRATION, PLAN
+from test_solvers import correlated, error, gram_of, problem
+
+CAN_BE_CUT = ["qwen2", "qwen3", "llama", "mistral", "gemma3"]
+PATTERNS = [Columns(34), Columns(0), Columns(68), Columns(7, 4), Columns(2, 4, 2), Columns(1, 34, 2)]
+
+
+def plan_of(cut, model, **changes) -> pruner.Plan:
+    patterns = cut.patterns(model)
+    return replace(PLAN, solver=OBS(), patterns=patterns, targets=tuple(patterns), **changes)
+
+
+@pytest.mark.parametrize("name", CUT_SOLVERS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_whole_inputs_go_as_many_as_asked_of_every_run(name, pattern):
+    p = problem(pattern, d_in=68 if pattern.runs == 1 else 136)
+    solution = CUT_SOLVERS[name]().solve(p)
+    columns = solution.mask.any(0)
+    assert torch.equal(solution.mask, columns.expand(solution.mask.shape))
+    assert torch.equal(solution.weight != 0, solution.mask) and solution.mask.is_contiguous()
+    groups = columns.view(pattern.runs, -1, pattern.size)
+    assert torch.equal(groups.any(2), groups.all(2)) and (groups.any(2).sum(1) == pattern.keep).all()
+    assert (~solution.mask).sum() == pattern.num_zeros(*p.weight.shape)
+
+
+@pytest.mark.parametrize("pattern", [Columns(34), Columns(9, 4)], ids=repr)
+def test_what_stays_makes_up_for_what_goes(pattern):
+    ways = ("obs", "wanda+refit", "wanda", "magnitude")
+    errors = {name: [] for name in ways}
+    for seed in range(6):
+        p = problem(pattern, seed=seed)
+        for name in ways:
+            errors[name].append(error(CUT_SOLVERS[name]().solve(p), p))
+    obs, refit, wanda, magnitude = (sum(errors[name]) for name in ways)
+    assert obs < 0.97 * refit and refit < 0.6 * wanda and wanda < magnitude
+
+
+def test_the_weights_that_stay_are_the_best_there_are():
+    p = problem(Columns(30))
+    solution = OBS(damp=1e-6).solve(p)
+    torch.testing.assert_close(
+        solution.weight, masked_refit(p.goal, p.gram.xtx, solution.mask).float(), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_obs_is_near_the_best_choice_of_inputs():
+    found, best = 0.0, 0.0
+    for seed in range(8):
+        p = problem(Columns(5), d_in=10, tokens=200, seed=seed)
+        found += error(OBS(damp=1e-6).solve(p), p)
+        candidates = []
+        for kept in combinations(range(10), 5):
+            mask = torch.zeros_like(p.weight, dtype=torch.bool)
+            mask[:, list(kept)] = True
+            weight = masked_refit(p.goal, p.gram.xtx, mask).float()
+            candidates.append(error(replace(OBS().solve(p), weight=weight, mask=mask), p))
+        best += min(candidates)
+    assert best <= found < 1.1 * best
+
+
+def test_twins_do_not_both_go():
+    """Two inputs that say the same are worth one: whichever goes, the other is worth twice as much then."""
+    generator = torch.Generator().manual_seed(0)
+    x = correlated(400, 20, generator)
+    x[:, 1] = x[:, 0] = 3 * x[:, 0]
+    p = problem(Columns(10), weight=torch.randn(12, 20, generator=generator), gram=gram_of(x))
+    kept = OBS().solve(p).mask.any(0)
+    assert kept[:2].sum() == 1
+
+
+def test_dead_inputs_go_first_and_targets_are_aimed_at():
+    generator = torch.Generator().manual_seed(0)
+    x = correlated(400, 20, generator)
+    x[:, 5:10] = 0
+    p = problem(Columns(14), weight=torch.randn(12, 20, generator=generator), gram=gram_of(x))
+    kept = OBS().solve(p).mask.any(0)
+    assert kept[5:10].sum() == 0 and kept.sum() == 14
+    aimed = replace(p, target=2 * p.weight)
+    torch.testing.assert_close(OBS().solve(aimed).weight, 2 * OBS().solve(p).weight, rtol=1e-4, atol=1e-4)
+
+
+def test_columns_say_what_they_cannot_do():
+    with pytest.raises(ValueError, match="are chosen among all inputs, not column by column"):
+        Columns(4).block_mask(torch.rand(2, 8), 0)
+    with pytest.raises(ValueError, match=r"8 inputs are not 3 equal runs with at least 1 groups of 1"):
+        Columns(1, 1, 3).check(2, 8)
+    with pytest.raises(ValueError, match="keep must be 0 or more"):
+        Columns(-1)
+    with pytest.raises(ValueError, match="obs removes whole inputs, which 50% does not"):
+        OBS().solve(problem(PLAN.pattern))
+    assert stack([Columns(4), Columns(4)], [2, 2]) is None
+
+
+def test_widths_add_up_to_the_parameters_that_were_asked_for():
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**(SMALL | {"intermediate_size": 512, "num_attention_heads": 8})))
+    body = anatomy(model)
+    assert body.in_block == sum(p.numel() for p in model.model.layers[0].parameters() if p.dim() == 2)
+    for sparsity in (0.0, 0.1, 0.25, 0.5, 0.6):
+        for attention in ("none", "heads", "kv_heads"):
+            heads, kv_heads, neurons = Width(sparsity, attention, multiple=4).kept(body)
+            left = 2 * kv_heads * (heads + 1) * body.head_dim * body.d_model + neurons * body.in_neuron
+            assert abs(1 - left / body.in_block - sparsity) <= 2 * body.in_neuron / body.in_block
+            assert neurons % 4 == 0 and 0 < heads <= 4 and 0 < kv_heads <= 2
+    assert Width(0.25).kept(body) == (3, 2, 384) and Width(0.5, "kv_heads").kept(body) == (4, 1, 256)
+    with pytest.raises(ValueError, match=r"width 97% neurons would leave no neuron: 512 of them have .* of a block's"):
+        Width(0.97, "none").kept(body)
+    with pytest.raises(ValueError, match=r"depth 10% is 0 of 2 blocks; it must be 1 to 1"):
+        Depth(0.1).count(2)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in CAN_BE_CUT])
+def test_other_models_are_refused(family):
+    with pytest.raises(ValueError, match="cannot be cut: every block must have self_attn.q_proj"):
+        Width(0.5).patterns(make_model(family))
+
+
+CUTS = {
+    "heads": (Width(0.5, multiple=4), {"intermediate_size": 20, "num_attention_heads": 2}),
+    "neurons": (Width(0.25, "none", multiple=4), {"intermediate_size": 28}),
+    "kv heads": (Width(0.5, "kv_heads", multiple=4), {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    "blocks": (Depth(0.5), {"num_hidden_layers": 1}),
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"propagate": "group", "goal": "residual"}], ids=["own", "residual"])
+@pytest.mark.parametrize("kind", CUTS)
+@pytest.mark.parametrize("family", CAN_BE_CUT)
+def test_the_smaller_model_is_the_masked_one(family, kind, changes, tmp_path, monkeypatch):
+    monkeypatch.setattr(trim, "SHARD", 30_000)
+    cut, sizes = CUTS[kind]
+    make_model(family).save_pretrained(tmp_path / "dense")
+    checkpoint = Checkpoint(str(tmp_path / "dense"))
+    plan = plan_of(cut, checkpoint.model, **changes)
+    exported(checkpoint, Tokenizer(), plan, tmp_path / "out", cut=True)
+    smaller, probe = load_model(str(tmp_path / "out")), load_file(tmp_path / "out" / PROBE_FILE)
+    torch.testing.assert_close(smaller(input_ids=probe["ids"]).logits, probe["logits"], rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert all(config[key] == value for key, value in sizes.items()) and config["head_dim"] == 8
+    assert len(config.get("layer_types", [0] * config["num_hidden_layers"])) == config["num_hidden_layers"]
+    wanted = sum(p.numel() for p in type(smaller)(smaller.config).parameters())
+    assert sum(p.numel() for p in smaller.parameters()) == wanted
+    side = json.loads((tmp_path / "out" / "secateurs.json").read_text())
+    assert side["cut"]["is"].items() >= sizes.items() and side["cut"]["was"]["num_hidden_layers"] == 2
+    dense = sum(p.numel() for p in make_model(family).parameters())
+    assert sum(p.numel() for p in smaller.parameters()) < dense
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+
+
+def test_blocks_of_different_sizes_are_refused(tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    checkpoint = Checkpoint(str(tmp_path / "dense"))
+    plan = plan_of(Width(0.25, "none", multiple=4), checkpoint.model)
+    uneven = dict(plan.patterns) | {"model.layers.1.mlp.down_proj": Columns(8)}
+    with pytest.raises(ValueError, match="block 1 keeps .*'intermediate_size': 8.* but those before it"):
+        exported(checkpoint, Tokenizer(), replace(plan, patterns=uneven), tmp_path / "out", cut=True)
+    assert not (tmp_path / "out").exists()
+    lopsided = {"model.layers.0.self_attn.o_proj": Columns(3, 8), "model.layers.1.self_attn.o_proj": Columns(3, 8)}
+    with pytest.raises(ValueError, match=r"block 0: heads of a group that stay, by group: \["):
+        plan = replace(plan, patterns=lopsided, targets=tuple(lopsided))
+        exported(Checkpoint(str(tmp_path / "dense")), Tokenizer(), plan, tmp_path / "again" / "out", cut=True)
+
+
+def deep(idle: int):
+    """A model of four blocks, one of which adds next to nothing to the residual stream."""
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**(SMALL | {"num_hidden_layers": 4}))).eval()
+    with torch.no_grad():
+        for part in (model.model.layers[idle].self_attn.o_proj, model.model.layers[idle].mlp.down_proj):
+            part.weight *= 1e-3
+    return model
+
+
+@pytest.mark.parametrize("score", ["drop", "angle"])
+@pytest.mark.parametrize("idle", [0, 2, 3])
+def test_a_block_that_does_nothing_goes_first(score, idle):
+    assert blocks_to_drop(deep(idle), CALIBRATION, Depth(0.25, score)) == [idle]
+
+
+def test_each_block_that_goes_is_the_one_that_matters_least_then():
+    model, heard = deep(1), []
+    found = blocks_to_drop(
+        model, CALIBRATION, Depth(0.5), progress=lambda done, total, what: heard.append((done, total))
+    )
+    assert heard[-1] == (7, 7) and 1 in found and len(found) == 2
+    batch = Batch(*(torch.tensor([part]) for part in (CALIBRATION.documents[0].ids, [1] * 10**3)))
+    batch = Batch(batch.ids, batch.regions[:, : batch.ids.shape[1]])
+    shell = Shell(model)
+
+    def final(without):
+        hidden = shell.enter(batch)
+        for index, block in enumerate(model.model.layers):
+            if index not in without:
+                args, kwargs = shell.call(batch, index)
+                out = block(hidden, *args, **kwargs)
+                hidden = out[0] if isinstance(out, tuple) else out
+        return shell.leave(batch, hidden)
+
+    with torch.no_grad():
+        lost = {second: (final({1, second}) - final(set())).norm() for second in (0, 2, 3)}
+    (second,) = set(found) - {1}
+    assert lost[second] < 1.5 * min(lost.values())
