@@ -10,7 +10,8 @@ import transformers as tf
 from safetensors.torch import load_file
 
 from families import FAMILIES, SMALL, make_model
-from secateurs import pruner, trim
+from secateurs import checkpoint as checkpoint_file
+from secateurs import pruner
 from secateurs.calibration import Batch
 from secateurs.checkpoint import Checkpoint
 from secateurs.collect import Shell
@@ -151,7 +152,7 @@ CUTS = {
 @pytest.mark.parametrize("kind", CUTS)
 @pytest.mark.parametrize("family", CAN_BE_CUT)
 def test_the_smaller_model_is_the_masked_one(family, kind, changes, tmp_path, monkeypatch):
-    monkeypatch.setattr(trim, "SHARD", 30_000)
+    monkeypatch.setattr(checkpoint_file, "SHARD", 30_000)
     cut, sizes = CUTS[kind]
     make_model(family).save_pretrained(tmp_path / "dense")
     checkpoint = Checkpoint(str(tmp_path / "dense"))

@@ -98,7 +98,8 @@ def test_mixtures_nm_and_the_other_solvers_run_too(tmp_path, monkeypatch):
 def test_cuts_leave_smaller_models_that_answer(tmp_path, monkeypatch, capsys):
     cuts = "[{name='width', sparsity=0.3}, {name='depth', sparsity=0.25}]"
     sets = [
-        "sweep.arm=['rac']", "sweep.sparsity=[]", "sweep.seed=[0]", "prune.solver.name='obs'", "calibration.num_tokens=600",
+        "sweep.arm=['rac']", "sweep.sparsity=[]", "sweep.seed=[0]", "prune.solver.name='obs'",
+        "calibration.num_tokens=600",
         "calibration.held_out_tokens=200", "evaluate.num_questions=2", f"sweep.pattern={cuts}",
     ]  # fmt: skip
     words = arguments("run", "demo", "--out", str(tmp_path / "out"), sets=sets)

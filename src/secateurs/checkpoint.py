@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -34,6 +35,7 @@ from secateurs.models import cannot_be_loaded, check_folder, decoder_blocks, mod
 ComputeDtype = Literal["auto", "checkpoint", "float32"]
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARD = 2 * 10**9  # bytes of a file that is written, about
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -126,6 +128,13 @@ class Checkpoint:
             for key, tensor in revert_weight_conversion(self.model, weights).items()
         }
 
+    def around(self) -> Iterator[tuple[str, Tensor]]:
+        """What lies around the blocks, under the names and types of its files."""
+        for key, name in self.names.items():
+            if not name.startswith(f"{self.prefix}."):
+                with safe_open(self.folder / self.places[key].file, framework="pt") as file:
+                    yield key, file.get_tensor(key)
+
     def _fetched(self) -> Path:
         """The checkpoint's folder; of a hub id, the local copy of its files."""
         path = Path(model_path(self.name))
@@ -190,6 +199,44 @@ class Checkpoint:
         around = (item for item in model.state_dict().items() if not item[0].startswith(f"{self.prefix}."))
         if absent := [name for name, tensor in around if tensor.is_meta]:
             raise ValueError(f"the checkpoint has no {absent[0]}")
+
+
+class Shards:
+    """Writes tensors to the safetensors files of a folder as they come, and an index if there is more than one."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self.folder, self.stem = folder, stem
+        self._open: dict[str, Tensor] = {}
+        self._done: list[list[str]] = []
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Another tensor; a file is written whenever there is enough for one."""
+        self._open[key] = tensor
+        if sum(one.nbytes for one in self._open.values()) >= SHARD:
+            self._flush()
+
+    def close(self) -> None:
+        """Write the last file, and name them all."""
+        self._flush()
+        count = len(self._done)
+        names = [f"{self.stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        names = [f"{self.stem}.safetensors"] if count == 1 else names
+        for number, name in enumerate(names):
+            self._part(number).rename(self.folder / name).chmod(0o644)
+        if count > 1:
+            where = {key: name for name, keys in zip(names, self._done, strict=True) for key in keys}
+            size = sum((self.folder / name).stat().st_size for name in names)
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+            (self.folder / f"{self.stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+    def _flush(self) -> None:
+        if self._open:
+            save_file(self._open, self._part(len(self._done)), metadata={"format": "pt"})
+            self._done.append(list(self._open))
+            self._open = {}
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"{self.stem}-part-{number}"
 
 
 def faster(stored: torch.dtype, device: torch.device, wanted: ComputeDtype) -> torch.dtype:

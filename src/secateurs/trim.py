@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from secateurs.checkpoint import INDEX, SINGLE, Checkpoint
+from secateurs.checkpoint import Checkpoint, Shards
 from secateurs.cuts import Anatomy, anatomy
-
-SHARD = 2 * 10**9  # bytes of a file, about
 
 
 class Trimmer:
@@ -30,8 +26,7 @@ class Trimmer:
         self.blocks: list[int] = []
         """Those that stayed."""
         self.sizes: dict[str, int] = {}
-        self._shard: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
+        self._files = Shards(folder, "model")
 
     def write_block(self, index: int) -> None:
         """Trim and write block `index`, while it is open with its pruned weights; nothing if it adds nothing.
@@ -61,18 +56,15 @@ class Trimmer:
         for key, tensor in weights.items():
             old, part = f"{place}.{index}.", key.split(f"{place}.{index}.", 1)[1]
             cut = next((smaller[name] for name in smaller if part.startswith(name)), lambda w: w)
-            self._add(key.replace(old, f"{place}.{len(self.blocks)}.", 1), cut(tensor).contiguous())
+            self._files.add(key.replace(old, f"{place}.{len(self.blocks)}.", 1), cut(tensor).contiguous())
         self.blocks.append(index)
 
     def close(self) -> dict[str, Any]:
         """Write what lies around the blocks, the index and the configuration; returns what was cut, for the record."""
-        checkpoint, places = self.checkpoint, self.checkpoint.places
-        for key, name in checkpoint.names.items():
-            if not name.startswith(f"{checkpoint.prefix}."):
-                with safe_open(checkpoint.folder / places[key].file, framework="pt") as file:
-                    self._add(key, file.get_tensor(key))
-        self._flush()
-        self._name_shards()
+        checkpoint = self.checkpoint
+        for key, tensor in checkpoint.around():
+            self._files.add(key, tensor)
+        self._files.close()
         before: dict[str, Any] = json.loads((checkpoint.folder / "config.json").read_text())
         config = self._config(dict(before))
         (self.folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -85,20 +77,6 @@ class Trimmer:
             "num_hidden_layers": body.blocks,
         }  # fmt: skip
         return {"was": was, "is": self.sizes | {"num_hidden_layers": len(self.blocks)}, "blocks": self.blocks}
-
-    def _name_shards(self) -> None:
-        """Their final names, and an index if there are several."""
-        count = len(self._shards)
-        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-        names = [SINGLE] if count == 1 else names
-        for number, name in enumerate(names):
-            (self.folder / f"shard-{number}").rename(self.folder / name)
-            (self.folder / name).chmod(0o644)
-        if count > 1:
-            where = {key: name for name, keys in zip(names, self._shards, strict=True) for key in keys}
-            size = sum((self.folder / name).stat().st_size for name in names)
-            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2))
 
     def _config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The configuration of what is left; `head_dim` is spelled out, as heads no longer share out the width."""
@@ -121,17 +99,6 @@ class Trimmer:
         if not len(groups) or bool((counts != counts[0]).any()):
             raise ValueError(f"block {index}: heads of a group that stay, by group: {by_group.sum(1).tolist()}")
         return read.nonzero().squeeze(-1), groups
-
-    def _add(self, key: str, tensor: Tensor) -> None:
-        self._shard[key] = tensor
-        if sum(one.nbytes for one in self._shard.values()) >= SHARD:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._shard:
-            save_file(self._shard, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
-            self._shards.append(list(self._shard))
-            self._shard = {}
 
 
 def _rows(groups: Tensor, size: int) -> Tensor:

@@ -14,22 +14,19 @@
 #include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__)
+#define ON_X86
 #include <immintrin.h>
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)
-#define NEON
+#define ON_ARM
 #include <arm_neon.h>
 #endif
 
-#if defined(__GNUC__) && !defined(_WIN32)
 #define EXPORT __attribute__((visibility("default")))
-#else
-#define EXPORT
-#endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
 enum { WORD = 64, HIGHEST_TILE = 8, WIDEST_TILE = 4 };
-enum level { PORTABLE, AVX2, AVX512, NEON_LEVEL, LEVELS };
+enum level { PORTABLE, AVX2, AVX512, NEON, LEVELS };
 enum format { DENSE_BF16, PACKED_BF16, DENSE_INT8, PACKED_INT8, FORMATS };
 
 struct matrix {
@@ -113,11 +110,11 @@ static void portable(const struct matrix *m, int64_t row, const float *x, float 
     store(m->format, m, y, row, sum);
 }
 
-#if defined(__x86_64__) || defined(NEON)
+#if defined(ON_X86) || defined(ON_ARM)
 /* Byte shuffles that spread the leading weights of a vector over the set bits of a byte; DROP yields a zero. */
 
 enum { DROP = 0x80, BYTES = 256 };
-#ifdef NEON
+#ifdef ON_ARM
 static uint8_t spread_bf16[BYTES][16] __attribute__((aligned(64)));
 static uint8_t counts[BYTES];
 #else
@@ -138,7 +135,7 @@ static void __attribute__((constructor)) fill_tables(void) {
             lane_end[-1] = (uint8_t)(2 * count + 1);
             spread_int8[byte][bit] = count++;
         }
-#ifdef NEON
+#ifdef ON_ARM
         counts[byte] = count;
 #endif
     }
@@ -148,14 +145,39 @@ INLINE void next_word(enum format format, struct cursor *cursor) {
     if (is_packed(format)) cursor->bits += WORD / 8;
     else cursor->weights += WORD * weight_size(format);
 }
+
+/*
+ * Several rows at once are several streams, which hardware prefetchers follow badly: rows are short, and alike in their
+ * low address bits. So while a tile is computed the memory behind it is asked for in address order, into the second
+ * cache and far enough ahead for main memory. A prefetch past the end of the matrix does nothing.
+ */
+enum { LINE = 64, NEAREST = 32768 };
+
+struct ahead {
+    const uint8_t *weights, *bits;
+    int64_t step;
+};
+
+INLINE struct ahead look_ahead(enum format format, int height, const struct matrix *m, int64_t row) {
+    struct cursor first = row_cursor(format, m, row);
+    int64_t count = is_packed(format) ? m->starts[row + height] - m->starts[row] : height * m->columns;
+    int64_t size = count * weight_size(format);
+    if (is_packed(format)) first.bits += 2 * height * m->words * (WORD / 8);
+    return (struct ahead){first.weights + (size < NEAREST ? NEAREST : size), first.bits, size / m->words};
+}
+
+INLINE void prefetch(enum format format, int height, struct ahead *ahead) {
+    UNROLL for (int line = 0; line < height * weight_size(format); line++)
+        __builtin_prefetch(ahead->weights + line * LINE, 0, 2);
+    ahead->weights += ahead->step;
+    if (!is_packed(format)) return;
+    __builtin_prefetch(ahead->bits, 0, 2);
+    ahead->bits += height * (WORD / 8);
+}
 #endif
 
-#ifdef __x86_64__
+#ifdef ON_X86
 #define AVX2_CODE __attribute__((target("avx2,fma,popcnt")))
-
-#ifndef PREFETCH
-#define PREFETCH 1024
-#endif
 
 AVX2_CODE INLINE __m256 avx2_bf16(__m128i weights) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(weights), 16));
@@ -187,6 +209,7 @@ AVX2_CODE INLINE float avx2_sum(__m256 lanes) {
 AVX2_CODE INLINE void avx2(enum format format, int height, int width, const struct matrix *m, int64_t row,
                            const float *x, float *y) {
     struct cursor cursors[HIGHEST_TILE];
+    struct ahead ahead = look_ahead(format, height, m, row);
     __m256 sums[HIGHEST_TILE][WIDEST_TILE];
     uint8_t tails[HIGHEST_TILE][2 * WORD];
     UNROLL for (int r = 0; r < height; r++) {
@@ -194,6 +217,7 @@ AVX2_CODE INLINE void avx2(enum format format, int height, int width, const stru
         UNROLL for (int b = 0; b < width; b++) sums[r][b] = _mm256_setzero_ps();
     }
     for (int64_t word = 0; word < m->words; word++, x += WORD * width) {
+        prefetch(format, height, &ahead);
         if (is_partial(format, m, word))
             UNROLL for (int r = 0; r < height; r++) pad_tail(format, m, &cursors[r], tails[r]);
         UNROLL for (int group = 0; group < 8; group++) {
@@ -203,10 +227,7 @@ AVX2_CODE INLINE void avx2(enum format format, int height, int width, const stru
                     sums[r][b] = _mm256_fmadd_ps(weights, _mm256_load_ps(x + 8 * (group * width + b)), sums[r][b]);
             }
         }
-        UNROLL for (int r = 0; r < height; r++) {
-            next_word(format, &cursors[r]);
-            if (PREFETCH && is_packed(format)) _mm_prefetch((const char *)cursors[r].weights + PREFETCH, _MM_HINT_T0);
-        }
+        UNROLL for (int r = 0; r < height; r++) next_word(format, &cursors[r]);
     }
     UNROLL for (int r = 0; r < height; r++)
         UNROLL for (int b = 0; b < width; b++) store(format, m, y + b * m->rows, row + r, avx2_sum(sums[r][b]));
@@ -251,6 +272,7 @@ AVX512_CODE INLINE float avx512_sum(__m512 lanes) {
 AVX512_CODE INLINE void avx512(enum format format, int height, int width, const struct matrix *m, int64_t row,
                                const float *x, float *y) {
     struct cursor cursors[HIGHEST_TILE];
+    struct ahead ahead = look_ahead(format, height, m, row);
     __m512 sums[HIGHEST_TILE][WIDEST_TILE], weights[4];
     uint8_t tails[HIGHEST_TILE][2 * WORD];
     UNROLL for (int r = 0; r < height; r++) {
@@ -258,6 +280,7 @@ AVX512_CODE INLINE void avx512(enum format format, int height, int width, const 
         UNROLL for (int b = 0; b < width; b++) sums[r][b] = _mm512_setzero_ps();
     }
     for (int64_t word = 0; word < m->words; word++, x += WORD * width) {
+        prefetch(format, height, &ahead);
         if (is_partial(format, m, word))
             UNROLL for (int r = 0; r < height; r++) pad_tail(format, m, &cursors[r], tails[r]);
         UNROLL for (int r = 0; r < height; r++) {
@@ -274,7 +297,7 @@ AVX512_CODE INLINE void avx512(enum format format, int height, int width, const 
 }
 #endif
 
-#ifdef NEON
+#ifdef ON_ARM
 #define NEON_CODE
 
 INLINE void neon_bf16(uint16x8_t weights, float32x4_t out[2]) {
@@ -306,6 +329,7 @@ INLINE void neon_fetch(enum format format, struct cursor *cursor, int group, flo
 INLINE void neon(enum format format, int height, int width, const struct matrix *m, int64_t row, const float *x,
                  float *y) {
     struct cursor cursors[HIGHEST_TILE];
+    struct ahead ahead = look_ahead(format, height, m, row);
     float32x4_t sums[HIGHEST_TILE][WIDEST_TILE][2], weights[2];
     uint8_t tails[HIGHEST_TILE][2 * WORD];
     UNROLL for (int r = 0; r < height; r++) {
@@ -313,6 +337,7 @@ INLINE void neon(enum format format, int height, int width, const struct matrix 
         UNROLL for (int b = 0; b < width; b++) sums[r][b][0] = sums[r][b][1] = vdupq_n_f32(0);
     }
     for (int64_t word = 0; word < m->words; word++, x += WORD * width) {
+        prefetch(format, height, &ahead);
         if (is_partial(format, m, word))
             UNROLL for (int r = 0; r < height; r++) pad_tail(format, m, &cursors[r], tails[r]);
         UNROLL for (int group = 0; group < 8; group++) {
@@ -360,23 +385,23 @@ struct tile {
 #define ALL_FORMATS(level) {level##_DENSE_BF16, level##_PACKED_BF16, level##_DENSE_INT8, level##_PACKED_INT8}
 
 struct kernels {
-    int lanes, widest;
+    int lanes, widest, bf16_stride; /* stride 2: even and odd columns of two lane groups part */
     const struct tile *tiles[FORMATS];
 };
 
 static const struct tile portable_tile = {1, portable, portable};
 
-#ifdef __x86_64__
-TILES(AVX2_CODE, avx2, DENSE_BF16, 4, 4, 2)
+#ifdef ON_X86
+TILES(AVX2_CODE, avx2, DENSE_BF16, 8, 4, 2)
 TILES(AVX2_CODE, avx2, PACKED_BF16, 4, 4, 2)
-TILES(AVX2_CODE, avx2, DENSE_INT8, 4, 4, 2)
+TILES(AVX2_CODE, avx2, DENSE_INT8, 8, 4, 2)
 TILES(AVX2_CODE, avx2, PACKED_INT8, 4, 4, 2)
-TILES(AVX512_CODE, avx512, DENSE_BF16, 8, 4, 4)
-TILES(AVX512_CODE, avx512, PACKED_BF16, 8, 4, 4)
-TILES(AVX512_CODE, avx512, DENSE_INT8, 8, 4, 4)
-TILES(AVX512_CODE, avx512, PACKED_INT8, 8, 4, 4)
+TILES(AVX512_CODE, avx512, DENSE_BF16, 4, 4, 4)
+TILES(AVX512_CODE, avx512, PACKED_BF16, 4, 4, 4)
+TILES(AVX512_CODE, avx512, DENSE_INT8, 4, 4, 4)
+TILES(AVX512_CODE, avx512, PACKED_INT8, 4, 4, 4)
 #endif
-#ifdef NEON
+#ifdef ON_ARM
 TILES(NEON_CODE, neon, DENSE_BF16, 4, 4, 2)
 TILES(NEON_CODE, neon, PACKED_BF16, 4, 4, 2)
 TILES(NEON_CODE, neon, DENSE_INT8, 4, 4, 2)
@@ -384,13 +409,13 @@ TILES(NEON_CODE, neon, PACKED_INT8, 4, 4, 2)
 #endif
 
 static const struct kernels kernels[LEVELS] = {
-    [PORTABLE] = {PORTABLE_LANES, 1, {&portable_tile, &portable_tile, &portable_tile, &portable_tile}},
-#ifdef __x86_64__
-    [AVX2] = {8, 4, ALL_FORMATS(avx2)},
-    [AVX512] = {16, 4, ALL_FORMATS(avx512)},
+    [PORTABLE] = {PORTABLE_LANES, 1, 1, {&portable_tile, &portable_tile, &portable_tile, &portable_tile}},
+#ifdef ON_X86
+    [AVX2] = {8, 4, 1, ALL_FORMATS(avx2)},
+    [AVX512] = {16, 4, 2, ALL_FORMATS(avx512)},
 #endif
-#ifdef NEON
-    [NEON_LEVEL] = {8, 4, ALL_FORMATS(neon)},
+#ifdef ON_ARM
+    [NEON] = {8, 4, 1, ALL_FORMATS(neon)},
 #endif
 };
 
@@ -401,18 +426,18 @@ static int64_t block_width(const struct kernels *k, int64_t vectors) {
 }
 
 /* Order x as the tiles read it, lane groups of the vectors of a block in turn, and pad it with zeros to whole words. */
-static void pack_vectors(const struct kernels *k, const struct matrix *m, int apart, const float *x, int64_t batch,
+static void pack_vectors(const struct kernels *k, const struct matrix *m, const float *x, int64_t batch,
                          float *packed) {
-    const int lanes = k->lanes;
+    const int64_t groups = m->words * WORD / k->lanes, stride = is_int8(m->format) ? 1 : k->bf16_stride;
     for (int64_t done = 0, width; done < batch; done += width, packed += width * m->words * WORD) {
         width = block_width(k, batch - done);
         for (int64_t b = 0; b < width; b++, x += m->columns)
-            for (int64_t group = 0; group < m->words * WORD / lanes; group++)
-                for (int lane = 0; lane < lanes; lane++) {
-                    int64_t column = group * lanes + lane;
-                    if (apart) column = group / 2 * 2 * lanes + 2 * lane + group % 2;
-                    packed[(group * width + b) * lanes + lane] = column < m->columns ? x[column] : 0;
-                }
+            for (int64_t group = 0; group < groups; group++) {
+                float *to = packed + (group * width + b) * k->lanes;
+                int64_t column = (group - group % stride) * k->lanes + group % stride;
+                for (int lane = 0; lane < k->lanes; lane++, column += stride)
+                    to[lane] = column < m->columns ? x[column] : 0;
+            }
     }
 }
 
@@ -431,16 +456,22 @@ static void multiply_rows(const struct kernels *k, const struct matrix *m, int64
 static void multiply(int level, int threads, struct matrix m, const float *x, float *y, int64_t batch) {
     const struct kernels *k = &kernels[level > 0 && level < LEVELS && kernels[level].lanes ? level : PORTABLE];
     m.words = (m.columns + WORD - 1) / WORD;
+    if (!m.words) {
+        memset(y, 0, (size_t)(batch * m.rows) * sizeof(float));
+        return;
+    }
     void *memory = malloc((size_t)(batch * m.words * WORD) * sizeof(float) + WORD);
     if (!memory) {
         memset(y, 0xff, (size_t)(batch * m.rows) * sizeof(float)); /* NaN: without an error code, be seen */
         return;
     }
     float *packed = (float *)(((uintptr_t)memory + WORD - 1) / WORD * WORD);
-    pack_vectors(k, &m, level == AVX512 && !is_int8(m.format), x, batch, packed);
+    pack_vectors(k, &m, x, batch, packed);
     const int64_t blocks = (m.rows + HIGHEST_TILE - 1) / HIGHEST_TILE;
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#else
+    (void)threads;
 #endif
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t row = block * HIGHEST_TILE, left = m.rows - row;
@@ -451,7 +482,7 @@ static void multiply(int level, int threads, struct matrix m, const float *x, fl
 
 /* The highest level this processor can run; the functions below take it or a lower one that it supports. */
 EXPORT int secateurs_level(void) {
-#ifdef __x86_64__
+#ifdef ON_X86
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -459,8 +490,8 @@ EXPORT int secateurs_level(void) {
         return AVX512;
     if (avx2) return AVX2;
 #endif
-#ifdef NEON
-    return NEON_LEVEL;
+#ifdef ON_ARM
+    return NEON;
 #endif
     return PORTABLE;
 }
