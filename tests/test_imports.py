@@ -7,7 +7,7 @@ import secateurs
 
 SOURCE = Path(secateurs.__file__).parent
 ORDER = [
-    {"artifacts", "patterns", "linalg", "leaks", "hub", "parallel", "statistics"},
+    {"artifacts", "patterns", "linalg", "leaks", "hub", "parallel", "statistics", "kernels"},
     {"rows", "ranks"},
     {"questions"},
     {"layer", "traces", "prompts"},
@@ -18,10 +18,10 @@ ORDER = [
     {"collect", "trim"},
     {"pruner", "survey"},
     {"export", "evaluate", "planner"},
-    {"report", "masks"},
+    {"report", "masks", "packed"},
     {"page"},
-    {"recipe"},
-    {"run"},
+    {"recipe", "gains"},
+    {"run", "bench"},
     {"study"},
     {"cli"},
 ]

@@ -189,16 +189,21 @@ class Checkpoint:
     def _fill_buffers(self) -> None:
         """Compute what no checkpoint holds (rotary frequencies), tie what is tied, and check that nothing is left."""
         model = self.model
-        for name, buffer in model.named_non_persistent_buffers():
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, torch.empty_like(buffer, device=self.device))
-        for tensor in (*model.parameters(), *(b for _, b in model.named_buffers() if b.is_meta)):
-            tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue] # so buffers only are computed
-        model.initialize_weights()
+        compute_buffers(model, self.device)
         model.tie_weights()
         around = (item for item in model.state_dict().items() if not item[0].startswith(f"{self.prefix}."))
         if absent := [name for name, tensor in around if tensor.is_meta]:
             raise ValueError(f"the checkpoint has no {absent[0]}")
+
+
+def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute the buffers of a model built on the meta device that no checkpoint holds (rotary frequencies)."""
+    for name, buffer in model.named_non_persistent_buffers():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, torch.empty_like(buffer, device=device))
+    for tensor in (*model.parameters(), *(b for _, b in model.named_buffers() if b.is_meta)):
+        tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue] # so buffers only are computed
+    model.initialize_weights()
 
 
 class Shards:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -222,6 +223,107 @@ def report(
     _finish(reports.merge(found) if len(found) > 1 else found[0], out, as_json)
 
 
+@app.command()
+def pack(
+    model: Annotated[str, typer.Argument(help="A pruned model's folder, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the packed model.")],
+    weights: Annotated[
+        str, typer.Option(help="What kept weights are stored as: bf16, or int8 with a scale a row.")
+    ] = "bf16",
+    as_json: Json = False,
+) -> None:
+    """Store a pruned model without its zeros, for the CPU runtime (`secateurs.packed.load_packed`)."""
+    from secateurs.packed import pack as store
+
+    if weights not in ("bf16", "int8"):
+        raise ValueError(f"--weights is {weights!r}; it must be bf16 or int8")
+    found = store(model, out, weights)
+    if as_json:
+        print(json.dumps(found))
+        return
+    before, after = found["dense_bytes"] / 1e6, found["bytes"] / 1e6
+    console.print(
+        f"{found['packed']} of {found['matrices']} matrices packed, {100 * found['density']:.1f} % of weights kept: "
+        f"{before:,.1f} MB as bf16, {after:,.1f} MB now ({after / before:.2f})"
+    )
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{option} is {text!r}; it should look like 1,4,8")
+    return [int(part) for part in parts]
+
+
+@app.command(name="bench")
+def bench_(
+    models: Annotated[list[str], typer.Argument(help="Folders or hub ids, packed or not; @float32 sets the type.")],
+    batch: Annotated[str, typer.Option(help="Rows that are decoded together.")] = "1,4",
+    context: Annotated[str, typer.Option(help="Tokens before the first one that is timed.")] = "128",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that are timed.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every model; medians count.")] = 3,
+    threads: Annotated[int, typer.Option(min=0, help="0: as many as torch takes.")] = 0,
+    recipe: Annotated[
+        str, typer.Option(help="Also ask this recipe's evaluation questions: seconds per right answer.")
+    ] = "",
+    overrides: Set = [],
+    out: Annotated[Path | None, typer.Option(help="A JSON file for all figures.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time models side by side on this machine: decoding, first token, memory, seconds per correct answer."""
+    from secateurs import bench
+    from secateurs.artifacts import write_json
+    from secateurs.recipe import load_recipe
+
+    shapes = {"batches": _numbers(batch, "--batch"), "contexts": _numbers(context, "--context")}
+    loaded = load_recipe(recipe, overrides) if recipe else None
+    with _bars() as progress:
+        rows = bench.bench(
+            models, **shapes, new_tokens=tokens, rounds=rounds, threads=threads, recipe=loaded,
+            progress=lambda done, total, what: progress("bench", done, total, "turns"),
+        )  # fmt: skip
+    result = {"machine": bench.machine(threads), "rows": bench.table(rows)}
+    if out:
+        write_json(out, result)
+    if as_json:
+        print(json.dumps(result))
+        return
+    _show_bench(result)
+
+
+def _show_bench(result: dict[str, Any]) -> None:
+    screen = Console(width=None if sys.stdout.isatty() else 160)
+    where = result["machine"]
+    rows = result["rows"]
+    speeds = Table(
+        "model", "computes in", "weights MB", "peak MB", "batch", "context", "first token s", "tokens/s", "x first",
+        "spread", title=f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}",
+    )  # fmt: skip
+    for row in rows:
+        for number, one in enumerate(row["speeds"]):
+            named = [
+                row["model"],
+                row["computes"],
+                f"{row['weight_bytes'] / 1e6:,.0f}",
+                f"{row['peak_bytes'] / 1e6:,.0f}",
+            ]
+            speeds.add_row(
+                *(named if number == 0 else [""] * 4), str(one["batch"]), str(one["context"]),
+                f"{one['first_token']:.3f}", f"{one['tokens_per_second']:.1f}",
+                f"{one['times_first']:.2f}", f"{one['spread']:.2f}",
+            )  # fmt: skip
+    screen.print(speeds)
+    if rows[0]["quality"]:
+        answers = Table("model", "right", "tokens", "seconds", "seconds per right answer", "of the first")
+        for row in rows:
+            one = row["quality"]
+            answers.add_row(
+                row["model"], f"{one['correct']} of {one['questions']}", f"{one['tokens']:,}", f"{one['seconds']:.1f}",
+                f"{one['seconds_per_correct']:.3f}", f"{one['of_first']:.2f}",
+            )  # fmt: skip
+        screen.print(answers)
+
+
 mask = typer.Typer(help="Whether a pruned model's zeros are still there after more training, and putting them back.")
 app.add_typer(mask, name="mask")
 Of = Annotated[str, typer.Option("--of", help="The pruned model it was made from.")]
@@ -281,15 +383,17 @@ def list_(
     """What can be named in a recipe."""
     from secateurs.allocators import ALLOCATORS
     from secateurs.calibration import ARMS
+    from secateurs.cuts import CUTS
     from secateurs.engines import ENGINES
     from secateurs.patterns import PATTERNS
     from secateurs.questions import QUESTION_SETS, unknown_name
-    from secateurs.solvers import SOLVERS
+    from secateurs.solvers import CUT_SOLVERS, SOLVERS
     from secateurs.traces import FILTERS
 
     tables = {
         "recipes": [Path(entry.name).stem for entry in (files("secateurs") / "recipes").iterdir()],
-        "solvers": list(SOLVERS), "allocators": list(ALLOCATORS), "patterns": list(PATTERNS),
+        "solvers": [*SOLVERS, *(name for name in CUT_SOLVERS if name not in SOLVERS)],
+        "allocators": list(ALLOCATORS), "patterns": [*PATTERNS, *CUTS],
         "questions": list(QUESTION_SETS), "arms": list(ARMS), "filters": list(FILTERS), "engines": list(ENGINES),
     }  # fmt: skip
     if kind not in tables:
@@ -299,11 +403,18 @@ def list_(
 
 @app.command()
 def show(recipe: RecipeName, overrides: Set = [], as_json: Json = False) -> None:
-    """A recipe with every default filled in."""
-    from secateurs.recipe import load_recipe
+    """A recipe with every default filled in, and which engines will gain from what it makes."""
+    from secateurs.gains import gains
+    from secateurs.recipe import build_pattern, load_recipe
 
-    resolved = load_recipe(recipe, overrides).model_dump()
-    print(json.dumps(resolved, indent=None if as_json else 2))
+    loaded = load_recipe(recipe, overrides)
+    print(json.dumps(loaded.model_dump(), indent=None if as_json else 2))
+    if not as_json:
+        for said, patterns in groupby(map(build_pattern, loaded.patterns), key=gains):
+            shown = Table("engine", "what it gains", title=", ".join(map(str, patterns)))
+            for row in said:
+                shown.add_row(*row)
+            console.print(shown)
 
 
 def main() -> None:

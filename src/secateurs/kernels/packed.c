@@ -23,7 +23,11 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define UNROLL _Pragma("GCC unroll 8")
+#endif
 
 enum { WORD = 64, HIGHEST_TILE = 8, WIDEST_TILE = 4 };
 enum level { PORTABLE, AVX2, AVX512, NEON, LEVELS };
@@ -73,13 +77,12 @@ INLINE void store(enum format format, const struct matrix *m, float *y, int64_t 
     y[row] = is_int8(format) ? sum * m->scale[row] : sum;
 }
 
-/* Portable: 64 weights are expanded to floats in memory; both formats then share one multiplication loop. */
+/* Portable: 64 weights are expanded to floats in memory; all formats then share one multiplication loop. */
 
 enum { PORTABLE_LANES = 8 };
 
 static void portable_expand(enum format format, struct cursor *cursor, uint64_t kept, float weights[WORD]) {
     for (int j = 0; j < WORD; j++) {
-        uint32_t pattern = 0;
         weights[j] = 0;
         if (is_packed(format) && !(kept >> j & 1)) continue;
         if (is_int8(format)) {
@@ -87,7 +90,7 @@ static void portable_expand(enum format format, struct cursor *cursor, uint64_t 
         } else {
             uint16_t half;
             memcpy(&half, cursor->weights, 2);
-            pattern = (uint32_t)half << 16;
+            uint32_t pattern = (uint32_t)half << 16;
             memcpy(&weights[j], &pattern, 4);
         }
         cursor->weights += weight_size(format);

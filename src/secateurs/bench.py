@@ -1,0 +1,290 @@
+"""How fast models run here, side by side: decoding, first token, memory, and seconds per correct answer.
+
+Every model has a process of its own and the turns go round, so that a disturbance meets all of them; what is compared
+are medians. A name is a folder, a packed folder or a hub id, with `@float32` or `@bfloat16` to compute in that type.
+"""
+
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from secateurs import kernels
+from secateurs.engines import Request, default_sampling
+from secateurs.engines.hf import hf_engine
+from secateurs.models import load_model, load_tokenizer
+from secateurs.packed import RECORD, PackedEmbedding, PackedLinear, load_packed
+from secateurs.parallel import MISTAKES
+from secateurs.prompts import answer_text, render, think_split, trace_seed
+from secateurs.recipe import Recipe, build_questions
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over the rounds, of one batch size and length of context. Tokens a second count those of all rows."""
+
+    batch: int
+    context: int
+    first_token: float
+    """Seconds to read the context and give a token for each row."""
+    tokens_per_second: float
+    """After that."""
+    spread: float
+    """Largest over smallest time of a round."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Answers to a recipe's evaluation questions, one after the other batch; seconds of sampling."""
+
+    questions: int
+    correct: int
+    tokens: int
+    seconds: float
+
+    @property
+    def seconds_per_correct(self) -> float:
+        """What a right answer takes."""
+        return self.seconds / self.correct if self.correct else float("inf")
+
+
+@dataclass
+class Row:
+    """What was measured of one model."""
+
+    model: str
+    computes: str
+    """The type of its arithmetic, and the kernels if it is packed."""
+    weight_bytes: int
+    peak_bytes: int = 0
+    """Of its process, over what it had before it loaded the model."""
+    load_seconds: float = 0.0
+    speeds: list[Speed] = field(default_factory=list)
+    quality: Quality | None = None
+
+
+def load_any(name: str) -> tuple[PreTrainedModel, str]:
+    """A model by its name, and what it computes in. ValueError for an unknown type."""
+    path, _, dtype = name.partition("@")
+    if dtype and dtype not in DTYPES:
+        raise ValueError(f"{name}: unknown type `{dtype}`; there are {', '.join(DTYPES)}")
+    if (Path(path) / RECORD).is_file():
+        if dtype:
+            raise ValueError(f"{name}: a packed model computes in float32; leave out `@{dtype}`")
+        model = load_packed(path)
+        level = kernels.level_name(kernels.best_level()) if kernels.library() else "dense, no compiled kernels"
+        return model, f"float32, {level}"
+    model: Any = load_model(path)
+    model = model.to(DTYPES[dtype]) if dtype else model
+    return model, str(model.dtype).removeprefix("torch.")
+
+
+def bench(
+    models: Sequence[str],
+    *,
+    batches: Sequence[int] = (1, 4),
+    contexts: Sequence[int] = (128,),
+    new_tokens: int = 32,
+    rounds: int = 3,
+    threads: int = 0,
+    recipe: Recipe | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[Row]:
+    """Measure every model in turns, `rounds` times; with a recipe, ask each its evaluation questions once.
+
+    `threads` 0 is as many as torch takes. ValueError for a model that cannot be loaded; RuntimeError if its process
+    dies.
+    """
+    threads = threads or torch.get_num_threads()
+    shapes = [(batch, context) for batch in batches for context in contexts]
+    total = len(models) * (1 + rounds * len(shapes) + (recipe is not None))
+    done = 0
+
+    with ExitStack() as stack:
+        workers: dict[str, Connection] = {}
+
+        def ask(name: str, *what: Any) -> Any:
+            nonlocal done
+            workers[name].send(what)
+            try:
+                kind, content = workers[name].recv()
+            except (EOFError, ConnectionResetError):
+                raise RuntimeError(f"the process of {name} ended, perhaps for want of memory") from None
+            if kind == "failed":
+                raise content
+            done += 1
+            progress(done, total, name)
+            return content
+
+        rows = {}
+        for name in models:
+            ours, theirs = get_context("spawn").Pipe()
+            worker = get_context("spawn").Process(target=_serve, args=(theirs, name, threads), daemon=True)
+            worker.start()
+            theirs.close()
+            stack.callback(_end, worker, ours)
+            workers[name] = ours
+            rows[name] = Row(model=name, **ask(name, "load"))
+        taken: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
+        for _ in range(rounds):
+            for batch, context in shapes:
+                for name in models:
+                    times = ask(name, "decode", batch, context, new_tokens)
+                    taken.setdefault((name, batch, context), []).append(times)
+        for (name, batch, context), times in taken.items():
+            first, each = (statistics.median(column) for column in zip(*times, strict=True))
+            steps = [step for _, step in times]
+            rows[name].speeds.append(Speed(batch, context, first, batch / each, max(steps) / min(steps)))
+        for name in models if recipe else ():
+            rows[name].quality = Quality(**ask(name, "answer", recipe))
+        for name in models:
+            rows[name].peak_bytes = ask(name, "peak")
+            done -= 1
+    return list(rows.values())
+
+
+def machine(threads: int = 0) -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu, "cores": os.cpu_count() or 1, "threads": threads or torch.get_num_threads(),
+        "kernels": kernels.level_name(kernels.best_level()) if kernels.library() else "none",
+        "torch": torch.__version__, "system": platform.system(),
+    }  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as they are stored, with ratios to the first model: above 1 is faster, for memory smaller."""
+    first, found = rows[0], []
+    for row in rows:
+        data = asdict(row)
+        for speed, mine, base in zip(data["speeds"], row.speeds, first.speeds, strict=True):
+            speed["times_first"] = mine.tokens_per_second / base.tokens_per_second
+        if row.quality and first.quality:
+            data["quality"]["seconds_per_correct"] = row.quality.seconds_per_correct
+            data["quality"]["of_first"] = row.quality.seconds_per_correct / first.quality.seconds_per_correct
+        found.append(data)
+    return found
+
+
+def _serve(pipe: Connection, name: str, threads: int) -> None:
+    """A process' life: what is asked of its model, until the parent is gone."""
+    torch.set_num_threads(threads)
+    bench = _Bench(name)
+    while True:
+        try:
+            what, *args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            with torch.inference_mode():
+                pipe.send(("done", getattr(bench, what)(*args)))
+        except MISTAKES as error:
+            pipe.send(("failed", error if type(error).__module__ == "builtins" else RuntimeError(str(error))))
+
+
+def _end(worker: Any, pipe: Connection) -> None:
+    pipe.close()
+    worker.terminate()
+    worker.join()
+
+
+class _Bench:
+    """One model and what can be measured of it."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.before = name, _peak()
+        self.model: Any = None
+
+    def load(self) -> dict[str, Any]:
+        """Load it, and say what it is."""
+        clock = time.perf_counter()
+        self.model, computes = load_any(self.name)
+        seconds = time.perf_counter() - clock
+        stored = {tensor.data_ptr(): tensor.nbytes for tensor in _weights(self.model)}  # tied ones are one
+        return {"computes": computes, "weight_bytes": sum(stored.values()), "load_seconds": seconds}
+
+    def decode(self, batch: int, context: int, new_tokens: int) -> tuple[float, float]:
+        """Seconds to the first token, and for each one after it, greedily, after random ids."""
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        ids = torch.randint(0, vocabulary, (batch, context), generator=generator)
+        cache = DynamicCache()
+        clock = time.perf_counter()
+        ids = self._next(ids, cache)
+        first = time.perf_counter() - clock
+        ids = self._next(ids, cache)  # whatever is slow once
+        clock = time.perf_counter()
+        for _ in range(new_tokens):
+            ids = self._next(ids, cache)
+        return first, (time.perf_counter() - clock) / new_tokens
+
+    def _next(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].argmax(-1, keepdim=True)
+
+    def answer(self, recipe: Recipe) -> dict[str, Any]:
+        """Ask the recipe's evaluation questions."""
+        tokenizer = load_tokenizer(self.name.partition("@")[0])
+        questions = build_questions(recipe.evaluate.questions or recipe.traces.questions)
+        asked = list(islice(questions.questions("eval", recipe.seed), recipe.evaluate.num_questions))
+        by_id = {question.id: question for question in asked}
+        overrides = (recipe.evaluate.sampling or recipe.traces.sampling).model_dump()
+        sampling = default_sampling(self.model.generation_config, **overrides)
+        requests = [
+            Request(
+                question_id=question.id, sample=0, prompt_ids=render(tokenizer, questions.format, question),
+                seed=trace_seed(recipe.seed, question.id, 0),
+            )
+            for question in asked
+        ]  # fmt: skip
+        correct = tokens = 0
+        clock = time.perf_counter()
+        done = list(hf_engine(self.model, tokenizer, recipe.resources.batch_size).generate(requests, sampling))
+        seconds = time.perf_counter() - clock
+        for completion in done:
+            think, closed = think_split(tokenizer, completion.request.prompt_ids, completion.ids)
+            text = answer_text(tokenizer, completion.ids, think, closed)
+            correct += int(questions.check(by_id[completion.request.question_id], text))
+            tokens += len(completion.ids)
+        return {"questions": len(asked), "correct": correct, "tokens": tokens, "seconds": seconds}
+
+    def peak(self) -> int:
+        """Memory at its highest, above what there was before the model."""
+        return max(_peak() - self.before, 0)
+
+
+def _weights(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from (*model.parameters(), *model.buffers())
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            yield from module.matrix.tensors.values()
+        elif isinstance(module, PackedEmbedding):
+            yield module.table
+
+
+def _peak() -> int:
+    """Bytes of this process at its highest."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,86 @@
+"""Products of a few vectors with a matrix that is stored packed, on a CPU: the compiled half is packed.c.
+
+Built when the package is installed, if there is a C compiler. Without one `library()` is None, and says why.
+"""
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch  # its OpenMP must be there before the library looks for one: two would fight for the cores
+from jaxtyping import Float32
+from torch import Tensor
+
+ARGUMENTS = {  # after level and threads: pointers to the weights, then x, y, batch, rows, d_in
+    "dense_bf16": 1,
+    "packed_bf16": 3,
+    "dense_int8": 2,
+    "packed_int8": 4,
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where there are none."""
+    here = Path(__file__).parent
+    file = next(
+        (here / f"_packed{suffix}" for suffix in EXTENSION_SUFFIXES if (here / f"_packed{suffix}").exists()), None
+    )
+    if file is None:
+        return None
+    found = ctypes.CDLL(str(file))
+    for name, weights in ARGUMENTS.items():
+        function = getattr(found, f"secateurs_{name}")
+        function.argtypes = [ctypes.c_int] * 2 + [ctypes.c_void_p] * (weights + 2) + [ctypes.c_int64] * 3
+        function.restype = None
+    found.secateurs_level_name.restype = ctypes.c_char_p
+    return found
+
+
+def best_level() -> int:
+    """The fastest code this processor can run, as a number. RuntimeError without a library."""
+    return _loaded().secateurs_level()
+
+
+def level_name(level: int) -> str:
+    """ "portable", "avx2", "avx512" or "neon"."""
+    return _loaded().secateurs_level_name(level).decode()
+
+
+def multiply(
+    name: str,
+    weights: tuple[Tensor, ...],
+    x: Float32[Tensor, "batch d_in"],
+    rows: int,
+    *,
+    level: int | None = None,
+    threads: int | None = None,
+) -> Float32[Tensor, "batch rows"]:
+    """x W^T for a matrix of `rows` rows in the format `name`: `weights` are its tensors in the order of packed.c.
+
+    Each result is the same whatever the batch and the threads, and the same bits as of the dense format with the same
+    weights. RuntimeError without a library.
+    """
+    found = _loaded()
+    x = x.contiguous()
+    batch, d_in = x.shape
+    out = torch.empty(batch, rows, dtype=torch.float32)
+    getattr(found, f"secateurs_{name}")(
+        found.secateurs_level() if level is None else level,
+        torch.get_num_threads() if threads is None else threads,
+        *(tensor.data_ptr() for tensor in weights),
+        x.data_ptr(),
+        out.data_ptr(),
+        batch,
+        rows,
+        d_in,
+    )
+    return out
+
+
+def _loaded() -> ctypes.CDLL:
+    found = library()
+    if found is None:
+        raise RuntimeError("secateurs was installed without its compiled kernels: install a C compiler, then it, again")
+    return found

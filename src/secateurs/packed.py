@@ -1,0 +1,292 @@
+"""Pruned models stored without their zeros, and run from there: a bitmap, the kept weights, a kernel that expands them.
+
+One token of a small batch reads every weight once, so on a CPU reading less is being faster. A matrix is stored packed
+where that is less to read, else dense; as bfloat16, or as int8 with a scale for each row.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from secateurs import kernels
+from secateurs.artifacts import atomic_folder, read_json, write_json
+from secateurs.checkpoint import Checkpoint, Shards, compute_buffers
+from secateurs.export import PROBE_FILE
+from secateurs.models import cannot_be_loaded, linears
+
+Weights = Literal["bf16", "int8"]
+STEM = "packed"
+RECORD = "packed.json"
+DENSE_FROM = 0.8  # of the weights: with so many kept a bitmap saves too little to be worth expanding
+FEW = 16  # vectors up to which a product reads packed weights; more are worth making the matrix dense for a while
+WORD = 64  # columns in a word of the bitmap
+PADDING = 64  # bytes after the kept weights that a kernel may read
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    """A matrix [rows, d_in] as the kernels take it: `tensors` in their order, of one of the formats of packed.c."""
+
+    rows: int
+    d_in: int
+    tensors: Mapping[str, Tensor]
+    """weight, or bits, values and starts; and scale with int8."""
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "rows d_in"], weights: Weights, packed: bool | None = None) -> "PackedMatrix":
+        """A weight, rounded to what it is stored as; packed or dense, or whichever is less (None). Zeros stay zero.
+
+        int8 is symmetric, with the largest weight of a row at 127.
+        """
+        rows, d_in = weight.shape
+        kept = weight != 0
+        tensors: dict[str, Tensor] = {}
+        if weights == "int8":
+            scale = weight.float().abs().amax(1).clamp(min=1e-30) / 127
+            stored, tensors["scale"] = (weight.float() / scale[:, None]).round().to(torch.int8), scale
+        else:
+            stored = weight.to(torch.bfloat16)
+        if packed or (packed is None and float(kept.float().mean()) < DENSE_FROM):
+            starts = torch.zeros(rows + 1, dtype=torch.int64)
+            starts[1:] = kept.sum(1).cumsum(0)
+            spare = torch.zeros(PADDING // stored.itemsize, dtype=stored.dtype)
+            return cls(
+                rows,
+                d_in,
+                {"bits": _bits(kept), "values": torch.cat([stored[kept], spare]), "starts": starts} | tensors,
+            )
+        return cls(rows, d_in, {"weight": stored} | tensors)
+
+    def check(self, name: str) -> None:
+        """ValueError unless the tensors are what kernels may be given: they read where these say, and check nothing."""
+        parts, rows = self.tensors, self.rows
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {"scale": ((rows,), torch.float32)}
+        kind = torch.int8 if "scale" in parts else torch.bfloat16
+        if self.packed:
+            words = -(-self.d_in // WORD)
+            wanted |= {
+                "bits": ((rows, words), torch.int64),
+                "starts": ((rows + 1,), torch.int64),
+                "values": ((-1,), kind),
+            }
+        else:
+            wanted["weight"] = ((rows, self.d_in), kind)
+        wanted = {part: what for part, what in wanted.items() if part != "scale" or part in parts}
+        sound = set(parts) == set(wanted) and all(
+            parts[part].dtype == dtype and parts[part].is_contiguous() and shape in (tuple(parts[part].shape), (-1,))
+            for part, (shape, dtype) in wanted.items()
+        )
+        if sound and self.packed:
+            counts = np.bitwise_count(parts["bits"].view(torch.uint8).numpy()).sum(1, dtype=np.int64)
+            starts, last = parts["starts"].numpy(), self.d_in % WORD
+            sound = starts[0] == 0 and np.array_equal(np.diff(starts), counts)
+            sound = sound and len(parts["values"]) * kind.itemsize >= starts[-1] * kind.itemsize + PADDING
+            if last:  # no bit beyond the last column
+                sound = sound and not bool((parts["bits"][:, -1] & ~((1 << last) - 1)).any())
+        if not sound:
+            raise ValueError(f"{name}: its tensors are not those of a {rows} x {self.d_in} matrix")
+
+    @property
+    def packed(self) -> bool:
+        """Whether zeros are left out."""
+        return "bits" in self.tensors
+
+    @property
+    def nbytes(self) -> int:
+        """What one product reads."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def multiply(self, x: Float32[Tensor, "batch d_in"], **options: int) -> Float32[Tensor, "batch rows"]:
+        """x W^T by a compiled kernel; see `kernels.multiply`."""
+        name = ("packed" if self.packed else "dense") + ("_int8" if "scale" in self.tensors else "_bf16")
+        order = ("bits", "values", "starts", "scale") if self.packed else ("weight", "scale")
+        weights = tuple(self.tensors[part] for part in order if part in self.tensors)
+        return kernels.multiply(name, weights, x, self.rows, **options)
+
+    def dense(self) -> Float32[Tensor, "rows d_in"]:
+        """The weights that it stands for."""
+        if self.packed:
+            bits = self.tensors["bits"].view(torch.uint8).numpy()
+            kept = torch.from_numpy(np.unpackbits(bits, axis=1, count=self.d_in, bitorder="little")).bool()
+            whole = torch.zeros(self.rows, self.d_in)
+            whole[kept] = self.tensors["values"][: int(self.tensors["starts"][-1])].float()
+        else:
+            whole = self.tensors["weight"].float()
+        return whole * self.tensors["scale"][:, None] if "scale" in self.tensors else whole
+
+
+def _bits(kept: Tensor) -> Tensor:
+    """One bit a weight, the first in the lowest, rows of whole words [rows, words] int64."""
+    packed = np.packbits(kept.numpy(), axis=1, bitorder="little")
+    words = -(-kept.shape[1] // WORD)
+    padded = np.zeros((len(packed), words * WORD // 8), dtype=np.uint8)
+    padded[:, : packed.shape[1]] = packed
+    return torch.from_numpy(padded).view(torch.int64)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with a packed matrix. Computes in float32; differentiable it is not."""
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None) -> None:
+        super().__init__()
+        self.matrix, self.bias = matrix, bias
+        self.in_features, self.out_features = matrix.d_in, matrix.rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        out = self.matrix.multiply(flat) if len(flat) <= FEW else flat @ self.matrix.dense().T
+        out = out if self.bias is None else out + self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding in the type it is stored in, which gives float32."""
+
+    def __init__(self, weight: Tensor, scale: float) -> None:
+        super().__init__()
+        self.table, self.scale = weight, scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = nn.functional.embedding(ids, self.table).float()
+        return rows if self.scale == 1 else rows * self.scale
+
+
+def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
+    """Write the model in the folder or hub id `model` to `out` with its linear layers packed; one block at a time.
+
+    Returns how much there is of what. ValueError for a model that cannot be loaded.
+    Embeddings stay as they are, and so does a head that is tied to them, but for int8.
+    """
+    checkpoint = Checkpoint(model)
+    counts = {"matrices": 0, "packed": 0, "weights": 0, "zeros": 0, "dense_bytes": 0, "bytes": 0}
+    names: dict[str, list[int]] = {}
+
+    with atomic_folder(out) as folder:
+        files = Shards(folder, STEM)
+
+        def add(name: str, weight: Tensor) -> None:
+            matrix = PackedMatrix.of(weight.detach().cpu(), weights)
+            names[name] = [matrix.rows, matrix.d_in]
+            for part, tensor in matrix.tensors.items():
+                files.add(f"{name}.{part}", tensor.contiguous())
+            zeros = int((weight == 0).count_nonzero())
+            found = (1, int(matrix.packed), weight.numel(), zeros, 2 * weight.numel(), matrix.nbytes)
+            for key, number in zip(counts, found, strict=True):
+                counts[key] += number
+
+        for index, block in enumerate(checkpoint.blocks):
+            with checkpoint.opened(index):
+                place = f"{checkpoint.prefix}.{index}"
+                inside = linears(block)
+                for name, linear in inside.items():
+                    add(f"{place}.{name}", linear.weight)
+                for name, tensor in block.state_dict().items():
+                    if name.removesuffix(".weight") not in inside:
+                        files.add(f"{place}.{name}", tensor.cpu().contiguous())
+        head: Any = checkpoint.model.get_output_embeddings()
+        embedding: Any = checkpoint.model.get_input_embeddings()
+        if weights == "int8" or head.weight is not embedding.weight:
+            add(_name_of(checkpoint.model, head), head.weight)
+        elsewhere = (f"{checkpoint.prefix}.", f"{_name_of(checkpoint.model, head)}.")
+        for name, tensor in checkpoint.model.state_dict().items():
+            if not name.startswith(elsewhere):
+                files.add(name, tensor.cpu().contiguous())
+        files.close()
+        for file in checkpoint.folder.iterdir():
+            if file.is_file() and not file.name.startswith("model") and file.name != PROBE_FILE:
+                shutil.copyfile(file, folder / file.name)
+        write_json(folder / RECORD, {"schema": "secateurs.packed", "version": 1, "weights": weights, "matrices": names})
+    return {"weights": weights, **counts, "density": 1 - counts["zeros"] / counts["weights"]}
+
+
+def load_packed(path: str | Path) -> PreTrainedModel:
+    """The model in a folder that `pack` wrote: `generate` and all else of transformers work on it, in float32 on a CPU.
+
+    Without compiled kernels its linear layers are made dense: the same results, slower and with more memory.
+    ValueError for a folder that is none of ours or is damaged.
+    """
+    folder = Path(path)
+    if not (folder / RECORD).is_file():
+        raise ValueError(f"{folder} has no {RECORD}; `secateurs pack` makes such a folder of a pruned model")
+    record: Any = read_json(folder / RECORD)
+    try:
+        config: Any = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        parts: dict[str, dict[str, Tensor]] = {}
+        rest: dict[str, Tensor] = {}
+        for key, tensor in _tensors(folder):
+            name, _, part = key.rpartition(".")
+            if name in record["matrices"] and part != "bias":
+                parts.setdefault(name, {})[part] = tensor
+            else:
+                rest[key] = tensor
+        for name, (rows, d_in) in record["matrices"].items():
+            matrix = PackedMatrix(rows, d_in, parts[name])
+            matrix.check(name)
+            linear = model.get_submodule(name)
+            if (linear.out_features, linear.in_features) != (rows, d_in):
+                raise ValueError(f"{name} is {rows} x {d_in}, the model's {linear.out_features} x {linear.in_features}")
+            bias = rest.pop(f"{name}.bias", None)
+            _replace(model, name, _linear(matrix, None if bias is None else bias.float()))
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        name = _name_of(model, embedding)
+        table = rest.pop(f"{name}.weight")
+        _replace(model, name, PackedEmbedding(table, float(getattr(embedding, "scalar_embed_scale", 1.0))))
+        if isinstance(head, nn.Linear):  # tied, and so not stored again
+            tied = PackedMatrix(len(table), table.shape[1], {"weight": table.to(torch.bfloat16)})
+            _replace(model, _name_of(model, head), _linear(tied, None))
+        known = model.state_dict()
+        if wrong := [key for key, tensor in rest.items() if key not in known or known[key].shape != tensor.shape]:
+            raise ValueError(f"{wrong[0]} is not the model's")
+        model.load_state_dict({key: tensor.float() for key, tensor in rest.items()}, strict=False, assign=True)
+        if absent := [key for key, tensor in model.state_dict().items() if tensor.is_meta]:
+            raise ValueError(f"there is no {absent[0]}")
+        compute_buffers(model, torch.device("cpu"))
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # transformers and safetensors raise many types for the same damage
+        raise cannot_be_loaded(f"packed model `{folder}`", error) from error
+    return model.eval()
+
+
+def _linear(matrix: PackedMatrix, bias: Tensor | None) -> nn.Module:
+    if kernels.library() is not None:
+        return PackedLinear(matrix, bias)
+    dense = nn.Linear(matrix.d_in, matrix.rows, bias=bias is not None, device="meta")
+    dense.weight = nn.Parameter(matrix.dense(), requires_grad=False)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias, requires_grad=False)
+    return dense
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    index = folder / f"{STEM}.safetensors.index.json"
+    files = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [f"{STEM}.safetensors"]
+    )
+    for name in files:
+        if Path(name).name != name:
+            raise ValueError(f"the index names {name}, which is not a file of the folder")
+        with safe_open(folder / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                yield key, file.get_tensor(key)

@@ -1,0 +1,189 @@
+"""Packed matrices and models: the same bits as dense kernels, the same answers as the model that was packed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from families import make_model
+from secateurs import kernels
+from secateurs.bench import bench, load_any
+from secateurs.export import mask_hash
+from secateurs.models import BUNDLED, linears, load_model, model_path
+from secateurs.packed import FEW, PackedLinear, PackedMatrix, load_packed, pack
+from test_cli import call
+
+compiled = pytest.mark.skipif(kernels.library() is None, reason="installed without a C compiler: no kernels to test")
+SHAPES = [(1, 1), (3, 7), (5, 8), (8, 63), (9, 64), (17, 65), (4, 130), (33, 200), (70, 577)]
+
+
+def sparse(rows: int, d_in: int, density: float = 0.5, seed: int = 0) -> torch.Tensor:
+    """Random weights, half of them zero; one row without weights and one without zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, d_in, generator=generator)
+    weight *= torch.rand(rows, d_in, generator=generator) < density
+    weight[0] = 0
+    weight[-1] = torch.randn(d_in, generator=generator)
+    return weight
+
+
+def levels() -> list[int]:
+    return sorted({0, kernels.best_level()} | ({1} if kernels.level_name(kernels.best_level()) == "avx512" else set()))
+
+
+@compiled
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packed_products_are_those_of_the_dense_kernel_to_the_bit(shape, weights):
+    weight = sparse(*shape)
+    packed, dense = (PackedMatrix.of(weight, weights, packed=which) for which in (True, False))
+    assert packed.packed and not dense.packed and torch.equal(packed.dense(), dense.dense())
+    x = torch.randn(9, shape[1], generator=torch.Generator().manual_seed(1))
+    wanted = x.double() @ packed.dense().double().T
+    for level in levels():
+        alone = torch.cat([packed.multiply(row[None], level=level, threads=1) for row in x])
+        bound = 1e-5 * (x.abs().double() @ packed.dense().abs().double().T) + 1e-12
+        assert bool(((alone.double() - wanted).abs() <= bound).all())
+        for batch in (1, 2, 3, 4, 8, 9):
+            for threads in (1, 2):
+                for matrix in (packed, dense):
+                    found = matrix.multiply(x[:batch], level=level, threads=threads)
+                    assert torch.equal(found, alone[:batch])
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_zeros_stay_and_the_rest_is_rounded_as_it_should_be(weights):
+    weight = sparse(33, 200)
+    for packed in (True, False):
+        back = PackedMatrix.of(weight, weights, packed=packed).dense()
+        assert bool((back[weight == 0] == 0).all())
+        largest = weight.abs().amax(1, keepdim=True)
+        bound = largest / 254 * 1.001 if weights == "int8" else weight.abs() / 256
+        assert bool(((back - weight).abs() <= bound).all())
+    assert not PackedMatrix.of(sparse(33, 200, 0.9), weights).packed and PackedMatrix.of(weight, weights).packed
+
+
+def test_what_one_product_reads_is_nine_sixteenths():
+    matrix = PackedMatrix.of(sparse(512, 1024), "bf16")
+    assert matrix.nbytes == pytest.approx(512 * 1024 * 2 * 9 / 16, rel=0.02)
+    assert PackedMatrix.of(sparse(512, 1024), "int8").nbytes == pytest.approx(512 * 1024 * 5 / 8, rel=0.02)
+
+
+def pruned(family: str, folder):
+    """A tiny model with half of its linears' weights at zero, and the same in float32 as it is stored."""
+    model = make_model(family)
+    with torch.no_grad():
+        for block in model.get_decoder().layers:
+            for linear in linears(block).values():
+                linear.weight *= torch.rand(linear.weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return load_model(str(folder)).float()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma3", "phi3", "qwen3_moe", "qwen3_next"])
+def test_a_packed_model_is_the_model(family, tmp_path):
+    dense = pruned(family, tmp_path / "dense")
+    found = pack(str(tmp_path / "dense"), tmp_path / "packed")
+    assert found["packed"] > 0 and 0.4 < found["density"] < 0.9 and found["bytes"] < 0.9 * found["dense_bytes"]
+    model = load_packed(tmp_path / "packed")
+    for length in (5, FEW + 20):  # by the kernels, and with matrices made dense
+        ids = torch.randint(3, 60, (1, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    if family != "qwen3_next":  # its states are float32 here and rounded there
+        options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))
+
+
+def test_masks_are_the_ones_that_were_pruned(tmp_path):
+    dense = pruned("qwen3", tmp_path / "dense")
+    pack(str(tmp_path / "dense"), tmp_path / "packed", "int8")
+    model = load_packed(tmp_path / "packed")
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    if kernels.library() is not None:
+        assert len(packed) == 15  # the head too
+    for name, module in packed.items():
+        kept = module.matrix.dense() != 0
+        weight = dense.get_submodule(name).weight
+        assert bool((kept <= (weight != 0)).all())
+        if module.matrix.packed:  # what is kept and rounds to zero is still kept
+            bits = PackedMatrix(module.matrix.rows, module.matrix.d_in, module.matrix.tensors | {
+                "values": torch.ones_like(module.matrix.tensors["values"])
+            })  # fmt: skip
+            assert mask_hash(bits.dense()) == mask_hash(weight)
+
+
+def test_without_kernels_the_answers_are_the_same(tmp_path, monkeypatch):
+    dense = pruned("qwen2", tmp_path / "dense")
+    pack(str(tmp_path / "dense"), tmp_path / "packed")
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    model, computes = load_any(str(tmp_path / "packed"))
+    assert computes == "float32, dense, no compiled kernels"
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="installed without its compiled kernels"):
+        kernels.multiply("dense_bf16", (), torch.zeros(1, 1), 1)
+
+
+def test_damage_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"has no packed.json; `secateurs pack` makes such a folder"):
+        load_packed(model_path(BUNDLED))
+    pack(BUNDLED, tmp_path / "packed")
+    file = tmp_path / "packed" / "packed.safetensors"
+    tensors = load_file(file)
+    save_file({key: tensor for key, tensor in tensors.items() if "layers.1.mlp.up_proj" not in key}, file)
+    with pytest.raises(ValueError, match="packed model .* cannot be loaded"):
+        load_packed(tmp_path / "packed")
+    short = dict(tensors)
+    short["model.layers.0.mlp.up_proj.weight"] = short["model.layers.0.mlp.up_proj.weight"][:, :-1].clone()
+    save_file(short, file)
+    with pytest.raises(
+        ValueError, match=r"model.layers.0.mlp.up_proj: its tensors are not those of a 384 x 128 matrix"
+    ):
+        load_packed(tmp_path / "packed")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="packed model .* cannot be loaded"):
+        load_packed(tmp_path / "packed")
+    with pytest.raises(ValueError, match="unknown type `float23`; there are float32"):
+        load_any("bundled@float23")
+
+
+@pytest.mark.parametrize("part", ["bits", "starts", "values"])
+def test_a_bitmap_that_does_not_fit_its_weights_is_refused(part):
+    """A kernel trusts what it is given, so nothing untrue may reach one."""
+    matrix = PackedMatrix.of(sparse(5, 70), "bf16")
+    wrong = {name: tensor.clone() for name, tensor in matrix.tensors.items()}
+    if part == "bits":
+        wrong["bits"][1, 0] = -1
+    elif part == "starts":
+        wrong["starts"][2] += 10**6
+    else:
+        wrong["values"] = wrong["values"][:10]
+    with pytest.raises(ValueError, match="its tensors are not those of a 5 x 70 matrix"):
+        PackedMatrix(5, 70, wrong).check("layer")
+    matrix.check("layer")
+
+
+def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, "pack", "bundled", "--out", str(tmp_path / "packed"), "--weights", "int8") == 0
+    assert "0 of 29 matrices packed, 100.0 % of weights kept" in " ".join(capsys.readouterr().err.split())
+    assert call(monkeypatch, "pack", "bundled", "--out", str(tmp_path / "other"), "--weights", "int9") == 2
+    assert "--weights is 'int9'; it must be bf16 or int8" in capsys.readouterr().err
+    words = ["bench", "bundled", str(tmp_path / "packed"), "--batch", "1", "--context", "8", "--tokens", "2"]
+    words += ["--rounds", "1", "--threads", "1", "--recipe", "demo", "--set", "evaluate.num_questions=2", "--json"]
+    assert call(monkeypatch, *words, "--out", str(tmp_path / "figures.json")) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((tmp_path / "figures.json").read_text())
+    dense, packed = result["rows"]
+    assert dense["speeds"][0]["times_first"] == 1 and packed["speeds"][0]["tokens_per_second"] > 0
+    assert packed["weight_bytes"] < 0.5 * dense["weight_bytes"] and dense["quality"]["questions"] == 2
+    assert dense["quality"]["correct"] == packed["quality"]["correct"] == 2 and dense["quality"]["of_first"] == 1
+    assert call(monkeypatch, "bench", "bundled", "--batch", "1,x") == 2
+    assert "--batch is '1,x'; it should look like 1,4,8" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_bench():
+    with pytest.raises(ValueError, match="model `/nowhere`: no such folder"):
+        bench(["/nowhere"], rounds=1)
