@@ -52,6 +52,16 @@ def test_packed_products_are_those_of_the_dense_kernel_to_the_bit(shape, weights
                     assert torch.equal(found, alone[:batch])
 
 
+@compiled
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_expanded_by_a_kernel_or_without_it_is_the_same(shape, weights, monkeypatch):
+    matrix = PackedMatrix.of(sparse(*shape), weights, packed=True)
+    expanded = matrix.dense()
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    assert torch.equal(expanded, matrix.dense())
+
+
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 def test_zeros_stay_and_the_rest_is_rounded_as_it_should_be(weights):
     weight = sparse(33, 200)

@@ -291,6 +291,13 @@ def bench_(
     _show_bench(result)
 
 
+def _short(name: str) -> str:
+    """A model's name for a narrow column: its folder, and not the one of all cells alike."""
+    path, mark, dtype = name.partition("@")
+    folder = Path(path)
+    return (folder.parent.name if folder.name == "model" else folder.name) + mark + dtype
+
+
 def _show_bench(result: dict[str, Any]) -> None:
     screen = Console(width=None if sys.stdout.isatty() else 160)
     where = result["machine"]
@@ -302,7 +309,7 @@ def _show_bench(result: dict[str, Any]) -> None:
     for row in rows:
         for number, one in enumerate(row["speeds"]):
             named = [
-                row["model"],
+                _short(row["model"]),
                 row["computes"],
                 f"{row['weight_bytes'] / 1e6:,.0f}",
                 f"{row['peak_bytes'] / 1e6:,.0f}",
@@ -318,7 +325,7 @@ def _show_bench(result: dict[str, Any]) -> None:
         for row in rows:
             one = row["quality"]
             answers.add_row(
-                row["model"], f"{one['correct']} of {one['questions']}", f"{one['tokens']:,}", f"{one['seconds']:.1f}",
+                _short(row["model"]), f"{one['correct']} of {one['questions']}", f"{one['tokens']:,}", f"{one['seconds']:.1f}",
                 f"{one['seconds_per_correct']:.3f}", f"{one['of_first']:.2f}",
             )  # fmt: skip
         screen.print(answers)

@@ -106,15 +106,22 @@ class PackedMatrix:
         """What one product reads."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def _weights(self) -> tuple[Tensor, ...]:
+        """The tensors in the order of packed.c."""
+        order = ("bits", "values", "starts", "scale") if self.packed else ("weight", "scale")
+        return tuple(self.tensors[part] for part in order if part in self.tensors)
+
     def multiply(self, x: Float32[Tensor, "batch d_in"], **options: int) -> Float32[Tensor, "batch rows"]:
         """x W^T by a compiled kernel; see `kernels.multiply`."""
         name = ("packed" if self.packed else "dense") + ("_int8" if "scale" in self.tensors else "_bf16")
-        order = ("bits", "values", "starts", "scale") if self.packed else ("weight", "scale")
-        weights = tuple(self.tensors[part] for part in order if part in self.tensors)
-        return kernels.multiply(name, weights, x, self.rows, **options)
+        return kernels.multiply(name, self._weights, x, self.rows, **options)
 
     def dense(self) -> Float32[Tensor, "rows d_in"]:
         """The weights that it stands for."""
+        scale = self.tensors.get("scale")
+        if self.packed and kernels.library() is not None:
+            return kernels.expand("bf16" if scale is None else "int8", self._weights, self.rows, self.d_in)
         if self.packed:
             bits = self.tensors["bits"].view(torch.uint8).numpy()
             kept = torch.from_numpy(np.unpackbits(bits, axis=1, count=self.d_in, bitorder="little")).bool()
@@ -122,7 +129,7 @@ class PackedMatrix:
             whole[kept] = self.tensors["values"][: int(self.tensors["starts"][-1])].float()
         else:
             whole = self.tensors["weight"].float()
-        return whole * self.tensors["scale"][:, None] if "scale" in self.tensors else whole
+        return whole if scale is None else whole * scale[:, None]
 
 
 def _bits(kept: Tensor) -> Tensor:

@@ -34,6 +34,11 @@ def library() -> ctypes.CDLL | None:
         function = getattr(found, f"secateurs_{name}")
         function.argtypes = [ctypes.c_int] * 2 + [ctypes.c_void_p] * (weights + 2) + [ctypes.c_int64] * 3
         function.restype = None
+    for name in ("bf16", "int8"):
+        function = getattr(found, f"secateurs_expand_{name}")
+        weights = ARGUMENTS[f"packed_{name}"]
+        function.argtypes = [ctypes.c_int] + [ctypes.c_void_p] * (weights + 1) + [ctypes.c_int64] * 2
+        function.restype = None
     found.secateurs_level_name.restype = ctypes.c_char_p
     return found
 
@@ -76,6 +81,14 @@ def multiply(
         rows,
         d_in,
     )
+    return out
+
+
+def expand(name: str, weights: tuple[Tensor, ...], rows: int, d_in: int) -> Float32[Tensor, "rows d_in"]:
+    """The weights of a packed matrix, for `name` "bf16" or "int8". RuntimeError without a library."""
+    out = torch.empty(rows, d_in, dtype=torch.float32)
+    pointers = (tensor.data_ptr() for tensor in (*weights, out))
+    getattr(_loaded(), f"secateurs_expand_{name}")(torch.get_num_threads(), *pointers, rows, d_in)
     return out
 
 

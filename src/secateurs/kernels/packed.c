@@ -81,20 +81,23 @@ INLINE void store(enum format format, const struct matrix *m, float *y, int64_t 
 
 enum { PORTABLE_LANES = 8 };
 
-static void portable_expand(enum format format, struct cursor *cursor, uint64_t kept, float weights[WORD]) {
-    for (int j = 0; j < WORD; j++) {
-        weights[j] = 0;
-        if (is_packed(format) && !(kept >> j & 1)) continue;
-        if (is_int8(format)) {
-            weights[j] = (float)*(const int8_t *)cursor->weights;
-        } else {
-            uint16_t half;
-            memcpy(&half, cursor->weights, 2);
-            uint32_t pattern = (uint32_t)half << 16;
-            memcpy(&weights[j], &pattern, 4);
-        }
-        cursor->weights += weight_size(format);
+INLINE float next_weight(enum format format, struct cursor *cursor) {
+    float weight;
+    if (is_int8(format)) {
+        weight = (float)*(const int8_t *)cursor->weights;
+    } else {
+        uint16_t half;
+        memcpy(&half, cursor->weights, 2);
+        uint32_t pattern = (uint32_t)half << 16;
+        memcpy(&weight, &pattern, 4);
     }
+    cursor->weights += weight_size(format);
+    return weight;
+}
+
+static void portable_expand(enum format format, struct cursor *cursor, uint64_t kept, float weights[WORD]) {
+    for (int j = 0; j < WORD; j++)
+        weights[j] = is_packed(format) && !(kept >> j & 1) ? 0 : next_weight(format, cursor);
 }
 
 static void portable(const struct matrix *m, int64_t row, const float *x, float *y) {
@@ -536,4 +539,35 @@ EXPORT void secateurs_packed_int8(int level, int threads, const uint64_t *bits, 
                                   int64_t rows, int64_t d_in) {
     struct matrix m = {PACKED_INT8, rows, d_in, 0, values, bits, starts, scale};
     multiply(level, threads, m, x, y, batch);
+}
+
+/* The weights themselves, for products with so many vectors that another library does them better. */
+INLINE void expand(enum format format, int threads, struct matrix m, float *out) {
+    m.format = format;
+    m.words = (m.columns + WORD - 1) / WORD;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#else
+    (void)threads;
+#endif
+    for (int64_t row = 0; row < m.rows; row++) {
+        struct cursor cursor = row_cursor(format, &m, row);
+        float *weights = out + row * m.columns, scale = is_int8(format) ? m.scale[row] : 1;
+        memset(weights, 0, (size_t)m.columns * sizeof(float));
+        for (int64_t word = 0; word < m.words; word++, weights += WORD)
+            for (uint64_t kept = m.bits[row * m.words + word]; kept; kept &= kept - 1)
+                weights[__builtin_ctzll(kept)] = next_weight(format, &cursor) * scale;
+    }
+}
+
+EXPORT void secateurs_expand_bf16(int threads, const uint64_t *bits, const uint16_t *values, const int64_t *starts,
+                                  float *out, int64_t rows, int64_t d_in) {
+    struct matrix m = {PACKED_BF16, rows, d_in, 0, values, bits, starts, NULL};
+    expand(PACKED_BF16, threads, m, out);
+}
+
+EXPORT void secateurs_expand_int8(int threads, const uint64_t *bits, const int8_t *values, const int64_t *starts,
+                                  const float *scale, float *out, int64_t rows, int64_t d_in) {
+    struct matrix m = {PACKED_INT8, rows, d_in, 0, values, bits, starts, scale};
+    expand(PACKED_INT8, threads, m, out);
 }
