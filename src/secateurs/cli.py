@@ -325,8 +325,8 @@ def _show_bench(result: dict[str, Any]) -> None:
         for row in rows:
             one = row["quality"]
             answers.add_row(
-                _short(row["model"]), f"{one['correct']} of {one['questions']}", f"{one['tokens']:,}", f"{one['seconds']:.1f}",
-                f"{one['seconds_per_correct']:.3f}", f"{one['of_first']:.2f}",
+                _short(row["model"]), f"{one['correct']} of {one['questions']}", f"{one['tokens']:,}",
+                f"{one['seconds']:.1f}", f"{one['seconds_per_correct']:.3f}", f"{one['of_first']:.2f}",
             )  # fmt: skip
         screen.print(answers)
 

@@ -98,9 +98,14 @@ class Dense:
 
     @cached_property
     def model(self) -> Any:
-        """The whole model, to sample from; not read before something asks for it."""
+        """The whole model, to sample from, in what a prune computes in; not read before something asks for it."""
+        return self.load(self.recipe.model)
+
+    def load(self, name: str) -> Any:
+        """A whole model, this one or what became of it, to sample from on the same terms."""
         r = self.recipe.resources
-        return load_model(self.recipe.model, device=r.device, trust_remote_code=r.trust_remote_code)
+        model: Any = load_model(name, device=r.device, trust_remote_code=r.trust_remote_code)
+        return model.to(self.checkpoint.model.dtype)
 
     @cached_property
     def key(self) -> dict[str, str]:
@@ -109,6 +114,12 @@ class Dense:
         if not Path(folder).is_dir():  # a hub id: its weights are pinned by the commit transformers resolved
             return {"model": f"{self.recipe.model}@{self.checkpoint.folder.name}", "tokenizer": ""}
         return {"model": model_hash(folder), "tokenizer": tokenizer_hash(folder)}
+
+    @property
+    def computed(self) -> dict[str, str]:
+        """For a key: what the model computes in, where that is not what it is stored as."""
+        computed = self.checkpoint.model.dtype
+        return {} if computed == self.checkpoint.stored else {"computed": str(computed)}
 
     @cached_property
     def corpus_hash(self) -> str:
@@ -148,6 +159,7 @@ def _provenance(
 ) -> dict[str, Any]:
     return {
         **dense.key,
+        **dense.computed,
         "questions": {"name": questions.name, "version": questions.version, "options": spec, "split": split},
         "format": asdict(questions.format),
         "sampling": asdict(sampling),
@@ -435,10 +447,9 @@ def arm_label(arm: Arm) -> str:
 
 def _calibrated_on(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> dict[str, Any]:
     """For a key: the model, and every token that it is calibrated and judged on, and how exactly."""
-    computed, stored = dense.checkpoint.model.dtype, dense.checkpoint.stored
     return {
-        **({} if computed == stored else {"computed": str(computed)}),
-        "traces": traced.key, "filters": {"of calibration": recipe.traces.filters} if recipe.traces.filters else {},
+        **dense.computed, "traces": traced.key,
+        "filters": {"of calibration": recipe.traces.filters} if recipe.traces.filters else {},
         "calibration": recipe.calibration.model_dump(), "seed": seed, **dense.key, "corpus": dense.corpus_hash,
     }  # fmt: skip
 

@@ -20,7 +20,6 @@ from secateurs.calibration import batches, region_weights, trace_document
 from secateurs.cuts import Cut
 from secateurs.export import verify
 from secateurs.leaks import overlap
-from secateurs.models import load_model
 from secateurs.parallel import Progress, Task, run_tasks, silent
 from secateurs.prompts import render
 from secateurs.ranks import ALONE, Ranks
@@ -179,7 +178,7 @@ def _do_cells(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe],
         if recipe.evaluate.num_questions:
             pattern = build_pattern(recipe.prune.pattern)
             stage = f"evaluate {pruned.arm} {pruned.solver} {pattern} ({number}/{total})"
-            model = partial(load_model, str(pruned.folder / "model"), device=recipe.resources.device)
+            model = partial(dense.load, str(pruned.folder / "model"))
             key = pruned.folder.name
             answers = answer(recipe, pruned.folder / "answers", model, key, seed, dense, stage, progress)
         done.append(_Done(pruned, answers))
