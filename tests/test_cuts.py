@@ -17,9 +17,10 @@ from secateurs.checkpoint import Checkpoint
 from secateurs.collect import Shell
 from secateurs.cuts import Depth, Width, anatomy
 from secateurs.export import PROBE_FILE
+from secateurs.gains import gains
 from secateurs.linalg import masked_refit
 from secateurs.models import load_model
-from secateurs.patterns import Columns, stack
+from secateurs.patterns import NM, Columns, Unstructured, stack
 from secateurs.solvers import CUT_SOLVERS
 from secateurs.solvers.obs import OBS
 from secateurs.survey import blocks_to_drop
@@ -225,3 +226,11 @@ def test_each_block_that_goes_is_the_one_that_matters_least_then():
         lost = {second: (final({1, second}) - final(set())).norm() for second in (0, 2, 3)}
     (second,) = set(found) - {1}
     assert lost[second] < 1.5 * min(lost.values())
+
+
+def test_who_gains_depends_on_what_is_left():
+    smaller = dict(gains(Width(0.25)))
+    assert smaller["vLLM"] == "about 1 / (1 - 0.25) in its blocks" and "secateurs pack (CPU)" not in smaller
+    assert "a smaller KV cache" in dict(gains(Depth(0.25)))["llama.cpp"]
+    assert "no faster" in dict(gains(Unstructured(0.5)))["vLLM"] and "removed" in dict(gains(NM(2, 4)))["vLLM"]
+    assert all("pack" in gains(pattern)[-1][0] for pattern in (Unstructured(0.5), NM(2, 4)))

@@ -12,6 +12,7 @@ import torch  # its OpenMP must be there before the library looks for one: two w
 from jaxtyping import Float32
 from torch import Tensor
 
+ALONE_BELOW = 1 << 17  # products: a second thread takes longer to wake than these take
 ARGUMENTS = {  # after level and threads: pointers to the weights, then x, y, batch, rows, d_in
     "dense_bf16": 1,
     "packed_bf16": 3,
@@ -70,10 +71,12 @@ def multiply(
     found = _loaded()
     x = x.contiguous()
     batch, d_in = x.shape
+    if threads is None:
+        threads = 1 if batch * rows * d_in < ALONE_BELOW else torch.get_num_threads()
     out = torch.empty(batch, rows, dtype=torch.float32)
     getattr(found, f"secateurs_{name}")(
         found.secateurs_level() if level is None else level,
-        torch.get_num_threads() if threads is None else threads,
+        threads,
         *(tensor.data_ptr() for tensor in weights),
         x.data_ptr(),
         out.data_ptr(),
