@@ -112,7 +112,7 @@ def bench(
     """
     threads = threads or torch.get_num_threads()
     shapes = [(batch, context) for batch in batches for context in contexts]
-    total = len(models) * (1 + rounds * len(shapes) + (recipe is not None))
+    total = len(models) * (2 + rounds * len(shapes) + (recipe is not None))
     done = 0
 
     with ExitStack() as stack:
@@ -154,7 +154,6 @@ def bench(
             rows[name].quality = Quality(**ask(name, "answer", recipe))
         for name in models:
             rows[name].peak_bytes = ask(name, "peak")
-            done -= 1
     return list(rows.values())
 
 

@@ -27,6 +27,7 @@ from secateurs.models import cannot_be_loaded, linears
 Weights = Literal["bf16", "int8"]
 STEM = "packed"
 RECORD = "packed.json"
+SCHEMA, VERSION = "secateurs.packed", 1
 DENSE_FROM = 0.8  # of the weights: with so many kept a bitmap saves too little to be worth expanding
 FEW = 16  # vectors up to which a product reads packed weights; more are worth making the matrix dense for a while
 WORD = 64  # columns in a word of the bitmap
@@ -204,15 +205,15 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
         embedding: Any = checkpoint.model.get_input_embeddings()
         if weights == "int8" or head.weight is not embedding.weight:
             add(_name_of(checkpoint.model, head), head.weight)
-        elsewhere = (f"{checkpoint.prefix}.", f"{_name_of(checkpoint.model, head)}.")
+        weight = f"{_name_of(checkpoint.model, head)}.weight"
         for name, tensor in checkpoint.model.state_dict().items():
-            if not name.startswith(elsewhere):
+            if name != weight and not name.startswith(f"{checkpoint.prefix}."):
                 files.add(name, tensor.cpu().contiguous())
         files.close()
         for file in checkpoint.folder.iterdir():
             if file.is_file() and not file.name.startswith("model") and file.name != PROBE_FILE:
                 shutil.copyfile(file, folder / file.name)
-        write_json(folder / RECORD, {"schema": "secateurs.packed", "version": 1, "weights": weights, "matrices": names})
+        write_json(folder / RECORD, {"schema": SCHEMA, "version": VERSION, "weights": weights, "matrices": names})
     return {"weights": weights, **counts, "density": 1 - counts["zeros"] / counts["weights"]}
 
 
@@ -226,6 +227,8 @@ def load_packed(path: str | Path) -> PreTrainedModel:
     if not (folder / RECORD).is_file():
         raise ValueError(f"{folder} has no {RECORD}; `secateurs pack` makes such a folder of a pruned model")
     record: Any = read_json(folder / RECORD)
+    if record.get("schema") != SCHEMA or record.get("version") != VERSION:
+        raise ValueError(f"{folder / RECORD} is not of this version of secateurs: pack the model again")
     try:
         config: Any = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
