@@ -21,8 +21,8 @@ ORDER = [
     {"report", "masks", "packed"},
     {"page"},
     {"recipe", "gains"},
-    {"run", "bench"},
-    {"study"},
+    {"run"},
+    {"study", "bench"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

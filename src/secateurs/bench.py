@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from secateurs import kernels
-from secateurs.engines import Request, default_sampling
+from secateurs.engines import default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.models import load_model, load_tokenizer
 from secateurs.packed import RECORD, PackedEmbedding, PackedLinear, load_packed
-from secateurs.parallel import MISTAKES
-from secateurs.prompts import answer_text, render, think_split, trace_seed
+from secateurs.parallel import MISTAKES, end, portable, settle
 from secateurs.recipe import Recipe, build_questions
+from secateurs.run import request_for, trace_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -134,10 +134,10 @@ def bench(
         rows = {}
         for name in models:
             ours, theirs = get_context("spawn").Pipe()
-            worker = get_context("spawn").Process(target=_serve, args=(theirs, name, threads), daemon=True)
+            worker = get_context("spawn").Process(target=_serve, args=(theirs, name, threads, os.getpid()), daemon=True)
             worker.start()
             theirs.close()
-            stack.callback(_end, worker, ours)
+            stack.callback(end, worker, ours)
             workers[name] = ours
             rows[name] = Row(model=name, **ask(name, "load"))
         taken: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
@@ -174,7 +174,7 @@ def machine(threads: int = 0) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as they are stored, with ratios to the first model: above 1 is faster, for memory smaller."""
+    """The rows as they are stored, with ratios to the first model: above 1 is faster."""
     first, found = rows[0], []
     for row in rows:
         data = asdict(row)
@@ -187,9 +187,9 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _serve(pipe: Connection, name: str, threads: int) -> None:
+def _serve(pipe: Connection, name: str, threads: int, parent: int) -> None:
     """A process' life: what is asked of its model, until the parent is gone."""
-    torch.set_num_threads(threads)
+    settle(threads, parent)
     bench = _Bench(name)
     while True:
         try:
@@ -200,13 +200,7 @@ def _serve(pipe: Connection, name: str, threads: int) -> None:
             with torch.inference_mode():
                 pipe.send(("done", getattr(bench, what)(*args)))
         except MISTAKES as error:
-            pipe.send(("failed", error if type(error).__module__ == "builtins" else RuntimeError(str(error))))
-
-
-def _end(worker: Any, pipe: Connection) -> None:
-    pipe.close()
-    worker.terminate()
-    worker.join()
+            pipe.send(("failed", portable(error)))
 
 
 class _Bench:
@@ -251,23 +245,17 @@ class _Bench:
         by_id = {question.id: question for question in asked}
         overrides = (recipe.evaluate.sampling or recipe.traces.sampling).model_dump()
         sampling = default_sampling(self.model.generation_config, **overrides)
-        requests = [
-            Request(
-                question_id=question.id, sample=0, prompt_ids=render(tokenizer, questions.format, question),
-                seed=trace_seed(recipe.seed, question.id, 0),
-            )
-            for question in asked
-        ]  # fmt: skip
-        correct = tokens = 0
+        requests = [request_for(question, 0, tokenizer, questions, recipe.seed) for question in asked]
         clock = time.perf_counter()
         done = list(hf_engine(self.model, tokenizer, recipe.resources.batch_size).generate(requests, sampling))
         seconds = time.perf_counter() - clock
-        for completion in done:
-            think, closed = think_split(tokenizer, completion.request.prompt_ids, completion.ids)
-            text = answer_text(tokenizer, completion.ids, think, closed)
-            correct += int(questions.check(by_id[completion.request.question_id], text))
-            tokens += len(completion.ids)
-        return {"questions": len(asked), "correct": correct, "tokens": tokens, "seconds": seconds}
+        traces = [trace_of(one, tokenizer, questions, by_id[one.request.question_id]) for one in done]
+        return {
+            "questions": len(asked),
+            "correct": sum(trace.reward == 1 for trace in traces),
+            "tokens": sum(len(trace.completion_ids) for trace in traces),
+            "seconds": seconds,
+        }
 
     def peak(self) -> int:
         """Memory at its highest, above what there was before the model."""

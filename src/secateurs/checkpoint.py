@@ -104,11 +104,16 @@ class Checkpoint:
 
     def copy_to(self, folder: Path) -> None:
         """Copy the files that hold weights as they are, and the configuration."""
-        for file in {place.file for place in self.places.values()} | {INDEX, "config.json", "generation_config.json"}:
+        for file in {place.file for place in self.places.values()} | {INDEX}:
             if (self.folder / file).exists():
                 shutil.copyfile(self.folder / file, folder / file)
-        for file in self.folder.glob("*.py"):  # of a model that brings its own code
-            shutil.copyfile(file, folder / file.name)
+        self.copy_settings(folder)
+
+    def copy_settings(self, folder: Path) -> None:
+        """Copy the configuration, and the code of a model that brings its own."""
+        for name in ("config.json", "generation_config.json", *(file.name for file in self.folder.glob("*.py"))):
+            if (self.folder / name).exists():
+                shutil.copyfile(self.folder / name, folder / name)
 
     def write_block(self, index: int, folder: Path) -> None:
         """Put the weights that block `index` has now, while it is open, in their places in a copy of the files."""
@@ -273,13 +278,9 @@ def layout(folder: Path) -> Mapping[str, Extent]:
     A head is its length in 8 bytes, little-endian, then JSON: dtype, shape and offsets of every tensor.
     ValueError if there are no safetensors files, or an index names one that is not there.
     """
-    index = folder / INDEX
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [SINGLE]
     places = {}
-    for name in files:
+    for name in weight_files(folder):
         file = folder / name
-        if Path(name).name != name or not file.exists():
-            raise ValueError(f"there is no {name} in {folder}; secateurs reads safetensors only")
         with safe_open(file, framework="pt"):
             pass  # it checks that the head is sound and the file complete
         with file.open("rb") as opened:
@@ -290,3 +291,14 @@ def layout(folder: Path) -> Mapping[str, Extent]:
                 start, end = entry["data_offsets"]
                 places[key] = Extent(name, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
     return places
+
+
+def weight_files(folder: Path, stem: str = "model") -> list[str]:
+    """The safetensors files of a folder, from its index if it has one. ValueError if one is not there."""
+    index = folder / f"{stem}.safetensors.index.json"
+    single = [f"{stem}.safetensors"]
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else single
+    for name in names:
+        if Path(name).name != name or not (folder / name).exists():
+            raise ValueError(f"there is no {name} in {folder}; secateurs reads safetensors only")
+    return names

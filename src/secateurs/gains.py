@@ -10,18 +10,15 @@ GONE = "loads it as a dense model; its sparse kernels were removed in 2026"
 def gains(pattern: Pattern | Cut) -> list[tuple[str, str]]:
     """(engine, what it gains) for the output of a pattern. What is not measured by `secateurs bench` is no promise."""
     if isinstance(pattern, Cut):
-        cache = isinstance(pattern, Width) and pattern.attention == "kv_heads"
-        cache = cache or not isinstance(pattern, Width)
+        cache = not isinstance(pattern, Width) or pattern.attention == "kv_heads"
         said = f"about 1 / (1 - {pattern.sparsity:g}) in its blocks" + (", and a smaller KV cache" if cache else "")
         return [
             (engine, said) for engine in ("transformers", "vLLM", "SGLang", "TensorRT-LLM", "llama.cpp", "OpenVINO")
         ]
-    sparse = [
-        ("transformers", NOTHING),
-        *((engine, GONE if isinstance(pattern, NM) else NOTHING) for engine in ("vLLM", "SGLang", "TensorRT-LLM")),
-        ("llama.cpp", NOTHING),
-    ]
+    served = GONE if isinstance(pattern, NM) else NOTHING
     return [
-        *sparse,
+        ("transformers", NOTHING),
+        *((engine, served) for engine in ("vLLM", "SGLang", "TensorRT-LLM")),
+        ("llama.cpp", NOTHING),
         ("secateurs pack (CPU)", "batches up to 16: reads 1 bit a weight and what is kept; measure it with `bench`"),
     ]

@@ -4,7 +4,6 @@ One token of a small batch reads every weight once, so on a CPU reading less is 
 where that is less to read, else dense; as bfloat16, or as int8 with a scale for each row.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from secateurs import kernels
 from secateurs.artifacts import atomic_folder, read_json, write_json
-from secateurs.checkpoint import Checkpoint, Shards, compute_buffers
+from secateurs.checkpoint import Checkpoint, Shards, compute_buffers, weight_files
 from secateurs.export import PROBE_FILE
 from secateurs.models import cannot_be_loaded, linears
 
@@ -71,18 +70,17 @@ class PackedMatrix:
     def check(self, name: str) -> None:
         """ValueError unless the tensors are what kernels may be given: they read where these say, and check nothing."""
         parts, rows = self.tensors, self.rows
-        wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {"scale": ((rows,), torch.float32)}
         kind = torch.int8 if "scale" in parts else torch.bfloat16
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight": ((rows, self.d_in), kind)}
         if self.packed:
             words = -(-self.d_in // WORD)
-            wanted |= {
+            wanted = {
                 "bits": ((rows, words), torch.int64),
                 "starts": ((rows + 1,), torch.int64),
                 "values": ((-1,), kind),
             }
-        else:
-            wanted["weight"] = ((rows, self.d_in), kind)
-        wanted = {part: what for part, what in wanted.items() if part != "scale" or part in parts}
+        if "scale" in parts:
+            wanted["scale"] = ((rows,), torch.float32)
         sound = set(parts) == set(wanted) and all(
             parts[part].dtype == dtype and parts[part].is_contiguous() and shape in (tuple(parts[part].shape), (-1,))
             for part, (shape, dtype) in wanted.items()
@@ -290,13 +288,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    index = folder / f"{STEM}.safetensors.index.json"
-    files = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [f"{STEM}.safetensors"]
-    )
-    for name in files:
-        if Path(name).name != name:
-            raise ValueError(f"the index names {name}, which is not a file of the folder")
+    for name in weight_files(folder, STEM):
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 yield key, file.get_tensor(key)

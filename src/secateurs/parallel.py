@@ -50,7 +50,7 @@ def run_tasks(make: Callable[[Progress], Any], tasks: Sequence[Task], jobs: int,
                 target=_serve, args=(theirs, make, max(1, torch.get_num_threads() // jobs), os.getpid()), daemon=True
             )
             worker.start()
-            stack.callback(_end, worker, ours)
+            stack.callback(end, worker, ours)
             theirs.close()
             workers[ours] = worker
             ours.send(waiting.pop(0))
@@ -80,12 +80,7 @@ def run_tasks(make: Callable[[Progress], Any], tasks: Sequence[Task], jobs: int,
 
 def _serve(pipe: Connection, make: Callable[[Progress], Any], threads: int, parent: int) -> None:
     """A process' life: a task in, its result out, until the parent closes the pipe or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends us
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-    torch.set_num_threads(threads)
+    settle(threads, parent)
     try:
 
         def progress(stage: str, done: float, total: float, unit: str) -> None:
@@ -98,11 +93,26 @@ def _serve(pipe: Connection, make: Callable[[Progress], Any], threads: int, pare
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(1)  # nobody is left to tell
     except MISTAKES as error:
-        builtin = type(error).__module__ == "builtins"  # others may not survive being pickled
-        pipe.send(("failed", error if builtin else RuntimeError(str(error))))
+        pipe.send(("failed", portable(error)))
 
 
-def _end(worker: Any, pipe: Connection) -> None:
+def settle(threads: int, parent: int) -> None:
+    """Make this a process that works for `parent`: deaf to Ctrl-C, which that hears too, and dead when that dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+    torch.set_num_threads(threads)
+
+
+def portable(error: Exception) -> Exception:
+    """The error, as one that survives being pickled."""
+    return error if type(error).__module__ == "builtins" else RuntimeError(str(error))
+
+
+def end(worker: Any, pipe: Connection) -> None:
+    """Stop a process and its pipe, whatever it does."""
     worker.terminate()
     worker.join()
     pipe.close()

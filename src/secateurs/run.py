@@ -190,14 +190,7 @@ def sample(
         for question, number in asked:
             if (question.id, number) not in store:
                 by_id[question.id] = question
-                ids = render(tokenizer, questions.format, question)
-                yield Request(
-                    question_id=question.id,
-                    sample=number,
-                    prompt_ids=ids,
-                    seed=trace_seed(seed, question.id, number),
-                    turns=turns(questions.format, question),
-                )
+                yield request_for(question, number, tokenizer, questions, seed)
 
     if enough():
         return
@@ -206,7 +199,7 @@ def sample(
     clock = time.monotonic()
     try:
         for completion in engine().generate(requests(), sampling):
-            waiting.append(_trace(completion, tokenizer, questions, by_id[completion.request.question_id]))
+            waiting.append(trace_of(completion, tokenizer, questions, by_id[completion.request.question_id]))
             spent += completion.seconds
             if time.monotonic() - clock > 0.25 or len(waiting) >= at_once:
                 store.append(waiting)
@@ -220,7 +213,19 @@ def sample(
     enough()
 
 
-def _trace(completion: Completion, tokenizer: Any, questions: QuestionSet, question: Question) -> Trace:
+def request_for(question: Question, number: int, tokenizer: Any, questions: QuestionSet, seed: int) -> Request:
+    """What an engine is asked for one sample of an answer."""
+    return Request(
+        question_id=question.id,
+        sample=number,
+        prompt_ids=render(tokenizer, questions.format, question),
+        seed=trace_seed(seed, question.id, number),
+        turns=turns(questions.format, question),
+    )
+
+
+def trace_of(completion: Completion, tokenizer: Any, questions: QuestionSet, question: Question) -> Trace:
+    """A completion with what is known of it: where its thinking ends, and whether its answer is right."""
     request = completion.request
     think, closed = think_split(tokenizer, request.prompt_ids, completion.ids)
     answer = answer_text(tokenizer, completion.ids, think, closed)

@@ -1,7 +1,6 @@
 """A checkpoint written without what a cut left unread: smaller matrices, fewer blocks, a configuration to match."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,12 +64,9 @@ class Trimmer:
         for key, tensor in checkpoint.around():
             self._files.add(key, tensor)
         self._files.close()
-        before: dict[str, Any] = json.loads((checkpoint.folder / "config.json").read_text())
-        config = self._config(dict(before))
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2))
-        for file in ("generation_config.json", *(file.name for file in checkpoint.folder.glob("*.py"))):
-            if (checkpoint.folder / file).exists():
-                shutil.copyfile(checkpoint.folder / file, self.folder / file)
+        checkpoint.copy_settings(self.folder)
+        config = self.folder / "config.json"
+        config.write_text(json.dumps(self._config(json.loads(config.read_text())), indent=2))
         body = self.body
         was = {
             "intermediate_size": body.d_ff, "num_attention_heads": body.heads, "num_key_value_heads": body.kv_heads,

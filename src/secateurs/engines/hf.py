@@ -177,7 +177,7 @@ class _Batch:
         )
         old, new = len(self.rows), len(self.rows) + len(rows)
         filled: list[Any] = [[one.keys, one.values] for one in prefill.layers if isinstance(one, DynamicLayer)]
-        if new > self.slots or self.column < width or self.column == self.capacity:
+        if new > self.slots or self.column < width:
             self._move(max(new, self.slots), min(self.first, self.column - width), filled)
         for buffer, pair in zip(self.buffers, filled, strict=True):
             for stored, one in zip(buffer.store, pair, strict=True):

@@ -1,6 +1,6 @@
 """Products of a few vectors with a matrix that is stored packed, on a CPU: the compiled half is packed.c.
 
-Built when the package is installed, if there is a C compiler. Without one `library()` is None, and says why.
+Built when the package is installed, if there is a C compiler. Without one `library()` is None.
 """
 
 import ctypes
@@ -44,13 +44,14 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+@cache
 def best_level() -> int:
     """The fastest code this processor can run, as a number. RuntimeError without a library."""
     return _loaded().secateurs_level()
 
 
 def level_name(level: int) -> str:
-    """ "portable", "avx2", "avx512" or "neon"."""
+    """Its name: portable, avx2, avx512 or neon. RuntimeError without a library."""
     return _loaded().secateurs_level_name(level).decode()
 
 
@@ -75,7 +76,7 @@ def multiply(
         threads = 1 if batch * rows * d_in < ALONE_BELOW else torch.get_num_threads()
     out = torch.empty(batch, rows, dtype=torch.float32)
     getattr(found, f"secateurs_{name}")(
-        found.secateurs_level() if level is None else level,
+        best_level() if level is None else level,
         threads,
         *(tensor.data_ptr() for tensor in weights),
         x.data_ptr(),
