@@ -2,8 +2,10 @@
 
     python benchmarks/selection.py OUT                                  # the bundled reasoner, all of SELECTIONS
     python benchmarks/selection.py OUT --only 'all;first 64 tokens' --recipe RECIPE --set model=FOLDER
+    python benchmarks/selection.py OUT --only all --corpus 'written by people=human.jsonl'   # which solutions.py makes
 
-A selection is a few settings on top of the recipe. p is of the exact paired test against the first selection.
+A selection is a few settings on top of the recipe, which come after --set. p is of the exact paired test against the
+first selection.
 """
 
 import argparse
@@ -36,28 +38,34 @@ SELECTIONS: dict[str, list[str]] = {
     "300,000 tokens": ["calibration.num_tokens=300_000"],
     "1,000,000 tokens": ["calibration.num_tokens=1_000_000"],
 }
+PLAIN: dict[str, list[str]] = {  # for a model that errs at its own temperature, and is slow
+    "correct": ["traces.filters={correct=true}"],
+    "temperature 1": ["traces.sampling.temperature=1.0"],
+    "2,000 tokens": ["calibration.num_tokens=2_000"],
+    "32,000 tokens": ["calibration.num_tokens=32_000"],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", default=";".join(SELECTIONS))
+    parser.add_argument("--corpus", action="append", default=[], help="NAME=FILE: a selection of other texts")
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    names = options.only.split(";")
-    reports = {
-        name: study(
-            load_recipe(options.recipe, [*BASE, *SELECTIONS[name], *options.set]), options.out, jobs=options.jobs
-        )
-        for name in names
-    }
+    selections = {name: (SELECTIONS | PLAIN)[name] for name in options.only.split(";")}
+    for name, _, file in (corpus.partition("=") for corpus in options.corpus):
+        selections[name] = ["sweep.arm=['corpus']", f"calibration.corpus='{file}'"]
+    recipes = {n: load_recipe(options.recipe, [*BASE, *options.set, *found]) for n, found in selections.items()}
+    reports = {name: study(recipe, options.out, jobs=options.jobs) for name, recipe in recipes.items()}
+    first = next(iter(reports.values()))
     rows: list[tuple[str, Any, float, float]] = []
     for name, report in reports.items():
         for row in report.summary:
             if row.arm != "dense":
-                p = sign_flip(list(differences(report, reports[names[0]], row.solver).values()))
+                p = sign_flip(list(differences(report, first, row.solver).values()))
                 rows.append((name, row, p, report.traces.pass_at_1 if report.traces else 0.0))
     corrected = holm([p for _, _, p, _ in rows])
     print("| calibrated on | solver | traces correct | layer error | hidden error | pass@1 (95 %) | p | corrected |")
