@@ -14,6 +14,9 @@ from families import family, tiny_model  # noqa: F401
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # for this process and those it starts: equal threads, equal rounding
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it once, when anything first imports it
+
 MATHEMATICS = ["patterns", "linalg", "layer", "scores", "solvers", "goals", "tune"]
 install_import_hook([f"secateurs.{module}" for module in MATHEMATICS], "beartype.beartype")
 

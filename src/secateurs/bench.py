@@ -26,7 +26,7 @@ from secateurs import kernels
 from secateurs.engines import default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.models import load_model, load_tokenizer
-from secateurs.packed import RECORD, PackedEmbedding, PackedLinear, load_packed
+from secateurs.packed import RECORD, PackedEmbedding, PackedLinear, has_kernels, load_packed
 from secateurs.parallel import MISTAKES, end, portable, settle
 from secateurs.recipe import Recipe, build_questions
 from secateurs.run import request_for, trace_of
@@ -78,20 +78,25 @@ class Row:
     quality: Quality | None = None
 
 
-def load_any(name: str) -> tuple[PreTrainedModel, str]:
-    """A model by its name, and what it computes in. ValueError for an unknown type."""
+def load_any(name: str, device: str = "cpu") -> tuple[PreTrainedModel, str]:
+    """A model by its name on a device, and what it computes in. ValueError for an unknown type."""
     path, _, dtype = name.partition("@")
     if dtype and dtype not in DTYPES:
         raise ValueError(f"{name}: unknown type `{dtype}`; there are {', '.join(DTYPES)}")
     if (Path(path) / RECORD).is_file():
         if dtype:
-            raise ValueError(f"{name}: a packed model computes in float32; leave out `@{dtype}`")
-        model = load_packed(path)
-        level = kernels.level_name(kernels.best_level()) if kernels.library() else "dense, no compiled kernels"
-        return model, f"float32, {level}"
-    model: Any = load_model(path)
+            raise ValueError(f"{name}: a packed model computes in the type of its kernels; leave out `@{dtype}`")
+        model = load_packed(path, device)
+        runs = has_kernels(model.device)
+        level = "triton" if model.device.type != "cpu" else kernels.level_name(kernels.best_level()) if runs else ""
+        return model, f"{_type(model)}, {level if runs else 'dense, no compiled kernels'}"
+    model: Any = load_model(path, device=device)
     model = model.to(DTYPES[dtype]) if dtype else model
-    return model, str(model.dtype).removeprefix("torch.")
+    return model, _type(model)
+
+
+def _type(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def bench(
@@ -102,6 +107,7 @@ def bench(
     new_tokens: int = 32,
     rounds: int = 3,
     threads: int = 0,
+    device: str = "cpu",
     recipe: Recipe | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[Row]:
@@ -134,7 +140,9 @@ def bench(
         rows = {}
         for name in models:
             ours, theirs = get_context("spawn").Pipe()
-            worker = get_context("spawn").Process(target=_serve, args=(theirs, name, threads, os.getpid()), daemon=True)
+            worker = get_context("spawn").Process(
+                target=_serve, args=(theirs, name, device, threads, os.getpid()), daemon=True
+            )
             worker.start()
             theirs.close()
             stack.callback(end, worker, ours)
@@ -157,7 +165,7 @@ def bench(
     return list(rows.values())
 
 
-def machine(threads: int = 0) -> dict[str, Any]:
+def machine(threads: int = 0, device: str = "cpu") -> dict[str, Any]:
     """What the figures were measured on."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -166,8 +174,9 @@ def machine(threads: int = 0) -> dict[str, Any]:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         cpu = names[0] if names else cpu
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}
     return {
-        "cpu": cpu, "cores": os.cpu_count() or 1, "threads": threads or torch.get_num_threads(),
+        **gpu, "cpu": cpu, "cores": os.cpu_count() or 1, "threads": threads or torch.get_num_threads(),
         "kernels": kernels.level_name(kernels.best_level()) if kernels.library() else "none",
         "torch": torch.__version__, "system": platform.system(),
     }  # fmt: skip
@@ -187,10 +196,10 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _serve(pipe: Connection, name: str, threads: int, parent: int) -> None:
+def _serve(pipe: Connection, name: str, device: str, threads: int, parent: int) -> None:
     """A process' life: what is asked of its model, until the parent is gone."""
     settle(threads, parent)
-    bench = _Bench(name)
+    bench = _Bench(name, device)
     while True:
         try:
             what, *args = pipe.recv()
@@ -206,14 +215,15 @@ def _serve(pipe: Connection, name: str, threads: int, parent: int) -> None:
 class _Bench:
     """One model and what can be measured of it."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.before = name, _peak()
+    def __init__(self, name: str, device: str) -> None:
+        self.name, self.device, self.before = name, device, _peak(device)
         self.model: Any = None
 
     def load(self) -> dict[str, Any]:
         """Load it, and say what it is."""
         clock = time.perf_counter()
-        self.model, computes = load_any(self.name)
+        self.model, computes = load_any(self.name, self.device)
+        self._wait()
         seconds = time.perf_counter() - clock
         stored = {tensor.data_ptr(): tensor.nbytes for tensor in _weights(self.model)}  # tied ones are one
         return {"computes": computes, "weight_bytes": sum(stored.values()), "load_seconds": seconds}
@@ -222,16 +232,24 @@ class _Bench:
         """Seconds to the first token, and for each one after it, greedily, after random ids."""
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
-        ids = torch.randint(0, vocabulary, (batch, context), generator=generator)
+        ids = torch.randint(0, vocabulary, (batch, context), generator=generator).to(self.device)
         cache = DynamicCache()
         clock = time.perf_counter()
         ids = self._next(ids, cache)
+        self._wait()
         first = time.perf_counter() - clock
         ids = self._next(ids, cache)  # whatever is slow once
+        self._wait()
         clock = time.perf_counter()
         for _ in range(new_tokens):
             ids = self._next(ids, cache)
+        self._wait()
         return first, (time.perf_counter() - clock) / new_tokens
+
+    def _wait(self) -> None:
+        """Until a GPU has done what it was given."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
 
     def _next(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -259,7 +277,7 @@ class _Bench:
 
     def peak(self) -> int:
         """Memory at its highest, above what there was before the model."""
-        return max(_peak() - self.before, 0)
+        return max(_peak(self.device) - self.before, 0)
 
 
 def _weights(model: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -271,7 +289,9 @@ def _weights(model: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield module.table
 
 
-def _peak() -> int:
-    """Bytes of this process at its highest."""
+def _peak(device: str) -> int:
+    """Bytes of this process at its highest, in the memory of the device."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

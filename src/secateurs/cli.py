@@ -263,6 +263,7 @@ def bench_(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that are timed.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every model; medians count.")] = 3,
     threads: Annotated[int, typer.Option(min=0, help="0: as many as torch takes.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda where there is a GPU.")] = "cpu",
     recipe: Annotated[
         str, typer.Option(help="Also ask this recipe's evaluation questions: seconds per right answer.")
     ] = "",
@@ -279,10 +280,11 @@ def bench_(
     loaded = load_recipe(recipe, overrides) if recipe else None
     with _bars() as progress:
         rows = bench.bench(
-            models, **shapes, new_tokens=tokens, rounds=rounds, threads=threads, recipe=loaded,
+            models, **shapes, new_tokens=tokens, rounds=rounds, threads=threads, device=device,
+            recipe=loaded,
             progress=lambda done, total, what: progress("bench", done, total, "turns"),
         )  # fmt: skip
-    result = {"machine": bench.machine(threads), "rows": bench.table(rows)}
+    result = {"machine": bench.machine(threads, device), "rows": bench.table(rows)}
     if out:
         write_json(out, result)
     if as_json:
@@ -304,7 +306,7 @@ def _show_bench(result: dict[str, Any]) -> None:
     rows = result["rows"]
     speeds = Table(
         "model", "computes in", "weights MB", "peak MB", "batch", "context", "first token s", "tokens/s", "x first",
-        "spread", title=f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}",
+        "spread", title=f"{where.get('gpu', where['cpu'])}, {where['threads']} threads, torch {where['torch']}",
     )  # fmt: skip
     for row in rows:
         for number, one in enumerate(row["speeds"]):

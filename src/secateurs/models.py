@@ -56,7 +56,7 @@ def model_path(name: str) -> str:
 def load_model(name: str, *, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model `name` in its checkpoint's dtype, in eval mode. Safetensors only.
 
-    ValueError in one sentence for a missing folder, a damaged checkpoint or a quantised one.
+    ValueError in one sentence for a missing folder, a damaged checkpoint, a quantised one or a device that is not there.
     """
     path = model_path(name)
     check_folder(name, path)
@@ -64,9 +64,9 @@ def load_model(name: str, *, device: str = "cpu", trust_remote_code: bool = Fals
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
         )
+        return model.to(device).eval()
     except Exception as error:  # transformers and safetensors raise many types for the same user mistake
         raise cannot_be_loaded(f"model `{name}`", error) from error
-    return model.to(device).eval()
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:

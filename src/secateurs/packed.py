@@ -1,12 +1,13 @@
 """Pruned models stored without their zeros, and run from there: a bitmap, the kept weights, a kernel that expands them.
 
-One token of a small batch reads every weight once, so on a CPU reading less is being faster. A matrix is stored packed
+One token of a small batch reads every weight once, so reading less can be being faster. A matrix is stored packed
 where that is less to read, else dense; as bfloat16, or as int8 with a scale for each row.
 """
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,6 +102,11 @@ class PackedMatrix:
         return "bits" in self.tensors
 
     @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.tensors["values" if self.packed else "weight"].device
+
+    @property
     def nbytes(self) -> int:
         """What one product reads."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -111,20 +117,31 @@ class PackedMatrix:
         order = ("bits", "values", "starts", "scale") if self.packed else ("weight", "scale")
         return tuple(self.tensors[part] for part in order if part in self.tensors)
 
-    def multiply(self, x: Float32[Tensor, "batch d_in"], **options: int) -> Float32[Tensor, "batch rows"]:
-        """x W^T by a compiled kernel; see `kernels.multiply`."""
+    def to(self, device: torch.device) -> "PackedMatrix":
+        """The matrix on another device."""
+        return replace(self, tensors={part: tensor.to(device) for part, tensor in self.tensors.items()})
+
+    def multiply(self, x: Float[Tensor, "batch d_in"], **options: int) -> Float[Tensor, "batch rows"]:
+        """x W^T by a compiled kernel, in x's type: see `kernels.multiply`, which takes float32, and `kernels.gpu`."""
         name = ("packed" if self.packed else "dense") + ("_int8" if "scale" in self.tensors else "_bf16")
-        return kernels.multiply(name, self._weights, x, self.rows, **options)
+        if x.device.type == "cpu":
+            return kernels.multiply(name, self._weights, x, self.rows, **options)
+        if name == "dense_bf16":
+            return nn.functional.linear(x, self.tensors["weight"].to(x.dtype))
+        from secateurs.kernels import gpu
+
+        return gpu.multiply(name, self._weights, x, self.rows)
 
     def dense(self) -> Float32[Tensor, "rows d_in"]:
         """The weights that it stands for."""
         scale = self.tensors.get("scale")
-        if self.packed and kernels.library() is not None:
+        if self.packed and self.device.type == "cpu" and kernels.library() is not None:
             return kernels.expand("bf16" if scale is None else "int8", self._weights, self.rows, self.d_in)
         if self.packed:
-            bits = self.tensors["bits"].view(torch.uint8).numpy()
-            kept = torch.from_numpy(np.unpackbits(bits, axis=1, count=self.d_in, bitorder="little")).bool()
-            whole = torch.zeros(self.rows, self.d_in)
+            bits = self.tensors["bits"].view(torch.uint8)[:, :, None]
+            kept = (bits >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+            kept = kept.view(self.rows, -1)[:, : self.d_in].bool()
+            whole = torch.zeros(kept.shape, device=bits.device)
             whole[kept] = self.tensors["values"][: int(self.tensors["starts"][-1])].float()
         else:
             whole = self.tensors["weight"].float()
@@ -141,7 +158,7 @@ def _bits(kept: Tensor) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with a packed matrix. Computes in float32; differentiable it is not."""
+    """A linear layer with a packed matrix. Differentiable it is not."""
 
     def __init__(self, matrix: PackedMatrix, bias: Tensor | None) -> None:
         super().__init__()
@@ -150,20 +167,20 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
-        out = self.matrix.multiply(flat) if len(flat) <= FEW else flat @ self.matrix.dense().T
+        out = self.matrix.multiply(flat) if len(flat) <= FEW else flat @ self.matrix.dense().to(x.dtype).T
         out = out if self.bias is None else out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
 
 
 class PackedEmbedding(nn.Module):
-    """An embedding in the type it is stored in, which gives float32."""
+    """An embedding in the type it is stored in, which gives `dtype`."""
 
-    def __init__(self, weight: Tensor, scale: float) -> None:
+    def __init__(self, weight: Tensor, scale: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.table, self.scale = weight, scale
+        self.table, self.scale, self.dtype = weight, scale, dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = nn.functional.embedding(ids, self.table).float()
+        rows = nn.functional.embedding(ids, self.table).to(self.dtype)
         return rows if self.scale == 1 else rows * self.scale
 
 
@@ -215,13 +232,15 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
     return {"weights": weights, **counts, "density": 1 - counts["zeros"] / counts["weights"]}
 
 
-def load_packed(path: str | Path) -> PreTrainedModel:
-    """The model in a folder that `pack` wrote: `generate` and all else of transformers work on it, in float32 on a CPU.
+def load_packed(path: str | Path, device: str = "cpu") -> PreTrainedModel:
+    """The model in a folder that `pack` wrote: `generate` and all else of transformers work on it.
 
-    Without compiled kernels its linear layers are made dense: the same results, slower and with more memory.
-    ValueError for a folder that is none of ours or is damaged.
+    It computes in float32 on a CPU, elsewhere in bfloat16. Without kernels for the device (`has_kernels`) its linear
+    layers are made dense: the same results, slower and with more memory. ValueError for a folder that is none of ours
+    or is damaged.
     """
-    folder = Path(path)
+    folder, place = Path(path), torch.device(device)
+    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     if not (folder / RECORD).is_file():
         raise ValueError(f"{folder} has no {RECORD}; `secateurs pack` makes such a folder of a pruned model")
     record: Any = read_json(folder / RECORD)
@@ -230,7 +249,7 @@ def load_packed(path: str | Path) -> PreTrainedModel:
     try:
         config: Any = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         parts: dict[str, dict[str, Tensor]] = {}
         rest: dict[str, Tensor] = {}
         for key, tensor in _tensors(folder):
@@ -246,21 +265,21 @@ def load_packed(path: str | Path) -> PreTrainedModel:
             if (linear.out_features, linear.in_features) != (rows, d_in):
                 raise ValueError(f"{name} is {rows} x {d_in}, the model's {linear.out_features} x {linear.in_features}")
             bias = rest.pop(f"{name}.bias", None)
-            _replace(model, name, _linear(matrix, None if bias is None else bias.float()))
+            _replace(model, name, _linear(matrix.to(place), None if bias is None else bias.to(place, dtype), dtype))
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         name = _name_of(model, embedding)
-        table = rest.pop(f"{name}.weight")
-        _replace(model, name, PackedEmbedding(table, float(getattr(embedding, "scalar_embed_scale", 1.0))))
+        table = rest.pop(f"{name}.weight").to(place)
+        _replace(model, name, PackedEmbedding(table, float(getattr(embedding, "scalar_embed_scale", 1.0)), dtype))
         if isinstance(head, nn.Linear):  # tied, and so not stored again
             tied = PackedMatrix(len(table), table.shape[1], {"weight": table.to(torch.bfloat16)})
-            _replace(model, _name_of(model, head), _linear(tied, None))
+            _replace(model, _name_of(model, head), _linear(tied, None, dtype))
         known = model.state_dict()
         if wrong := [key for key, tensor in rest.items() if key not in known or known[key].shape != tensor.shape]:
             raise ValueError(f"{wrong[0]} is not the model's")
-        model.load_state_dict({key: tensor.float() for key, tensor in rest.items()}, strict=False, assign=True)
+        model.load_state_dict({key: tensor.to(place, dtype) for key, tensor in rest.items()}, strict=False, assign=True)
         if absent := [key for key, tensor in model.state_dict().items() if tensor.is_meta]:
             raise ValueError(f"there is no {absent[0]}")
-        compute_buffers(model, torch.device("cpu"))
+        compute_buffers(model, place)
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except Exception as error:  # transformers and safetensors raise many types for the same damage
@@ -268,11 +287,16 @@ def load_packed(path: str | Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _linear(matrix: PackedMatrix, bias: Tensor | None) -> nn.Module:
-    if kernels.library() is not None:
+def has_kernels(device: torch.device) -> bool:
+    """Whether packed matrices can be multiplied on a device: a CPU with the compiled library, a GPU with triton."""
+    return kernels.library() is not None if device.type == "cpu" else find_spec("triton") is not None
+
+
+def _linear(matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+    if has_kernels(matrix.device):
         return PackedLinear(matrix, bias)
     dense = nn.Linear(matrix.d_in, matrix.rows, bias=bias is not None, device="meta")
-    dense.weight = nn.Parameter(matrix.dense(), requires_grad=False)
+    dense.weight = nn.Parameter(matrix.dense().to(dtype), requires_grad=False)
     if bias is not None:
         dense.bias = nn.Parameter(bias, requires_grad=False)
     return dense

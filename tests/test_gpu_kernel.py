@@ -1,0 +1,96 @@
+"""The Triton kernel: by its interpreter where there is no GPU, and compiled for GPUs that are not here."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from secateurs import kernels
+from secateurs.packed import PackedMatrix, load_packed, pack
+from test_packed import pruned, sparse
+
+gpu = pytest.importorskip("secateurs.kernels.gpu", reason="triton is not installed", exc_type=ImportError)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there, as conftest.py says
+
+
+def product(matrix: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
+    name = ("packed" if matrix.packed else "dense") + ("_int8" if "scale" in matrix.tensors else "_bf16")
+    moved = matrix.to(torch.device(DEVICE))
+    return gpu.multiply(name, moved._weights, x.to(DEVICE), matrix.rows).cpu()
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64), (9, 65), (4, 256), (6, 577)], ids=str)
+def test_products_are_right_and_the_same_packed_or_dense_whatever_the_batch(shape, weights):
+    weight = sparse(*shape)
+    packed, dense = (PackedMatrix.of(weight, weights, packed=which) for which in (True, False))
+    x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1))
+    found = product(packed, x)
+    wanted = x.double() @ packed.dense().double().T
+    bound = 1e-5 * (x.abs().double() @ packed.dense().abs().double().T) + 1e-12
+    assert bool(((found.double() - wanted).abs() <= bound).all())
+    assert torch.equal(found, product(dense, x))
+    assert torch.equal(found[:1], product(packed, x[:1]))
+
+
+def test_activations_of_a_gpu_stay_in_their_type():
+    matrix = PackedMatrix.of(sparse(6, 200), "bf16", packed=True)
+    x = torch.randn(3, 200, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = product(matrix, x)
+    assert found.dtype == torch.bfloat16
+    rounding = 2**-7 if DEVICE == "cpu" else 2**-8  # the interpreter cuts bits off where a GPU rounds
+    torch.testing.assert_close(found.float(), x.float() @ matrix.dense().T, rtol=rounding, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the next test does it there")
+def test_a_packed_model_runs_on_it(tmp_path, monkeypatch):
+    dense = pruned("qwen3", tmp_path / "dense")
+    pack(str(tmp_path / "dense"), tmp_path / "packed")
+    monkeypatch.setattr("secateurs.packed.has_kernels", lambda device: True)
+    monkeypatch.setattr(kernels, "multiply", gpu.multiply)
+    model = load_packed(tmp_path / "packed")
+    ids = torch.arange(3, 8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_packed_model_on_a_gpu(tmp_path):
+    dense = pruned("qwen3", tmp_path / "dense").to("cuda", torch.bfloat16)
+    pack(str(tmp_path / "dense"), tmp_path / "packed")
+    model = load_packed(tmp_path / "packed", "cuda")
+    for length in (5, 40):
+        ids = torch.arange(3, 3 + length, device="cuda")[None]
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=0.1, atol=0.05)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from secateurs.kernels.gpu import PIECES, ROWS, _product
+
+types = {"values": "*bf16", "bits": "*u8", "starts": "*i64", "scale": "*fp32", "x": "*bf16", "y": "*bf16"}
+types |= {name: "i32" for name in ("batch", "rows", "d_in", "pieces")}
+for values, packed, batch in (("*bf16", True, 1), ("*i8", True, 16), ("*i8", False, 1)):
+    constants = {"PACKED": packed, "SCALED": values == "*i8", "B": batch, "R": ROWS, "P": PIECES}
+    signature = types | {"values": values} | dict.fromkeys(constants, "constexpr")
+    for capability in (80, 90):
+        made = triton.compile(
+            ASTSource(_product, signature, constants), target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": ROWS},
+        )
+        assert made.asm["cubin"]
+print("compiled")
+"""
+
+
+def test_it_compiles_for_gpus(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True,
+        env={"TRITON_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
