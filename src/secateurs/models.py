@@ -56,7 +56,7 @@ def model_path(name: str) -> str:
 def load_model(name: str, *, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model `name` in its checkpoint's dtype, in eval mode. Safetensors only.
 
-    ValueError in one sentence for a missing folder, a damaged checkpoint, a quantised one or a device that is not there.
+    ValueError in one sentence for a missing folder, a damaged or quantised checkpoint, a device that is not there.
     """
     path = model_path(name)
     check_folder(name, path)

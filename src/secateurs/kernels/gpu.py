@@ -41,11 +41,8 @@ def _product(
             start += tl.max(through, 1)
         else:
             place = start[:, None] + piece[None, :] * 8
-        for k in tl.static_range(8):
-            if PACKED:
-                kept = (byte >> k) & 1
-            else:
-                kept = (here & (piece * 8 + k < d_in)[None, :]).to(tl.int32)
+        for k in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]
+            kept = (byte >> k) & 1 if PACKED else (here & (piece * 8 + k < d_in)[None, :]).to(tl.int32)
             weight = tl.load(values + place, kept != 0, 0).to(tl.float32)
             place += kept if PACKED else 1
             read = (vectors < batch)[:, None] & (piece < pieces)[None, :]
@@ -67,7 +64,7 @@ def multiply(name: str, weights: tuple[Tensor, ...], x: Float[Tensor, "batch d_i
     spread = torch.nn.functional.pad(x, (0, 8 * pieces - d_in)).view(batch, pieces, 8).transpose(1, 2).contiguous()
     out = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        _product[(triton.cdiv(rows, ROWS),)](
+        _product[(triton.cdiv(rows, ROWS),)](  # pyright: ignore[reportCallIssue]
             values, bits, starts, weights[-1], spread, out, batch, rows, d_in, pieces,
             PACKED=packed, SCALED=scaled, B=triton.next_power_of_2(batch), R=ROWS, P=PIECES, num_warps=ROWS,
         )  # fmt: skip
