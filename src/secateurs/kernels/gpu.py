@@ -64,8 +64,9 @@ def multiply(name: str, weights: tuple[Tensor, ...], x: Float[Tensor, "batch d_i
     spread = torch.nn.functional.pad(x, (0, 8 * pieces - d_in)).view(batch, pieces, 8).transpose(1, 2).contiguous()
     out = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        _product[(triton.cdiv(rows, ROWS),)](  # pyright: ignore[reportCallIssue]
+        _product[(triton.cdiv(rows, ROWS),)](
             values, bits, starts, weights[-1], spread, out, batch, rows, d_in, pieces,
-            PACKED=packed, SCALED=scaled, B=triton.next_power_of_2(batch), R=ROWS, P=PIECES, num_warps=ROWS,
+            PACKED=packed, SCALED=scaled, B=triton.next_power_of_2(batch), R=ROWS, P=PIECES,
+            num_warps=ROWS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return out
