@@ -24,6 +24,7 @@ from secateurs.patterns import NM, Columns, Unstructured, stack
 from secateurs.solvers import CUT_SOLVERS
 from secateurs.solvers.obs import OBS
 from secateurs.survey import blocks_to_drop
+from secateurs.trim import Trimmer
 from test_checkpoint import Tokenizer, exported
 from test_pruner import CALIBRATION, PLAN
 from test_solvers import correlated, error, gram_of, problem
@@ -162,7 +163,7 @@ def test_the_smaller_model_is_the_masked_one(family, kind, changes, tmp_path, mo
     make_model(family).save_pretrained(tmp_path / "dense")
     checkpoint = Checkpoint(str(tmp_path / "dense"))
     plan = plan_of(cut, checkpoint.model, **changes)
-    exported(checkpoint, Tokenizer(), plan, tmp_path / "out", cut=True)
+    exported(checkpoint, Tokenizer(), plan, tmp_path / "out", smaller=Trimmer)
     smaller, probe = load_model(str(tmp_path / "out")), load_file(tmp_path / "out" / PROBE_FILE)
     torch.testing.assert_close(smaller(input_ids=probe["ids"]).logits, probe["logits"], rtol=1e-4, atol=1e-5)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -183,12 +184,12 @@ def test_blocks_of_different_sizes_are_refused(tmp_path):
     plan = plan_of(Width(0.25, "none", multiple=4), checkpoint.model)
     uneven = dict(plan.patterns) | {"model.layers.1.mlp.down_proj": Columns(8)}
     with pytest.raises(ValueError, match="block 1 keeps .*'intermediate_size': 8.* but those before it"):
-        exported(checkpoint, Tokenizer(), replace(plan, patterns=uneven), tmp_path / "out", cut=True)
+        exported(checkpoint, Tokenizer(), replace(plan, patterns=uneven), tmp_path / "out", smaller=Trimmer)
     assert not (tmp_path / "out").exists()
     lopsided = {"model.layers.0.self_attn.o_proj": Columns(3, 8), "model.layers.1.self_attn.o_proj": Columns(3, 8)}
     with pytest.raises(ValueError, match=r"block 0: heads of a group that stay, by group: \["):
         plan = replace(plan, patterns=lopsided, targets=tuple(lopsided))
-        exported(Checkpoint(str(tmp_path / "dense")), Tokenizer(), plan, tmp_path / "again" / "out", cut=True)
+        exported(Checkpoint(str(tmp_path / "dense")), Tokenizer(), plan, tmp_path / "again" / "out", smaller=Trimmer)
 
 
 def deep(idle: int):

@@ -17,7 +17,7 @@ ORDER = [
     {"checkpoint", "cuts"},
     {"collect", "trim"},
     {"pruner", "survey"},
-    {"export", "evaluate", "planner"},
+    {"export", "evaluate", "planner", "experts"},
     {"report", "masks", "packed"},
     {"page"},
     {"recipe", "gains"},

@@ -394,6 +394,7 @@ def list_(
     from secateurs.calibration import ARMS
     from secateurs.cuts import CUTS
     from secateurs.engines import ENGINES
+    from secateurs.experts import EXPERT_SCORES
     from secateurs.patterns import PATTERNS
     from secateurs.questions import QUESTION_SETS, unknown_name
     from secateurs.solvers import CUT_SOLVERS, SOLVERS
@@ -401,7 +402,7 @@ def list_(
 
     tables = {
         "recipes": [Path(entry.name).stem for entry in (files("secateurs") / "recipes").iterdir()],
-        "solvers": [*SOLVERS, *(name for name in CUT_SOLVERS if name not in SOLVERS)],
+        "solvers": list(dict.fromkeys([*SOLVERS, *CUT_SOLVERS, *EXPERT_SCORES])),
         "allocators": list(ALLOCATORS), "patterns": [*PATTERNS, *CUTS],
         "questions": list(QUESTION_SETS), "arms": list(ARMS), "filters": list(FILTERS), "engines": list(ENGINES),
     }  # fmt: skip

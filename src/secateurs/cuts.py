@@ -2,7 +2,7 @@
 
 A cut is carried out in two steps. The block loop prunes the matrices that write to the residual stream by whole inputs
 (`patterns.Columns`): an MLP's neurons go with columns of `down_proj`, heads with columns of `o_proj`, a block with all
-columns of both. Then `trim` writes a checkpoint without what nothing reads any more.
+columns of both. Then `trim` writes a checkpoint without what nothing reads any more. Experts are not solved for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateurs.models import decoder_blocks
+from secateurs.models import decoder_blocks, packed_experts
 from secateurs.patterns import Columns
 
 MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # of neurons; engines like the large ones
@@ -21,7 +21,7 @@ ROUNDED_TO = 16  # parts of the neurons, at least, that a multiple leaves to cho
 
 @runtime_checkable
 class Cut(Protocol):
-    """What is cut, as a fraction `sparsity` of the parameters in the matrices of the decoder blocks."""
+    """What is cut, as a fraction `sparsity` of the parameters in the matrices of the decoder blocks, or of experts."""
 
     sparsity: float
 
@@ -192,7 +192,53 @@ class Depth:
         return found
 
 
-CUTS: dict[str, type[Width] | type[Depth]] = {"width": Width, "depth": Depth}
+@dataclass(frozen=True)
+class FewerExperts:
+    """round(`sparsity` x experts) of every mixture go, as many of each group that its router knows; each token still
+    goes to as many. Routers choose among those that stay (`experts.drop_experts`)."""
+
+    sparsity: float
+
+    def __post_init__(self):
+        _check_sparsity(self.sparsity)
+
+    def __str__(self) -> str:
+        return f"experts {100 * self.sparsity:.6g}%"
+
+    def kept(self, experts: int) -> int:
+        """How many of so many stay."""
+        return experts - round(self.sparsity * experts)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """ValueError for a model without experts, or with too few for this."""
+        experts = [module for block in decoder_blocks(model)[1] for module in packed_experts(block).values()]
+        if not experts:
+            raise ValueError(f"{type(model).__name__} has no experts: width or depth can be cut, or single weights")
+        config: Any = model.config.get_text_config(decoder=True)
+        groups, chosen = getattr(config, "n_group", 1) or 1, config.num_experts_per_tok
+        each, of_group = self.kept(experts[0].count // groups), experts[0].count // groups
+        least = -(-chosen // (getattr(config, "topk_group", 1) or 1)) if groups > 1 else chosen
+        if each < max(least, 2 if groups > 1 else 1):
+            where = f" of each of {groups} groups" if groups > 1 else ""
+            raise ValueError(f"{self} would leave {each} of {of_group} experts{where}, and a token goes to {chosen}")
+
+    def patterns(self, model: PreTrainedModel) -> dict[str, Columns]:
+        """See `Cut.patterns`. Before it is known which experts go, as if they were the last ones."""
+        self.check(model)
+        prefix, blocks = decoder_blocks(model)
+        found = {}
+        for index, block in enumerate(blocks):
+            for name, experts in packed_experts(block).items():
+                d_ff = experts.module.down_proj.shape[1 if experts.transposed else 2]
+                for expert in range(experts.count):
+                    keep = int(expert < self.kept(experts.count))
+                    found[f"{prefix}.{index}.{name}.{expert}.down_proj"] = Columns(keep, d_ff)
+        return found
+
+
+CUTS: dict[str, type[Width] | type[Depth] | type[FewerExperts]] = {
+    "width": Width, "depth": Depth, "experts": FewerExperts
+}  # fmt: skip
 
 
 def _check_sparsity(sparsity: float) -> None:

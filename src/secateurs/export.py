@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from secateurs.calibration import Batch
 from secateurs.checkpoint import Checkpoint
 from secateurs.collect import Opened, Shell, Stream
 from secateurs.models import Matrix, decoder_blocks
-from secateurs.trim import Trimmer
+from secateurs.trim import Smaller
 
 SIDE_FILE = "secateurs.json"
 PROBE_FILE = "secateurs_probe.safetensors"
@@ -51,12 +51,12 @@ def export(
     provenance: Mapping[str, Any],
     layers: Sequence[Mapping[str, Any]],
     probe_ids: Sequence[int],
-    cut: bool = False,
+    smaller: Callable[[Checkpoint, Path], Smaller] | None = None,
 ) -> None:
     """Write `out`: the checkpoint's own files with exact zeros in them, tokenizer, card; one block at a time.
 
-    `selected` are the matrices of every block, and `opened` gives a block its pruned weights. With `cut`, whole inputs
-    are zero, and the files are smaller ones without them (`trim.Trimmer`). Otherwise the configuration stays as it is;
+    `selected` are the matrices of every block, and `opened` gives a block its pruned weights. What was cut is written
+    by `smaller` (`trim`), without what went. Otherwise the configuration stays as it is;
     ValueError for one with a sparsity or quantisation entry. `secateurs.json` holds, for every pruned matrix,
     its figures and the sha256 of its mask's bits (row-major, packed eight to a byte), so that anyone can check later
     that the zeros are still where they were; of a cut model, what it has kept. The folder appears whole or not at all.
@@ -70,7 +70,7 @@ def export(
     probe = Stream(batch, held_out=True, shell=shell, hidden=shell.enter(batch))
     hashes = {}
     with atomic_folder(out, overwrite=True) as folder, torch.inference_mode():
-        trimmer = Trimmer(checkpoint, folder) if cut else None
+        trimmer = smaller(checkpoint, folder) if smaller else None
         if trimmer is None:
             checkpoint.copy_to(folder)
         tokenizer.save_pretrained(folder)
@@ -89,7 +89,7 @@ def export(
             "schema": "secateurs.model",
             "version": 1,
             "provenance": dict(provenance),
-            "layers": [dict(layer) | ({} if cut else {"mask_sha256": hashes[layer["name"]]}) for layer in layers],
+            "layers": [dict(layer) | ({} if trimmer else {"mask_sha256": hashes[layer["name"]]}) for layer in layers],
             "cut": trimmer.close() if trimmer else None,
         }
         write_json(folder / SIDE_FILE, side)

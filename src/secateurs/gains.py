@@ -1,6 +1,6 @@
 """Which engine gains from a pruned model: what each does with zeros, and with a smaller dense model, late in 2026."""
 
-from secateurs.cuts import Cut, Width
+from secateurs.cuts import Cut, FewerExperts, Width
 from secateurs.patterns import NM, Pattern
 
 NOTHING = "loads it; no faster and no smaller than dense"
@@ -12,6 +12,10 @@ def gains(pattern: Pattern | Cut) -> list[tuple[str, str]]:
     if isinstance(pattern, Cut):
         cache = not isinstance(pattern, Width) or pattern.attention == "kv_heads"
         said = f"about 1 / (1 - {pattern.sparsity:g}) in its blocks" + (", and a smaller KV cache" if cache else "")
+        if isinstance(pattern, FewerExperts):
+            said = (
+                f"{100 * pattern.sparsity:g} % of the experts' memory; a token goes to as many, so time only in batches"
+            )
         return [
             (engine, said) for engine in ("transformers", "vLLM", "SGLang", "TensorRT-LLM", "llama.cpp", "OpenVINO")
         ]

@@ -147,6 +147,14 @@ class Experts:
         gate, up = out.chunk(2, dim=-1)
         return self.module.act_fn(gate) * up
 
+    def run(self, expert: int, x: Tensor) -> Tensor:
+        """What an expert makes of the inputs `x` [tokens, d], before it is weighted [tokens, d]."""
+        weight, bias = self.module.down_proj[expert], getattr(self.module, "down_proj_bias", None)
+        inner = self.inner(expert, x)
+        return nn.functional.linear(
+            inner, weight.T if self.transposed else weight, None if bias is None else bias[expert]
+        )
+
 
 def packed_experts(block: nn.Module) -> dict[str, Experts]:
     """Modules of a block that hold all their experts in 3-D parameters, by name within the block.

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from secateurs.allocators import ALLOCATORS, Allocator
 from secateurs.calibration import region_weights
-from secateurs.cuts import CUTS, Cut
+from secateurs.cuts import CUTS, Cut, FewerExperts
+from secateurs.experts import EXPERT_SCORES, ExpertScore
 from secateurs.goals import Goal, Propagate, check_goal
 from secateurs.patterns import PATTERNS, Pattern, Unstructured
 from secateurs.questions import QuestionSet, question_set, unknown_name
@@ -261,12 +262,16 @@ class Recipe(_Table):
         if self.sweep.sparsity and self.prune.pattern["name"] == "nm":
             raise ValueError("sweep.sparsity needs a prune.pattern with a sparsity; an N:M pattern has only one")
         for pattern, solver in product(self.patterns, self.solvers):
-            cut, name = isinstance(build_pattern(pattern), Cut), solver["name"]
-            if name not in (CUT_SOLVERS if cut else SOLVERS):
-                allowed = ", ".join(CUT_SOLVERS if cut else SOLVERS)
+            built, name = build_pattern(pattern), solver["name"]
+            cut, whole = isinstance(built, Cut), isinstance(built, FewerExperts)
+            allowed = EXPERT_SCORES if whole else CUT_SOLVERS if cut else SOLVERS
+            if name not in allowed:
                 raise ValueError(
-                    f"solver `{name}` cannot solve for pattern `{pattern['name']}`; those that can: {allowed}"
+                    f"solver `{name}` cannot solve for pattern `{pattern['name']}`; those that can: "
+                    + ", ".join(allowed)
                 )
+            if whole and (self.prune.goal != "own" or self.prune.tune.steps):
+                raise ValueError(f"pattern `{pattern['name']}` solves for nothing: it takes no goal and no tune")
             if cut and (self.prune.targets or self.prune.ignore):
                 raise ValueError(
                     f"pattern `{pattern['name']}` cuts every block alike: it takes no targets and no ignore"
@@ -320,9 +325,9 @@ def build_pattern(spec: Mapping[str, Any]) -> Pattern | Cut:
     return _build("pattern", PATTERNS | CUTS, spec)
 
 
-def build_solver(spec: Mapping[str, Any]) -> Solver:
-    """The solver a table describes. ValueError for an unknown name, key or value."""
-    return _build("solver", SOLVERS | CUT_SOLVERS, spec)
+def build_solver(spec: Mapping[str, Any]) -> Solver | ExpertScore:
+    """The solver a table describes, or for experts the score. ValueError for an unknown name, key or value."""
+    return _build("solver", SOLVERS | CUT_SOLVERS | EXPERT_SCORES, spec)
 
 
 def build_allocator(spec: Mapping[str, Any]) -> Allocator:

@@ -40,15 +40,16 @@ from secateurs.calibration import (
     trace_document,
 )
 from secateurs.checkpoint import Checkpoint
-from secateurs.collect import logits_of
-from secateurs.cuts import Cut, Depth
+from secateurs.collect import Opened, logits_of
+from secateurs.cuts import Cut, Depth, FewerExperts
 from secateurs.engines import Completion, Engine, Request, Sampling, default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
+from secateurs.experts import ExpertScore, drop_experts, keeping
 from secateurs.export import export
 from secateurs.hub import HUB
 from secateurs.layer import Gram, LayerProblem
-from secateurs.models import load_model, load_tokenizer, model_path
+from secateurs.models import Matrix, load_model, load_tokenizer, model_path
 from secateurs.parallel import Progress, silent
 from secateurs.patterns import Pattern, Unstructured
 from secateurs.planner import Needs, Shelf, Where, choose, needs
@@ -70,8 +71,10 @@ from secateurs.recipe import (
 from secateurs.recipe import Sampling as SamplingOverrides
 from secateurs.report import TraceSummary
 from secateurs.rows import read_rows
+from secateurs.solvers.masking import Masking
 from secateurs.survey import blocks_to_drop, survey
 from secateurs.traces import Trace, TraceStore, apply_filters
+from secateurs.trim import ExpertTrimmer, Smaller, Trimmer
 
 CHECKED_TRACES = 8  # of a server's, before it is believed
 CORPUS_ROWS = 20_000
@@ -515,23 +518,26 @@ def prune(
     calibration = calibration_set(recipe, seed, traced, dense)
     seconds = {"calibrate": time.perf_counter() - clock}
     clock = time.perf_counter()
-    model, opened = dense.checkpoint.model, dense.checkpoint.opened
-    patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
-    plan = replace(plan_of(recipe, dense), patterns=patterns)
     pattern = build_pattern(pattern_spec)
-    stage, where = f"prune {label} {pattern}", _where(recipe, calibration, dense)
-    work = _Work(calibration, {folder / "blocks": plan}, recipe.calibration.batch_tokens, where, folder, stage)
-    results = dense.ranks.tell(work).do(dense, progress)
+    stage = f"prune {label} {pattern}"
+    if isinstance(pattern, FewerExperts):
+        done = _without_experts(pattern, recipe, folder, dense, calibration, stage, progress)
+    else:
+        patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
+        plan, where = replace(plan_of(recipe, dense), patterns=patterns), _where(recipe, calibration, dense)
+        work = _Work(calibration, {folder / "blocks": plan}, recipe.calibration.batch_tokens, where, folder, stage)
+        results = dense.ranks.tell(work).do(dense, progress)
+        selected = pruner.prunable(dense.checkpoint.model, plan)
+        pruned = pruner.results_in(folder / "blocks", selected, dense.checkpoint.opened)
+        done = _Solved(results, selected, pruned, Trimmer if isinstance(pattern, Cut) else None)
     seconds["prune"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    selected = pruner.prunable(model, plan)
-    pruned = pruner.results_in(folder / "blocks", selected, opened)
-    hidden = evaluate.drift(model, reference, pruned)
+    hidden = evaluate.drift(dense.checkpoint.model, reference, done.opened)
     seconds["hidden error"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    layers = [asdict(result) | {"shape": list(result.shape)} for result in results]
-    shapes = [result.shape for result in results]
-    sparsity = sum(result.zeros for result in results) / sum(d_out * d_in for d_out, d_in in shapes)
+    layers = [asdict(result) | {"shape": list(result.shape)} for result in done.results]
+    shapes = [result.shape for result in done.results]
+    sparsity = sum(result.zeros for result in done.results) / sum(d_out * d_in for d_out, d_in in shapes)
     facts = {
         "arm": label,
         "pattern": "unstructured" if pattern_spec["name"] == "unstructured" else str(pattern),
@@ -543,8 +549,8 @@ def prune(
     export(
         dense.checkpoint,
         dense.tokenizer,
-        selected,
-        pruned,
+        done.selected,
+        done.opened,
         folder / "model",
         provenance={
             **facts, "model": recipe.model, "hashes": dense.key, "key": folder.name.rsplit("-", 1)[1],
@@ -553,12 +559,44 @@ def prune(
         },
         layers=layers,
         probe_ids=(calibration.held_out or calibration.documents)[0].ids[:64],
-        cut=isinstance(pattern, Cut),
+        smaller=done.smaller,
     )  # fmt: skip
     seconds["export"] = time.perf_counter() - clock
     data = {**facts, "layers": layers, "hidden_error": hidden, "seconds": seconds}
     write_json(record, data)
     return Pruned(folder, **data)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """What a prune found, and how its blocks are seen and written."""
+
+    results: list[pruner.LayerResult]
+    selected: Sequence[Sequence[Matrix]]
+    opened: Opened
+    smaller: Callable[[Checkpoint, Path], Smaller] | None
+
+
+def _without_experts(
+    cut: FewerExperts,
+    recipe: Recipe,
+    folder: Path,
+    dense: Dense,
+    calibration: CalibrationSet,
+    stage: str,
+    progress: Progress,
+) -> _Solved:
+    """A cell whose blocks lose experts; the first process does it alone."""
+    score: Any = build_solver(recipe.prune.solver)
+    model, opened = dense.checkpoint.model, dense.checkpoint.opened
+    with Shelf(_where(recipe, calibration, dense), folder) as place:
+        verdicts = drop_experts(
+            model, calibration, cut, score, folder / "experts.json", propagate=recipe.prune.propagate,
+            batch_tokens=recipe.calibration.batch_tokens, place=place, opened=opened,
+            progress=lambda done, total, what: progress(stage, done, total, "blocks"),
+        )  # fmt: skip
+    results = [result for verdict in verdicts for result in verdict.results]
+    return _Solved(results, [[] for _ in verdicts], keeping(verdicts, model, opened), ExpertTrimmer)
 
 
 @dataclass(frozen=True)
@@ -632,10 +670,11 @@ def plan_of(recipe: Recipe, dense: Dense) -> pruner.Plan:
     """What the recipe says to do to the model, before anything is known of it but its shapes."""
     pattern = build_pattern(recipe.prune.pattern)
     patterns = pattern.patterns(dense.checkpoint.model) if isinstance(pattern, Cut) else {}
+    solver = build_solver(recipe.prune.solver)
     return pruner.Plan(
         pattern=next(iter(patterns.values())) if isinstance(pattern, Cut) else pattern,
         patterns=patterns,
-        solver=build_solver(recipe.prune.solver),
+        solver=Masking(score="magnitude") if isinstance(solver, ExpertScore) else solver,  # which nothing solves
         propagate=recipe.prune.propagate,
         goal=recipe.prune.goal,
         tune=build_tune(recipe.prune.tune),
@@ -831,8 +870,9 @@ def estimate(recipe: Recipe, dense: Dense, plan: dict[str, Any]) -> dict[str, fl
     weight, pattern = median.weight, plan_.pattern_of(median)
     gram = Gram(torch.eye(weight.shape[1], device=weight.device), 1e6, 10**6)
     clock = time.perf_counter()
-    for solver in recipe.solvers:
-        build_solver(solver).solve(LayerProblem(name="probe", weight=weight, gram=gram, pattern=pattern))
+    for solver in map(build_solver, recipe.solvers):
+        if not isinstance(solver, ExpertScore):
+            solver.solve(LayerProblem(name="probe", weight=weight, gram=gram, pattern=pattern))
     solve = (time.perf_counter() - clock) * len(matrices) / len(recipe.solvers)
     tokens = recipe.calibration.num_tokens + recipe.calibration.held_out_tokens
     length = (recipe.evaluate.sampling or recipe.traces.sampling).max_new_tokens / 2

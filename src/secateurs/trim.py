@@ -1,15 +1,30 @@
-"""A checkpoint written without what a cut left unread: smaller matrices, fewer blocks, a configuration to match."""
+"""A checkpoint written without what a cut left out: smaller matrices, fewer blocks or experts, a config to match."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from secateurs.checkpoint import Checkpoint, Shards
 from secateurs.cuts import Anatomy, anatomy
+from secateurs.models import packed_experts
+
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configurations call the number of experts
+
+
+class Smaller(Protocol):
+    """Writes a smaller checkpoint block by block: made of the checkpoint and an empty folder."""
+
+    def write_block(self, index: int) -> None:
+        """Write what is left of block `index`, while it is open with its pruned weights."""
+        ...
+
+    def close(self) -> dict[str, Any]:
+        """Write what lies around the blocks, the index and the configuration; returns what was cut, for the record."""
+        ...
 
 
 class Trimmer:
@@ -59,14 +74,8 @@ class Trimmer:
         self.blocks.append(index)
 
     def close(self) -> dict[str, Any]:
-        """Write what lies around the blocks, the index and the configuration; returns what was cut, for the record."""
-        checkpoint = self.checkpoint
-        for key, tensor in checkpoint.around():
-            self._files.add(key, tensor)
-        self._files.close()
-        checkpoint.copy_settings(self.folder)
-        config = self.folder / "config.json"
-        config.write_text(json.dumps(self._config(json.loads(config.read_text())), indent=2))
+        """See `Smaller.close`."""
+        _finish(self.checkpoint, self.folder, self._files, self._config)
         body = self.body
         was = {
             "intermediate_size": body.d_ff, "num_attention_heads": body.heads, "num_key_value_heads": body.kv_heads,
@@ -95,6 +104,54 @@ class Trimmer:
         if not len(groups) or bool((counts != counts[0]).any()):
             raise ValueError(f"block {index}: heads of a group that stay, by group: {by_group.sum(1).tolist()}")
         return read.nonzero().squeeze(-1), groups
+
+
+class ExpertTrimmer:
+    """Writes the folder of a checkpoint whose blocks have, while they are open, only the experts that stay."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
+        self.checkpoint, self.folder = checkpoint, folder
+        self.before, self.after = self._count(), 0
+        self._files = Shards(folder, "model")
+
+    def write_block(self, index: int) -> None:
+        """See `Smaller.write_block`."""
+        for key, tensor in self.checkpoint.block_weights(index).items():
+            self._files.add(key, tensor)
+        self.after = self._count(index) or self.after
+
+    def close(self) -> dict[str, Any]:
+        """See `Smaller.close`."""
+        _finish(self.checkpoint, self.folder, self._files, self._config)
+        return {"was": {"experts": self.before}, "is": {"experts": self.after}}
+
+    def _config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """ValueError if no entry says how many experts there are."""
+        inner = config.get("text_config", config)
+        known = [name for name in COUNTS if inner.get(name) == self.before]
+        if not known:
+            raise ValueError(f"config.json has none of {', '.join(COUNTS)} with {self.before} experts in it")
+        inner |= dict.fromkeys(known, self.after)
+        return config
+
+    def _count(self, *blocks: int) -> int:
+        """Experts of a mixture in some blocks, or in all."""
+        for index in blocks or range(len(self.checkpoint.blocks)):
+            for experts in packed_experts(self.checkpoint.blocks[index]).values():
+                return experts.count
+        return 0
+
+
+def _finish(
+    checkpoint: Checkpoint, folder: Path, files: Shards, changed: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Write what lies around the blocks, the index, and the configuration, changed."""
+    for key, tensor in checkpoint.around():
+        files.add(key, tensor)
+    files.close()
+    checkpoint.copy_settings(folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps(changed(json.loads(config.read_text())), indent=2))
 
 
 def _rows(groups: Tensor, size: int) -> Tensor:
