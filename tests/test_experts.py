@@ -193,7 +193,9 @@ def test_mistakes_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="would leave 1 of 4 experts of each of 2 groups, and a token goes to 2"):
         dropped(model_of("grouped"), tmp_path, FewerExperts(0.75))
     pattern = "prune.pattern={name='experts', sparsity=0.5}"
-    with pytest.raises(ValueError, match="solver `admm` cannot solve for pattern `experts`; .* reap, output, frequency"):
+    with pytest.raises(
+        ValueError, match="solver `admm` cannot solve for pattern `experts`; .* reap, output, frequency"
+    ):
         load_recipe("demo", [pattern, "sweep.solver=[{name='admm'}]"])
     with pytest.raises(ValueError, match="takes no goal and no tune"):
         load_recipe("demo", [pattern, "sweep.solver=[{name='reap'}]", "prune.goal='residual'"])
