@@ -19,8 +19,8 @@ from secateurs import cli
 from secateurs.traces import read_traces
 
 SMALL = [
-    "sweep.arm=['prompt', 'rac']", "sweep.sparsity=[0.5]", "sweep.seed=[0]", "calibration.num_tokens=1500",
-    "calibration.held_out_tokens=600", "evaluate.num_questions=6", "traces.sampling.max_new_tokens=160",
+    "sweep.arm=['prompt', 'rac']", "sweep.sparsity=[0.5]", "sweep.seed=[0]", "calibration.num_tokens=900",
+    "calibration.held_out_tokens=400", "evaluate.num_questions=6", "traces.sampling.max_new_tokens=96",
 ]  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_a_run_leaves_reports_traces_and_models_that_load(finished):
     for cell in report["cells"][1:]:
         assert cell["evaluation"]["questions"] == 6
         assert all(layer["zeros"] == layer["zeros_asked"] for layer in cell["layers"])
-        assert 1500 <= cell["calibration_tokens"] < 1500 + 260
+        assert 900 <= cell["calibration_tokens"] < 900 + 260
         folder = Path(cell["path"]) / "model"
         config = json.loads((folder / "config.json").read_text())
         assert "quantization_config" not in config and "sparsity_config" not in config
@@ -169,7 +169,7 @@ def test_trace_prints_the_store_and_a_plan_runs_nothing(tmp_path, monkeypatch, c
     plan = json.loads(capsys.readouterr().out)
     assert (
         plan["cells"] == 2
-        and plan["trace_tokens_per_seed"] == 2100
+        and plan["trace_tokens_per_seed"] == 1300
         and plan["memory_bytes"]["on_device"] > 0
         and plan["seconds_estimate"]["trace"] > 0
     )
@@ -177,7 +177,7 @@ def test_trace_prints_the_store_and_a_plan_runs_nothing(tmp_path, monkeypatch, c
     assert "nothing was run" in capsys.readouterr().out and not out.exists()
     assert call(monkeypatch, *arguments("trace", "demo", "--out", str(out), "--json")) == 0
     line = json.loads(capsys.readouterr().out)
-    assert len(read_traces(line["store"])) == line["traces"] and line["tokens"] >= 2100
+    assert len(read_traces(line["store"])) == line["traces"] and line["tokens"] >= 1300
 
 
 def test_list_show_and_report(finished, tmp_path, monkeypatch, capsys):
@@ -253,4 +253,4 @@ def test_a_full_disk_is_one_sentence_and_a_rerun_goes_on(tmp_path, monkeypatch, 
         assert call(patch, *arguments("trace", "demo", "--out", str(out))) == 2
     assert "no space left on device" in " ".join(capsys.readouterr().err.split())
     assert call(monkeypatch, *arguments("trace", "demo", "--out", str(out), "--json")) == 0
-    assert json.loads(capsys.readouterr().out)["tokens"] >= 2100
+    assert json.loads(capsys.readouterr().out)["tokens"] >= 1300

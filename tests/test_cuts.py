@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, islice
 
 import pytest
 import torch
@@ -12,18 +12,21 @@ from safetensors.torch import load_file
 from families import FAMILIES, SMALL, make_model
 from secateurs import checkpoint as checkpoint_file
 from secateurs import pruner
-from secateurs.calibration import Batch
+from secateurs.calibration import REGIONS, Batch, CalibrationSet, plain_document, region_weights
 from secateurs.checkpoint import Checkpoint
 from secateurs.collect import Shell
 from secateurs.cuts import Depth, Width, anatomy
 from secateurs.export import PROBE_FILE
 from secateurs.gains import gains
+from secateurs.layer import LayerProblem
 from secateurs.linalg import masked_refit
-from secateurs.models import load_model
+from secateurs.models import load_model, load_tokenizer
 from secateurs.patterns import NM, Columns, Unstructured, stack
+from secateurs.prompts import render
+from secateurs.questions.tiny import Tiny
 from secateurs.solvers import CUT_SOLVERS
 from secateurs.solvers.obs import OBS
-from secateurs.survey import blocks_to_drop
+from secateurs.survey import blocks_to_drop, loss_roots
 from secateurs.trim import Trimmer
 from test_checkpoint import Tokenizer, exported
 from test_pruner import CALIBRATION, PLAN
@@ -74,10 +77,10 @@ def test_the_weights_that_stay_are_the_best_there_are():
 def test_obs_is_near_the_best_choice_of_inputs():
     found, best = 0.0, 0.0
     for seed in range(8):
-        p = problem(Columns(5), d_in=10, tokens=200, seed=seed)
+        p = problem(Columns(4), d_in=8, tokens=200, seed=seed)
         found += error(OBS(damp=1e-6).solve(p), p)
         candidates = []
-        for kept in combinations(range(10), 5):
+        for kept in combinations(range(8), 4):
             mask = torch.zeros_like(p.weight, dtype=torch.bool)
             mask[:, list(kept)] = True
             weight = masked_refit(p.goal, p.gram.xtx, mask).float()
@@ -239,3 +242,64 @@ def test_who_gains_depends_on_what_is_left():
     assert "a smaller KV cache" in dict(gains(Depth(0.25)))["llama.cpp"]
     assert "no faster" in dict(gains(Unstructured(0.5)))["vLLM"] and "removed" in dict(gains(NM(2, 4)))["vLLM"]
     assert all("pack" in gains(pattern)[-1][0] for pattern in (Unstructured(0.5), NM(2, 4)))
+
+
+def test_what_errors_cost_is_the_spread_of_the_gradients():
+    """One document and one output at a time, by a zero that is added to the output and asked for its gradient."""
+    model, names = make_model("qwen3"), ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
+    learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    roots = loss_roots(model, CALIBRATION, names)
+    assert learning == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name in names:
+        spread, tokens = torch.zeros(32, 32, dtype=torch.float64), 0
+        for document in CALIBRATION.documents:
+            ids = torch.tensor([document.ids])
+            counts = torch.tensor([0.0, *(CALIBRATION.weights.get(region, 0.0) for region in REGIONS)])
+            nothing = torch.zeros(1, len(document.ids), 32, requires_grad=True)
+            hook = model.get_submodule(name).register_forward_hook(lambda module, args, out, more=nothing: out + more)
+            surprise = -model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+            (gradient,) = torch.autograd.grad((surprise * counts[torch.tensor(document.codes[1:])]).sum(), nothing)
+            hook.remove()
+            spread += gradient[0].double().T @ gradient[0].double()
+            tokens += len(document.ids)
+        found = roots[name].double().T @ roots[name].double()
+        torch.testing.assert_close(found, spread / tokens, rtol=1e-3, atol=1e-3 * float((spread / tokens).abs().max()))
+
+
+def test_inputs_go_by_the_outputs_that_matter_and_what_stays_is_refitted_for_all():
+    p = problem(Columns(34), d_in=68)
+    one = torch.zeros(1, len(p.weight))
+    one[0, 3] = 2.0  # as if nothing but the fourth output mattered
+    alone = LayerProblem(name="alone", weight=p.weight[3:4], gram=p.gram, pattern=p.pattern)
+    found, wanted = OBS().solve(replace(p, loss_root=one)), OBS().solve(alone)
+    assert torch.equal(found.mask[0], wanted.mask[0]) and not torch.equal(found.mask, OBS().solve(p).mask)
+    torch.testing.assert_close(found.weight[3], wanted.weight[0], rtol=1e-4, atol=1e-5)
+    same = OBS().solve(replace(p, loss_root=torch.eye(len(p.weight))))
+    assert torch.equal(same.mask, OBS().solve(p).mask)
+
+
+def test_a_cut_by_loss_keeps_more_of_it():
+    """The bundled reasoner, on worked solutions that it has not seen: how much more than the dense one they surprise it
+    without a third of its neurons."""
+    tokenizer, tiny = load_tokenizer("bundled"), Tiny()
+    documents = [
+        plain_document((*render(tokenizer, tiny.format, q), *tokenizer(tiny.solution(q))["input_ids"]), "think")
+        for q in islice(tiny.questions("calibration", 0), 100)
+    ]
+    worked = CalibrationSet(tuple(documents[:60]), tuple(documents[:1]), region_weights("rac"))
+
+    def surprise(model) -> float:
+        with torch.no_grad():
+            logits = [model(input_ids=torch.tensor([one.ids])).logits[0, :-1] for one in documents[60:]]
+        targets = torch.cat([torch.tensor(one.ids[1:]) for one in documents[60:]])
+        return float(torch.nn.functional.cross_entropy(torch.cat(logits), targets))
+
+    dense = load_model("bundled").float()
+    plan, more = plan_of(Width(0.3, "none", multiple=8), dense), {}
+    roots = loss_roots(dense, worked, list(plan.patterns))
+    for score, known in (("output", {}), ("loss", roots)):
+        model = load_model("bundled").float()
+        pruner.prune(model, worked, replace(plan, loss_roots=known))
+        more[score] = surprise(model) - surprise(dense)
+    assert more["loss"] < 0.85 * more["output"]

@@ -1,4 +1,4 @@
-"""Experts that go: the right ones, the router chooses among the rest, and the smaller model is the one that was seen."""
+"""Experts that go: the right ones; the router chooses among the rest; the smaller model is the one that was seen."""
 
 import json
 from dataclasses import asdict
@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from families import SMALL, make_model
 from secateurs import experts as experts_file
 from secateurs.checkpoint import Checkpoint
-from secateurs.collect import Shell
 from secateurs.cuts import FewerExperts
 from secateurs.experts import EXPERT_SCORES, drop_experts, keeping, mixtures, only
 from secateurs.export import PROBE_FILE, export
@@ -159,19 +158,16 @@ def test_errors_are_those_of_the_mixtures_output(tmp_path):
     model = make_model("qwen3_moe")
     verdicts = dropped(model, tmp_path, propagate="dense")
     (mixture,) = mixtures(blocks_of(model)[0])
-    lost = size = 0.0
+    caught = []
+    handle = mixture.module.register_forward_hook(lambda module, args, out: caught.append(out))
     with torch.no_grad():
         for document in CALIBRATION.held_out:
-            ids, shell = torch.tensor([document.ids]), Shell(model)
-            caught = []
-            handle = mixture.module.register_forward_hook(lambda module, args, out: caught.append(out))
-            model(input_ids=ids)
+            model(input_ids=torch.tensor([document.ids]))
             with only(mixture, verdicts[0].kept["mlp"]):
-                model(input_ids=ids)
-            handle.remove()
-            lost += float((caught[0] - caught[1]).square().sum())
-            size += float(caught[0].square().sum())
-            del shell
+                model(input_ids=torch.tensor([document.ids]))
+    handle.remove()
+    lost = sum(float((a - b).square().sum()) for a, b in zip(caught[::2], caught[1::2], strict=True))
+    size = sum(float(a.square().sum()) for a in caught[::2])
     assert verdicts[0].results[0].error_held_out == pytest.approx(lost / size, rel=1e-4)
 
 

@@ -66,6 +66,9 @@ def test_mistakes_teach(override, sentence):
 def test_a_cut_takes_no_targets():
     cut = ["prune.pattern={name='width', sparsity=0.3}", "prune.solver={name='obs'}"]
     assert load_recipe("demo", cut).patterns[0]["name"] == "width"
+    by_loss = "prune.pattern={name='width', sparsity=0.3, score='loss'}"
+    with pytest.raises(ValueError, match='score = "loss" needs solver `obs`, found `wanda`'):
+        load_recipe("demo", ["sweep.sparsity=[]", by_loss, "prune.solver.name='wanda'"])
     with pytest.raises(ValueError, match="pattern `width` cuts every block alike: it takes no targets and no ignore"):
         load_recipe("demo", [*cut, "prune.ignore=['o_proj']"])
 

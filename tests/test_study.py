@@ -96,7 +96,7 @@ def test_mixtures_nm_and_the_other_solvers_run_too(tmp_path, monkeypatch):
 
 
 def test_cuts_leave_smaller_models_that_answer(tmp_path, monkeypatch, capsys):
-    cuts = "[{name='width', sparsity=0.3}, {name='depth', sparsity=0.25}]"
+    cuts = "[{name='width', sparsity=0.3, score='loss'}, {name='depth', sparsity=0.25}]"
     sets = [
         "sweep.arm=['rac']", "sweep.sparsity=[]", "sweep.seed=[0]", "prune.solver.name='obs'",
         "calibration.num_tokens=600",
@@ -105,13 +105,15 @@ def test_cuts_leave_smaller_models_that_answer(tmp_path, monkeypatch, capsys):
     words = arguments("run", "demo", "--out", str(tmp_path / "out"), sets=sets)
     assert call(monkeypatch, *words[:2], "--dry-run", "--json", *words[4:]) == 0
     zeros = json.loads(capsys.readouterr().out)["zeros"]
-    assert set(zeros) == {"width 30%", "depth 25%"} and all(zeros.values())
+    assert set(zeros) == {"width 30% by loss", "depth 25%"} and all(zeros.values())
     assert call(monkeypatch, *words) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [cell["pattern"] for cell in report["cells"]] == ["dense", "width 30%", "depth 25%"]
+    assert [cell["pattern"] for cell in report["cells"]] == ["dense", "width 30% by loss", "depth 25%"]
     assert report["cells"][1]["sparsity"] == 0.3 and report["cells"][1]["evaluation"]["questions"] == 2
-    (survey,) = (tmp_path / "out" / "surveys").iterdir()
+    (survey,) = (tmp_path / "out" / "surveys").glob("*.json")
     assert len(json.loads(survey.read_text())["dropped"]) == 1
+    (roots,) = (tmp_path / "out" / "surveys").glob("*.safetensors")
+    assert len(load_file(roots)) == 8
     (folder,) = (tmp_path / "out" / "cells").glob("rac-depth-25pct-*/model")
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
     assert "| `num_hidden_layers` | 4 | 3 |" in (folder / "README.md").read_text()

@@ -106,12 +106,14 @@ class Width:
     `attention` says what goes there: nothing; query heads, as many of each group that shares keys and values; or whole
     groups with their keys and values, which makes the cache smaller too. Heads come first, as near below `sparsity` as
     they can; neurons make up the rest, rounded to `multiple` (0: the largest power of two up to 256 that leaves sixteen
-    choices).
+    choices). `score` says what a cost is: of a layer's "output", or of the model's "loss" (`survey.loss_roots`; for
+    solver obs only, and with the whole model in memory).
     """
 
     sparsity: float
     attention: Literal["none", "heads", "kv_heads"] = "heads"
     multiple: int = 0
+    score: Literal["output", "loss"] = "output"
 
     def __post_init__(self):
         _check_sparsity(self.sparsity)
@@ -120,7 +122,7 @@ class Width:
 
     def __str__(self) -> str:
         what = {"none": " neurons", "heads": "", "kv_heads": " kv-heads"}[self.attention]
-        return f"width {100 * self.sparsity:.6g}%{what}"
+        return f"width {100 * self.sparsity:.6g}%{what}" + ("" if self.score == "output" else " by loss")
 
     def kept(self, body: Anatomy) -> tuple[int, int, int]:
         """Query heads of each group of keys and values, such groups, and neurons. ValueError if nothing would stay."""

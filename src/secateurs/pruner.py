@@ -57,6 +57,8 @@ class Plan:
     solver: Solver
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
     """For matrices that get another one than `pattern`: what an allocator decided, by name."""
+    loss_roots: Mapping[str, Tensor] = field(default_factory=dict)
+    """What errors of a matrix's outputs cost the model, where that decides what goes, by name."""
     propagate: Propagate = "block"
     goal: Goal = "own"
     tune: Tune | None = None
@@ -403,6 +405,10 @@ def _aims(dense: Sequence[Tensor], group: Group, inputs: Inputs) -> list[_Aim]:
     ]
 
 
+def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
 def _solutions(aims: Sequence[_Aim], gram: Gram, plan: Plan) -> list[LayerSolution]:
     """A solution for each of some matrices with the same inputs: solved as one where that changes nothing but time."""
     rows = [len(aim.dense) for aim in aims]
@@ -411,7 +417,14 @@ def _solutions(aims: Sequence[_Aim], gram: Gram, plan: Plan) -> list[LayerSoluti
     if together is None:
         return [
             plan.solver.solve(
-                LayerProblem(name=aim.matrix.name, weight=aim.dense, gram=gram, pattern=pattern, target=aim.target)
+                LayerProblem(
+                    name=aim.matrix.name,
+                    weight=aim.dense,
+                    gram=gram,
+                    pattern=pattern,
+                    target=aim.target,
+                    loss_root=_on(aim.dense.device, plan.loss_roots.get(aim.matrix.name)),
+                )
             )
             for aim, pattern in zip(aims, patterns, strict=True)
         ]

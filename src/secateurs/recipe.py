@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from secateurs.allocators import ALLOCATORS, Allocator
 from secateurs.calibration import region_weights
-from secateurs.cuts import CUTS, Cut, FewerExperts
+from secateurs.cuts import CUTS, Cut, FewerExperts, Width
 from secateurs.experts import EXPERT_SCORES, ExpertScore
 from secateurs.goals import Goal, Propagate, check_goal
 from secateurs.patterns import PATTERNS, Pattern, Unstructured
@@ -270,6 +270,8 @@ class Recipe(_Table):
                     f"solver `{name}` cannot solve for pattern `{pattern['name']}`; those that can: "
                     + ", ".join(allowed)
                 )
+            if isinstance(built, Width) and built.score == "loss" and name != "obs":
+                raise ValueError(f'pattern `width` with score = "loss" needs solver `obs`, found `{name}`')
             if whole and (self.prune.goal != "own" or self.prune.tune.steps):
                 raise ValueError(f"pattern `{pattern['name']}` solves for nothing: it takes no goal and no tune")
             if cut and (self.prune.targets or self.prune.ignore):

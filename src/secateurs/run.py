@@ -25,10 +25,20 @@ from random import Random
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from secateurs import evaluate, pruner
 from secateurs.allocators import Layer
-from secateurs.artifacts import canonical_hash, folder_hash, model_hash, read_json, tokenizer_hash, write_json
+from secateurs.artifacts import (
+    atomic_write,
+    canonical_hash,
+    folder_hash,
+    model_hash,
+    read_json,
+    tokenizer_hash,
+    write_json,
+)
 from secateurs.calibration import (
     Batch,
     CalibrationSet,
@@ -41,7 +51,7 @@ from secateurs.calibration import (
 )
 from secateurs.checkpoint import Checkpoint
 from secateurs.collect import Opened, logits_of
-from secateurs.cuts import Cut, Depth, FewerExperts
+from secateurs.cuts import Cut, Depth, FewerExperts, Width
 from secateurs.engines import Completion, Engine, Request, Sampling, default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
@@ -72,7 +82,7 @@ from secateurs.recipe import Sampling as SamplingOverrides
 from secateurs.report import TraceSummary
 from secateurs.rows import read_rows
 from secateurs.solvers.masking import Masking
-from secateurs.survey import blocks_to_drop, survey
+from secateurs.survey import blocks_to_drop, loss_roots, survey
 from secateurs.traces import Trace, TraceStore, apply_filters
 from secateurs.trim import ExpertTrimmer, Smaller, Trimmer
 
@@ -524,7 +534,9 @@ def prune(
         done = _without_experts(pattern, recipe, folder, dense, calibration, stage, progress)
     else:
         patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
-        plan, where = replace(plan_of(recipe, dense), patterns=patterns), _where(recipe, calibration, dense)
+        roots = _loss_roots(recipe, out, seed, traced, dense, calibration, progress)
+        plan = replace(plan_of(recipe, dense), patterns=patterns, loss_roots=roots)
+        where = _where(recipe, calibration, dense)
         work = _Work(calibration, {folder / "blocks": plan}, recipe.calibration.batch_tokens, where, folder, stage)
         results = dense.ranks.tell(work).do(dense, progress)
         selected = pruner.prunable(dense.checkpoint.model, plan)
@@ -763,6 +775,32 @@ def _without_blocks(
         write_json(record, {"dropped": dropped})
     found: Any = read_json(record)
     return {**cut.patterns(dense.checkpoint.model, found["dropped"])}
+
+
+def _loss_roots(
+    recipe: Recipe,
+    out: Path,
+    seed: int,
+    traced: Traced,
+    dense: Dense,
+    calibration: CalibrationSet,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """What errors of the matrices that a cut prunes cost the model, if the cut goes by that; kept in out/surveys."""
+    cut = build_pattern(recipe.prune.pattern)
+    if not isinstance(cut, Width) or cut.score != "loss":
+        return {}
+    names = list(cut.patterns(dense.checkpoint.model))
+    key = canonical_hash({**_calibrated_on(recipe, seed, traced, dense), "loss roots": names})[:12]
+    record = out / "surveys" / f"{key}.safetensors"
+    if not record.exists():
+        stage = f"survey {arm_label(recipe.calibration.arm)} {cut}"
+        roots = loss_roots(
+            dense.model, calibration, names, progress=lambda done, total, what: progress(stage, done, total, "batches")
+        )
+        record.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(record, save(roots))
+    return load_file(record)
 
 
 @dataclass(frozen=True)

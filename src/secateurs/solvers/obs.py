@@ -29,7 +29,9 @@ class OBS:
     (Hassibi & Stork 1993; for structures of transformers Kurtic et al. 2023, ZipLM, arXiv 2302.04089, eq. 2-4). Some
     go at a time, `steps` times in all; at the end the kept weights are solved for anew: W_K = (W H)_K (H_KK)^-1.
     Differs from ZipLM: groups of a step are removed together, by one factorisation, and the last solve takes out what
-    rounding has added up. Weights of dead inputs cost nothing, so those go first.
+    rounding has added up. Weights of dead inputs cost nothing, so those go first. With a `loss_root` R the cost is
+    tr(R W_R (C_RR)^-1 W_R^T R^T): what the model's loss would rise by, to second order, if outputs were independent of
+    inputs (K-FAC, Martens & Grosse 2015). What stays is the same either way: least squares goes row by row.
 
     Only for `Columns`. Cost: about 2 d_in^3 flops and 2 d_out d_in^2, whatever is removed; three d_in x d_in matrices.
     """
@@ -65,7 +67,8 @@ class OBS:
         except NotPositiveDefiniteError as error:
             raise NotPositiveDefiniteError(f"{problem.name}: {error}") from None
         target = (goal * unit.scale).masked_fill_(dead, 0)
-        kept = self._choose(target, inverse, pattern)
+        judged = target if problem.loss_root is None else problem.loss_root.float() @ target
+        kept = self._choose(judged, inverse, pattern)
         weight = torch.zeros_like(goal)
         if bool(kept.all()):
             weight.copy_(goal)
@@ -80,7 +83,7 @@ class OBS:
         return LayerSolution(weight=weight.to(problem.weight.dtype), mask=mask, outcome=outcome, stats=stats)
 
     def _choose(
-        self, target: Float[Tensor, "d_out d_in"], inverse: Float[Tensor, "d_in d_in"], pattern: Columns
+        self, target: Float[Tensor, "rank d_in"], inverse: Float[Tensor, "d_in d_in"], pattern: Columns
     ) -> Bool[Tensor, " d_in"]:
         """The inputs that stay. Works on what is left of `target` and `inverse`, which shrink."""
         size, groups = pattern.size, len(inverse) // pattern.size
@@ -112,7 +115,7 @@ def _members(run: Tensor, runs: int) -> list[Tensor]:
 
 
 def _costs(
-    target: Float[Tensor, "d_out left"], inverse: Float[Tensor, "left left"], size: int
+    target: Float[Tensor, "rank left"], inverse: Float[Tensor, "left left"], size: int
 ) -> Float[Tensor, " groups"]:
     """What the output loses when one group goes and the others are refitted: tr(W_g (C_gg)^-1 W_g^T) of each."""
     if size == 1:
