@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from secateurs import cli
+from secateurs import cli, run
+from secateurs.recipe import load_recipe
 from secateurs.traces import read_traces
 
 SMALL = [
@@ -123,12 +124,11 @@ def test_a_run_killed_again_and_again_ends_the_same(finished, tmp_path, kills):
     assert not [path for path in out.rglob(".*tmp*")], "temporary files were left"
 
 
-def test_processes_of_torchrun_prune_together_and_a_dead_one_loses_nothing(finished, tmp_path):
-    """One of two is killed in a prune: all end, the command is run again, and the models are those of one process."""
+def test_processes_of_torchrun_work_together_and_a_dead_one_loses_nothing(finished, tmp_path):
+    """One of two is killed in a prune: all end, the command is run again, and traces and models are those of one."""
     out, torchrun = tmp_path / "out", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    shutil.copytree(finished / "traces", out / "traces")
-    prune = arguments("prune", "demo", "--out", str(out))
-    command = [sys.executable, *torchrun, "-m", "secateurs.cli", *prune]
+    run = arguments("run", "demo", "--out", str(out))
+    command = [sys.executable, *torchrun, "-m", "secateurs.cli", *run]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait = time.monotonic() + 120
     while not list(out.glob("cells/*/blocks/*.json")) and time.monotonic() < wait:
@@ -140,6 +140,12 @@ def test_processes_of_torchrun_prune_together_and_a_dead_one_loses_nothing(finis
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
     assert not (out / "report.json").exists()
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    assert not list(out.rglob("*.parts"))
+    for kind in ("traces", "dense"):
+        (mine,), (theirs,) = ((at / kind).glob("*/") for at in (out, finished))
+        assert read_traces(mine, sealed_only=True) == read_traces(theirs, sealed_only=True)
+    report = json.loads((out / "report.json").read_text())
+    assert [cell["evaluation"]["questions"] for cell in report["cells"]] == [6, 6, 6]
     cells = sorted(path.parent.name for path in finished.glob("cells/*/prune.json"))
     assert sorted(path.parent.name for path in out.glob("cells/*/prune.json")) == cells
     for cell in cells:
@@ -147,6 +153,31 @@ def test_processes_of_torchrun_prune_together_and_a_dead_one_loses_nothing(finis
         for name, weight in expected.items():
             assert ((weights[name] == 0) == (weight == 0)).float().mean() > 0.995, name
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=0.02 * float(weight.abs().max()))
+
+
+def test_shares_that_a_killed_run_of_several_processes_left_are_not_asked_again(finished, tmp_path, monkeypatch):
+    recipe = load_recipe("demo", SMALL)
+    dense, (sealed,) = run.Dense(recipe), (finished / "traces").iterdir()
+    parts = tmp_path / "traces" / f".{sealed.name}.parts"
+    for which in (0, 1):
+        run._Trace(recipe, 0).share(parts / f"{which + 1}-of-2" / "traces", dense, (which, 2), lambda *args: None)
+    with (parts / "2-of-2" / "traces" / sealed.name / "active.jsonl").open("ab") as journal:
+        journal.write(b'{"torn')
+    answered = {trace.key for part in parts.glob("*/traces/*") for trace in read_traces(part)}
+    assert len(answered) > 5
+    asked = []
+    engine = run.trace_engine
+
+    class Counted:
+        def generate(self, requests, sampling):
+            for request in requests:
+                asked.append((request.question_id, request.sample))
+                yield from engine(recipe, dense).generate([request], sampling)
+
+    monkeypatch.setattr(run, "trace_engine", lambda recipe, dense: Counted())
+    traced = run.trace(recipe, tmp_path, 0, dense)
+    assert [*traced.held_out, *traced.traces] == read_traces(sealed, sealed_only=True)
+    assert not answered & set(asked) and not parts.exists()
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):

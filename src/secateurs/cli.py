@@ -163,18 +163,25 @@ def trace(
     shard: Annotated[str, typer.Option(help="Which of how many machines this is, as in 2/4.")] = "1/1",
 ) -> None:
     """Only sample the dense model's chains of thought. With --shard 2/4, the second quarter of them: see `merge`."""
+    from secateurs.ranks import joined
     from secateurs.recipe import load_recipe
-    from secateurs.run import Dense
+    from secateurs.run import Dense, follow
     from secateurs.run import trace as stage
 
     loaded = load_recipe(recipe, overrides)
     part = _shard(shard)
-    dense = Dense(loaded)
-    if dry_run:
-        _plan(dense, as_json)
-        return
-    with _bars() as progress:
-        done = {seed: stage(loaded, out, seed, dense, progress, part) for seed in loaded.seeds}
+    with joined(loaded.resources.device) as ranks:
+        dense = Dense(loaded, ranks)
+        if not ranks.first:
+            follow(dense)
+            return
+        if dry_run:
+            _plan(dense, as_json)
+            ranks.tell(None)
+            return
+        with _bars() as progress:
+            done = {seed: stage(loaded, out, seed, dense, progress, part) for seed in loaded.seeds}
+        ranks.tell(None)
     for seed, traced in done.items():
         result = {"seed": seed, "store": str(out / "traces" / traced.key), **traced.summary.model_dump()}
         if traced.surprise:

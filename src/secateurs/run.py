@@ -10,6 +10,7 @@ KEY is the hash of everything that can change what is in the folder, so a change
 repeated command goes on where it stopped.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save
@@ -83,7 +84,7 @@ from secateurs.report import TraceSummary
 from secateurs.rows import read_rows
 from secateurs.solvers.masking import Masking
 from secateurs.survey import blocks_to_drop, loss_roots, survey
-from secateurs.traces import Trace, TraceStore, apply_filters
+from secateurs.traces import Trace, TraceStore, apply_filters, merge_stores, read_provenance
 from secateurs.trim import ExpertTrimmer, Smaller, Trimmer
 
 CHECKED_TRACES = 8  # of a server's, before it is believed
@@ -113,6 +114,10 @@ class Dense:
     def model(self) -> Any:
         """The whole model, to sample from, in what a prune computes in; not read before something asks for it."""
         return self.load(self.recipe.model)
+
+    def forget(self) -> None:
+        """Let go of the whole model, if it was read; it is read again when something asks for it."""
+        vars(self).pop("model", None)
 
     def load(self, name: str) -> Any:
         """A whole model, this one or what became of it, to sample from on the same terms."""
@@ -303,6 +308,8 @@ def trace(
     provenance = _provenance(dense, questions, recipe.traces.questions, "calibration", sampling, seed, table.identity)
     provenance["samples"] = recipe.traces.samples
     key = canonical_hash(provenance)[:12]
+    if shards == 1 and table.name == "hf":
+        ask_together(_Trace(recipe, seed), out / "traces" / key, dense, progress)
     drawn = questions.questions("calibration", seed)
     stream = ((question, number) for question in drawn for number in range(recipe.traces.samples))
     asked = _Replayed(islice(stream, which, None, shards))
@@ -361,6 +368,78 @@ def trace(
             f"no trace passed the filters: {dropped}; loosen traces.filters or look at the model's answers"
         )
     return Traced(tuple(held), tuple(kept), _trace_summary([*held, *kept], dropped, seconds), key, surprise)
+
+
+class Asking(Protocol):
+    """What all processes sample together, each its share: small enough to be told."""
+
+    def share(self, out: Path, dense: Dense, which: tuple[int, int], progress: Progress) -> None:
+        """Answer share `which` (which, of how many) into a store under `out`, called as the whole one is."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """The traces of a seed."""
+
+    recipe: Recipe
+    seed: int
+
+    def share(self, out: Path, dense: Dense, which: tuple[int, int], progress: Progress) -> None:
+        """See `Asking.share`."""
+        trace(self.recipe, out.parent, self.seed, dense, progress, which)
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Sampling that all processes do, each its share of the requests in a store of its own beside the `whole` one."""
+
+    asking: Asking
+    whole: Path
+
+    def do(self, dense: Dense, progress: Progress = silent) -> bool:
+        """This process's share; False, and nothing is done, where not all see the first one's files."""
+        ranks = dense.ranks
+        if not all(ranks.gather(self.whole.parent.is_dir())):
+            return False
+
+        def answer_share() -> None:
+            out = _parts(self.whole) / f"{ranks.index + 1}-of-{ranks.count}" / self.whole.parent.name
+            if (self.whole / "manifest.json").exists():  # what is there is not asked again
+                merge_stores(out / self.whole.name, [self.whole])
+            self.asking.share(out, dense, (ranks.index, ranks.count), progress)
+            if not ranks.first:
+                dense.forget()
+
+        ranks.together(answer_share)
+        return True
+
+
+def ask_together(asking: Asking, whole: Path, dense: Dense, progress: Progress) -> None:
+    """Have all processes, if there are several, answer their shares of what the store `whole` is going to hold.
+
+    Afterwards it holds what they have; what is still missing the caller asks, as if it had been stopped on the way.
+    Shares of a run that was killed are kept, whatever number of processes it had.
+    """
+    _gather_parts(whole)
+    if dense.ranks.count > 1:
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        dense.ranks.tell(_Together(asking, whole)).do(dense, progress)
+        _gather_parts(whole)
+
+
+def _parts(whole: Path) -> Path:
+    return whole.parent / f".{whole.name}.parts"
+
+
+def _gather_parts(whole: Path) -> None:
+    """Move what is in shares of a store to the store."""
+    if found := [manifest.parent for manifest in sorted(_parts(whole).glob("*/*/*/manifest.json"))]:
+        for part in found:
+            with TraceStore(part, read_provenance(part)):
+                pass  # which cuts off what a kill has torn
+        merge_stores(whole, found)
+    shutil.rmtree(_parts(whole), ignore_errors=True)
 
 
 def _whole(traces: Sequence[Trace]) -> list[Batch]:
@@ -641,7 +720,7 @@ class _Work:
 
 
 def follow(dense: Dense) -> None:
-    """What every process but the first does: its part of each prune, until the first says that there are no more."""
+    """What every process but the first does: its part of all work, until the first says that there is no more."""
     while True:
         try:
             work = dense.ranks.tell(None)
@@ -814,36 +893,61 @@ class Answers:
     max_new_tokens: int
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """The answers of a model to the evaluation questions of a seed."""
+
+    recipe: Recipe
+    model: Path | None
+    model_key: str
+    seed: int
+    stage: str
+
+    def share(self, out: Path, dense: Dense, which: tuple[int, int], progress: Progress) -> None:
+        """See `Asking.share`."""
+        answer(self.recipe, out, self.model, self.model_key, self.seed, dense, self.stage, progress, which)
+
+
 def answer(
     recipe: Recipe,
     folder: Path,
-    model: Callable[[], Any],
+    model: Path | None,
     model_key: str,
     seed: int,
     dense: Dense,
     stage: str,
     progress: Progress,
+    shard: tuple[int, int] = (0, 1),
 ) -> Answers:
-    """Ask a model the recipe's evaluation questions; a rerun asks only what is missing."""
+    """Ask the model in a folder, or the dense one, the recipe's evaluation questions; what is answered is not asked.
+
+    `shard` (which, of how many) asks one of so many, and leaves the store unsealed.
+    """
     spec = recipe.evaluate.questions or recipe.traces.questions
     questions = build_questions(spec)
     sampling = _sampling(dense, recipe.evaluate.sampling or recipe.traces.sampling)
     provenance = _provenance(dense, questions, spec, "eval", sampling, seed)
     provenance |= {"samples": recipe.evaluate.samples, "weights": model_key}
     wanted = list(islice(questions.questions("eval", seed), recipe.evaluate.num_questions))
-    asked = [(question, number) for question in wanted for number in range(recipe.evaluate.samples)]
-    with TraceStore(folder / canonical_hash(provenance)[:12], provenance) as store:
+    which, shards = shard
+    asked = [(question, number) for question in wanted for number in range(recipe.evaluate.samples)][which::shards]
+    whole = folder / canonical_hash(provenance)[:12]
+    if shards == 1:
+        ask_together(_Answer(recipe, model, model_key, seed, stage), whole, dense, progress)
+    with TraceStore(whole, provenance) as store:
 
         def enough() -> bool:
             progress(stage, sum((q.id, n) in store for q, n in asked), len(asked), "answers")
             return all((q.id, n) in store for q, n in asked)
 
         def engine() -> Engine:
-            return hf_engine(model(), dense.tokenizer, recipe.resources.batch_size)
+            loaded = dense.load(str(model)) if model else dense.model
+            return hf_engine(loaded, dense.tokenizer, recipe.resources.batch_size)
 
         sample(store, asked, engine, dense.tokenizer, questions, sampling, seed, recipe.resources.batch_size, enough)
         traces = [found for q, n in asked if (found := store.get(q.id, n))]
-        store.seal(traces)
+        if shards == 1:
+            store.seal(traces)
         seconds = store.seconds
     families = {question.id: question.family for question in wanted}
     return Answers(tuple(traces), families, f"{questions.name} v{questions.version}", seconds, sampling.max_new_tokens)

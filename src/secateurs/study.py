@@ -153,7 +153,8 @@ def _ask_dense(bench: _Bench, seed: int) -> _Seed:
     if not recipe.evaluate.num_questions:
         return _Seed(traced, None, None)
     stage = "evaluate dense"
-    answers = answer(recipe, bench.out / "dense", lambda: dense.model, "dense", seed, dense, stage, bench.progress)
+    answers = answer(recipe, bench.out / "dense", None, "dense", seed, dense, stage, bench.progress)
+    dense.forget()
     return _Seed(traced, answers, leak_check(recipe, seed, traced, dense))
 
 
@@ -178,8 +179,7 @@ def _do_cells(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe],
         if recipe.evaluate.num_questions:
             pattern = build_pattern(recipe.prune.pattern)
             stage = f"evaluate {pruned.arm} {pruned.solver} {pattern} ({number}/{total})"
-            model = partial(dense.load, str(pruned.folder / "model"))
-            key = pruned.folder.name
+            model, key = pruned.folder / "model", pruned.folder.name
             answers = answer(recipe, pruned.folder / "answers", model, key, seed, dense, stage, progress)
         done.append(_Done(pruned, answers))
     return done
