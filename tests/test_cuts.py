@@ -132,8 +132,8 @@ def test_widths_add_up_to_the_parameters_that_were_asked_for():
             left = 2 * kv_heads * (heads + 1) * body.head_dim * body.d_model + neurons * body.in_neuron
             assert abs(1 - left / body.in_block - sparsity) <= 2 * body.in_neuron / body.in_block
             assert neurons % 4 == 0 and 0 < heads <= 4 and 0 < kv_heads <= 2
-    assert Width(0.25).kept(body) == (3, 2, 384) and Width(0.5, "kv_heads").kept(body) == (4, 1, 256)
-    with pytest.raises(ValueError, match=r"width 97% neurons would leave no neuron: 512 of them have .* of a block's"):
+    assert Width(0.25, "heads").kept(body) == (3, 2, 384) and Width(0.5, "kv_heads").kept(body) == (4, 1, 256)
+    with pytest.raises(ValueError, match=r"width 97% would leave no neuron: 512 of them have .* of a block's"):
         Width(0.97, "none").kept(body)
     with pytest.raises(ValueError, match=r"depth 10% is 0 of 2 blocks; it must be 1 to 1"):
         Depth(0.1).count(2)
@@ -146,7 +146,7 @@ def test_other_models_are_refused(family):
 
 
 CUTS = {
-    "heads": (Width(0.5, multiple=4), {"intermediate_size": 20, "num_attention_heads": 2}),
+    "heads": (Width(0.5, "heads", multiple=4), {"intermediate_size": 20, "num_attention_heads": 2}),
     "neurons": (Width(0.25, "none", multiple=4), {"intermediate_size": 28}),
     "kv heads": (Width(0.5, "kv_heads", multiple=4), {"num_attention_heads": 2, "num_key_value_heads": 1}),
     "blocks": (Depth(0.5), {"num_hidden_layers": 1}),

@@ -101,9 +101,9 @@ def _sizes(block: nn.Module, config: Any) -> tuple[int, int, int, int, int, int]
 
 @dataclass(frozen=True)
 class Width:
-    """The same number of MLP neurons goes in every block, and of attention heads.
+    """The same number of MLP neurons goes in every block, and of attention heads if they are to.
 
-    `attention` says what goes there: nothing; query heads, as many of each group that shares keys and values; or whole
+    `attention` says what goes there: nothing, as heads cost more than they weigh (`docs/faster.md`); query heads, as many of each group that shares keys and values; or whole
     groups with their keys and values, which makes the cache smaller too. Heads come first, as near below `sparsity` as
     they can; neurons make up the rest, rounded to `multiple` (0: the largest power of two up to 256 that leaves sixteen
     choices). `score` says what a cost is: of a layer's "output", or of the model's "loss" (`survey.loss_roots`; for
@@ -111,7 +111,7 @@ class Width:
     """
 
     sparsity: float
-    attention: Literal["none", "heads", "kv_heads"] = "heads"
+    attention: Literal["none", "heads", "kv_heads"] = "none"
     multiple: int = 0
     score: Literal["output", "loss"] = "output"
 
@@ -121,7 +121,7 @@ class Width:
             raise ValueError(f"multiple is {self.multiple}; it must be 1 or more, or 0 for one that suits the model")
 
     def __str__(self) -> str:
-        what = {"none": " neurons", "heads": "", "kv_heads": " kv-heads"}[self.attention]
+        what = {"none": "", "heads": " heads too", "kv_heads": " kv-heads too"}[self.attention]
         return f"width {100 * self.sparsity:.6g}%{what}" + ("" if self.score == "output" else " by loss")
 
     def kept(self, body: Anatomy) -> tuple[int, int, int]:
