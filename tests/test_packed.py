@@ -186,6 +186,8 @@ def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, *words, "--out", str(tmp_path / "figures.json")) == 0
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads((tmp_path / "figures.json").read_text())
+    page = (tmp_path / "figures.html").read_text()
+    assert "1 row after 8 tokens" in page and "(2 of 2)" in page and page.count('<tr><th scope="row">bundled') == 3
     dense, packed = result["rows"]
     assert dense["speeds"][0]["times_first"] == 1 and packed["speeds"][0]["tokens_per_second"] > 0
     assert packed["weight_bytes"] < 0.5 * dense["weight_bytes"] and dense["quality"]["questions"] == 2

@@ -27,6 +27,7 @@ from secateurs.engines import default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.models import load_model, load_tokenizer
 from secateurs.packed import RECORD, PackedEmbedding, PackedLinear, has_kernels, load_packed
+from secateurs.page import templates
 from secateurs.parallel import MISTAKES, end, portable, settle
 from secateurs.recipe import Recipe, build_questions
 from secateurs.run import request_for, trace_of
@@ -194,6 +195,62 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
             data["quality"]["of_first"] = row.quality.seconds_per_correct / first.quality.seconds_per_correct
         found.append(data)
     return found
+
+
+def short(name: str) -> str:
+    """A model's name for a narrow column: its folder, and not the one of all cells alike."""
+    path, mark, dtype = name.partition("@")
+    folder = Path(path)
+    return (folder.parent.name if folder.name == "model" else folder.name) + mark + dtype
+
+
+def to_html(result: dict[str, Any]) -> str:
+    """What was measured (`table`, `machine`) as one page that needs nothing else."""
+    rows, where = result["rows"], result["machine"]
+    names = [{"name": short(row["model"]), "computes": row["computes"]} for row in rows]
+
+    def bars(values: Sequence[float], ratios: Sequence[float], texts: Sequence[str]) -> list[dict[str, Any]]:
+        longest = max((value for value in values if value < float("inf")), default=0.0) or 1.0
+        shares = [round(value / longest, 3) if value < float("inf") else 0 for value in values]
+        return [
+            {**name, "share": share, "ratio": f"{ratio:.2f}", "text": text}
+            for name, share, ratio, text in zip(names, shares, ratios, texts, strict=True)
+        ]
+
+    shapes = []
+    for place, first in enumerate(rows[0]["speeds"]):
+        every = [row["speeds"][place] for row in rows]
+        speeds, ratios = [one["tokens_per_second"] for one in every], [one["times_first"] for one in every]
+        title = f"{first['batch']} row{'s' if first['batch'] > 1 else ''} after {first['context']} tokens"
+        spread = f"{max(one['spread'] for one in every):.2f}"
+        shown = bars(speeds, ratios, [f"{speed:.1f}" for speed in speeds])
+        shapes.append({"title": title, "spread": spread, "rows": shown})
+    quality, note = [], ""
+    if all(row["quality"] for row in rows):
+        found = [row["quality"] for row in rows]
+        texts = [f"{one['seconds_per_correct']:.2f} s ({one['correct']} of {one['questions']})" for one in found]
+        quality = bars([one["seconds_per_correct"] for one in found], [one["of_first"] for one in found], texts)
+        note = f"{found[0]['questions']} questions tell large differences in accuracy only." if found else ""
+    fastest = max(rows, key=lambda row: row["speeds"][0]["tokens_per_second"])
+    best = fastest["speeds"][0]
+    headline = (
+        f"{short(fastest['model'])} decodes fastest: {best['tokens_per_second']:.1f} tokens a second with "
+        f"{shapes[0]['title']}, {best['times_first']:.2f} times as fast as {names[0]['name']}"
+    )
+    memory = [
+        {
+            "name": name["name"],
+            "texts": [
+                f"{row['weight_bytes'] / 1e6:,.0f} MB", f"{row['peak_bytes'] / 1e6:,.0f} MB",
+                f"{row['load_seconds']:.1f} s", *(f"{one['first_token']:.2f} s" for one in row["speeds"]),
+            ],
+        }
+        for name, row in zip(names, rows, strict=True)
+    ]  # fmt: skip
+    machine = f"{where.get('gpu', where['cpu'])}, {where['threads']} threads, torch {where['torch']}"
+    return templates(autoescape=True).get_template("bench.html.j2").render(
+        headline=headline, machine=machine, shapes=shapes, quality=quality, quality_note=note, memory=memory
+    )  # fmt: skip
 
 
 def _serve(pipe: Connection, name: str, device: str, threads: int, parent: int) -> None:

@@ -275,12 +275,12 @@ def bench_(
         str, typer.Option(help="Also ask this recipe's evaluation questions: seconds per right answer.")
     ] = "",
     overrides: Set = [],
-    out: Annotated[Path | None, typer.Option(help="A JSON file for all figures.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for all figures, and a page beside it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time models side by side on this machine: decoding, first token, memory, seconds per correct answer."""
     from secateurs import bench
-    from secateurs.artifacts import write_json
+    from secateurs.artifacts import atomic_write, write_json
     from secateurs.recipe import load_recipe
 
     shapes = {"batches": _numbers(batch, "--batch"), "contexts": _numbers(context, "--context")}
@@ -294,20 +294,16 @@ def bench_(
     result = {"machine": bench.machine(threads, device), "rows": bench.table(rows)}
     if out:
         write_json(out, result)
+        atomic_write(out.with_suffix(".html"), bench.to_html(result))
     if as_json:
         print(json.dumps(result))
         return
     _show_bench(result)
 
 
-def _short(name: str) -> str:
-    """A model's name for a narrow column: its folder, and not the one of all cells alike."""
-    path, mark, dtype = name.partition("@")
-    folder = Path(path)
-    return (folder.parent.name if folder.name == "model" else folder.name) + mark + dtype
-
-
 def _show_bench(result: dict[str, Any]) -> None:
+    from secateurs.bench import short
+
     screen = Console(width=None if sys.stdout.isatty() else 160)
     where = result["machine"]
     rows = result["rows"]
@@ -318,7 +314,7 @@ def _show_bench(result: dict[str, Any]) -> None:
     for row in rows:
         for number, one in enumerate(row["speeds"]):
             named = [
-                _short(row["model"]),
+                short(row["model"]),
                 row["computes"],
                 f"{row['weight_bytes'] / 1e6:,.0f}",
                 f"{row['peak_bytes'] / 1e6:,.0f}",
@@ -334,7 +330,7 @@ def _show_bench(result: dict[str, Any]) -> None:
         for row in rows:
             one = row["quality"]
             answers.add_row(
-                _short(row["model"]), f"{one['correct']} of {one['questions']}", f"{one['tokens']:,}",
+                short(row["model"]), f"{one['correct']} of {one['questions']}", f"{one['tokens']:,}",
                 f"{one['seconds']:.1f}", f"{one['seconds_per_correct']:.3f}", f"{one['of_first']:.2f}",
             )  # fmt: skip
         screen.print(answers)

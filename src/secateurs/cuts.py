@@ -103,11 +103,11 @@ def _sizes(block: nn.Module, config: Any) -> tuple[int, int, int, int, int, int]
 class Width:
     """The same number of MLP neurons goes in every block, and of attention heads if they are to.
 
-    `attention` says what goes there: nothing, as heads cost more than they weigh (`docs/faster.md`); query heads, as many of each group that shares keys and values; or whole
-    groups with their keys and values, which makes the cache smaller too. Heads come first, as near below `sparsity` as
-    they can; neurons make up the rest, rounded to `multiple` (0: the largest power of two up to 256 that leaves sixteen
-    choices). `score` says what a cost is: of a layer's "output", or of the model's "loss" (`survey.loss_roots`; for
-    solver obs only, and with the whole model in memory).
+    `attention` says what goes there: nothing, as heads cost more than they weigh (`docs/faster.md`); query heads, as
+    many of each group that shares keys and values; or whole groups with their keys and values, which makes the cache
+    smaller too. Heads come first, as near below `sparsity` as they can; neurons make up the rest, rounded to `multiple`
+    (0: the largest power of two up to 256 that leaves sixteen choices). `score` says what a cost is: of a layer's
+    "output", or of the model's "loss" (`survey.loss_roots`; for solver obs only, and with the whole model in memory).
     """
 
     sparsity: float

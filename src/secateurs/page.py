@@ -772,7 +772,8 @@ def _markdown_text(value: Any) -> str:
     return text
 
 
-def _templates(autoescape: bool) -> jinja2.Environment:
+def templates(autoescape: bool) -> jinja2.Environment:
+    """The package's templates, with the filters that they use."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("secateurs"),
         autoescape=autoescape,
@@ -796,12 +797,12 @@ def _templates(autoescape: bool) -> jinja2.Environment:
 
 def to_markdown(report: Report) -> str:
     """The result as Markdown: headline, tables, costs, provenance."""
-    return _templates(autoescape=False).get_template("report.md.j2").render(_context(report))
+    return templates(autoescape=False).get_template("report.md.j2").render(_context(report))
 
 
 def to_html(report: Report) -> str:
     """The result as one HTML page that needs nothing else: no scripts, no fonts, no network."""
-    return _templates(autoescape=True).get_template("report.html.j2").render(_context(report))
+    return templates(autoescape=True).get_template("report.html.j2").render(_context(report))
 
 
 def write(report: Report, folder: str | Path) -> None:
