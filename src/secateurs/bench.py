@@ -230,7 +230,7 @@ def to_html(result: dict[str, Any]) -> str:
         found = [row["quality"] for row in rows]
         texts = [f"{one['seconds_per_correct']:.2f} s ({one['correct']} of {one['questions']})" for one in found]
         quality = bars([one["seconds_per_correct"] for one in found], [one["of_first"] for one in found], texts)
-        note = f"{found[0]['questions']} questions tell large differences in accuracy only." if found else ""
+        note = f"{found[0]['questions']} questions tell large differences in accuracy only."
     fastest = max(rows, key=lambda row: row["speeds"][0]["tokens_per_second"])
     best = fastest["speeds"][0]
     headline = (
