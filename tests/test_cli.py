@@ -10,12 +10,14 @@ import sys
 import time
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from secateurs import cli, run
+from secateurs.ranks import Ranks
 from secateurs.recipe import load_recipe
 from secateurs.traces import read_traces
 
@@ -130,9 +132,12 @@ def test_processes_of_torchrun_work_together_and_a_dead_one_loses_nothing(finish
     run = arguments("run", "demo", "--out", str(out))
     command = [sys.executable, *torchrun, "-m", "secateurs.cli", *run]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait = time.monotonic() + 120
+    wait, shares = time.monotonic() + 120, set()
     while not list(out.glob("cells/*/blocks/*.json")) and time.monotonic() < wait:
+        held = (path for path in out.glob("*/.*.parts/*/*/*/active.jsonl") if path.exists() and path.stat().st_size)
+        shares |= {path.relative_to(out).parts[0] + path.relative_to(out).parts[2] for path in held}
         time.sleep(0.02)
+    assert shares >= {"traces1-of-2", "traces2-of-2"}  # each process sampled
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (second,) = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(int(second), signal.SIGKILL)
@@ -178,6 +183,29 @@ def test_shares_that_a_killed_run_of_several_processes_left_are_not_asked_again(
     traced = run.trace(recipe, tmp_path, 0, dense)
     assert [*traced.held_out, *traced.traces] == read_traces(sealed, sealed_only=True)
     assert not answered & set(asked) and not parts.exists()
+
+
+def test_what_is_complete_is_asked_of_nobody_and_time_is_counted_once(finished, tmp_path):
+    class Deaf(Ranks):
+        def tell(self, value):
+            raise AssertionError("there was nothing to do")
+
+    recipe, (sealed,) = load_recipe("demo", SMALL), (finished / "traces").iterdir()
+    shutil.copytree(finished, tmp_path / "out")
+    dense = run.Dense(recipe, Deaf(0, 2))
+    traced = run.trace(recipe, tmp_path / "out", 0, dense)
+    run.answer(recipe, tmp_path / "out" / "dense", None, "dense", 0, dense, "evaluate", lambda *args: None)
+    assert [*traced.held_out, *traced.traces] == read_traces(sealed, sealed_only=True)
+    before = json.loads((sealed / "timing.json").read_text())["seconds"]
+    whole = tmp_path / "out" / "traces" / sealed.name
+    nothing = SimpleNamespace(share=lambda *args: None)
+    for number in range(2):  # as two processes would, which then find nothing to add
+        ranks = SimpleNamespace(
+            index=number, count=2, first=False, gather=lambda value: [value], together=lambda work: work()
+        )
+        run._Together(nothing, whole).do(SimpleNamespace(ranks=ranks, forget=lambda: None))
+    run._gather_parts(whole)
+    assert json.loads((whole / "timing.json").read_text())["seconds"] == before
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):

@@ -12,10 +12,10 @@ from families import SMALL, make_model
 from secateurs import experts as experts_file
 from secateurs.checkpoint import Checkpoint
 from secateurs.cuts import FewerExperts
-from secateurs.experts import EXPERT_SCORES, drop_experts, keeping, mixtures, only
+from secateurs.experts import EXPERT_SCORES, drop_experts, keeping, only
 from secateurs.export import PROBE_FILE, export
 from secateurs.gains import gains
-from secateurs.models import decoder_blocks, load_model
+from secateurs.models import decoder_blocks, load_model, mixtures
 from secateurs.recipe import load_recipe
 from secateurs.trim import ExpertTrimmer
 from test_checkpoint import FACTS, Tokenizer
@@ -184,6 +184,11 @@ def test_it_goes_on_after_the_last_block_that_was_written(tmp_path):
 def test_mistakes_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="LlamaForCausalLM has no experts"):
         dropped(make_model("llama"), tmp_path)
+    with pytest.raises(ValueError, match="is none of 4 experts: ask for more than 12.5 %"):
+        dropped(make_model("mixtral"), tmp_path, FewerExperts(0.1))
+    nested = tf.HunYuanMoEV1Config(**SMALL, num_experts=4, moe_topk=2, head_dim=8)
+    with pytest.raises(ValueError, match="HunYuanMoEV1Moe has no router that secateurs knows"):
+        dropped(tf.HunYuanMoEV1ForCausalLM(nested), tmp_path)
     with pytest.raises(ValueError, match="would leave 1 of 4 experts, and a token goes to 2"):
         dropped(make_model("mixtral"), tmp_path, FewerExperts(0.75))
     with pytest.raises(ValueError, match="would leave 1 of 4 experts of each of 2 groups, and a token goes to 2"):

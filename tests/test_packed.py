@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from families import make_model
 from secateurs import kernels
-from secateurs.bench import bench, load_any
+from secateurs.bench import Quality, Row, Speed, bench, load_any, table, to_html
 from secateurs.export import mask_hash
 from secateurs.models import BUNDLED, linears, load_model, model_path
 from secateurs.packed import FEW, PackedLinear, PackedMatrix, load_packed, pack
@@ -129,7 +129,7 @@ def test_without_kernels_the_answers_are_the_same(tmp_path, monkeypatch):
     pack(str(tmp_path / "dense"), tmp_path / "packed")
     monkeypatch.setattr(kernels, "library", lambda: None)
     model, computes = load_any(str(tmp_path / "packed"))
-    assert computes == "float32, dense, no compiled kernels"
+    assert computes == "float32, made dense, no compiled kernels"
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
@@ -192,6 +192,8 @@ def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):
     assert dense["speeds"][0]["times_first"] == 1 and packed["speeds"][0]["tokens_per_second"] > 0
     assert packed["weight_bytes"] < 0.5 * dense["weight_bytes"] and dense["quality"]["questions"] == 2
     assert dense["quality"]["correct"] == packed["quality"]["correct"] == 2 and dense["quality"]["of_first"] == 1
+    assert call(monkeypatch, "bench", "bundled", "--out", str(tmp_path / "figures.html")) == 2
+    assert "it should end in .json" in " ".join(capsys.readouterr().err.split())
     assert call(monkeypatch, "bench", "bundled", "--batch", "1,x") == 2
     assert "--batch is '1,x'; it should look like 1,4,8" in capsys.readouterr().err
 
@@ -199,3 +201,23 @@ def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):
 def test_a_model_that_cannot_be_loaded_ends_the_bench():
     with pytest.raises(ValueError, match="model `/nowhere`: no such folder"):
         bench(["/nowhere"], rounds=1)
+
+
+def test_packed_models_can_be_made_dense_and_a_model_that_is_never_right_has_no_time_per_answer(tmp_path, monkeypatch):
+    dense = pruned("qwen2", tmp_path / "dense")
+    pack(str(tmp_path / "dense"), tmp_path / "packed")
+    model = load_packed(tmp_path / "packed", expand=True)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    with pytest.raises(ValueError, match="no kernel multiplies packed matrices on cpu here"):
+        load_packed(tmp_path / "packed", expand=False)
+    rows = [Row(name, "float32", 1, speeds=[Speed(1, 8, 0.1, 5.0, 1.0)]) for name in ("a", "b")]
+    rows[0].quality, rows[1].quality = Quality(2, 1, 10, 3.0), Quality(2, 0, 10, 3.0)
+    found = table(rows)
+    assert [row["quality"]["seconds_per_correct"] for row in found] == [3.0, None]
+    page = to_html({"rows": found, "machine": {"cpu": "x", "threads": 1, "torch": "2"}})
+    assert "3.00 s (1 of 2)" in page and "- s (0 of 2)" in page
+    json.dumps(found, allow_nan=False)

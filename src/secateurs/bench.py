@@ -26,7 +26,7 @@ from secateurs import kernels
 from secateurs.engines import default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.models import load_model, load_tokenizer
-from secateurs.packed import RECORD, PackedEmbedding, PackedLinear, has_kernels, load_packed
+from secateurs.packed import RECORD, PackedEmbedding, PackedLinear, load_packed
 from secateurs.page import templates
 from secateurs.parallel import MISTAKES, end, portable, settle
 from secateurs.recipe import Recipe, build_questions
@@ -59,9 +59,9 @@ class Quality:
     seconds: float
 
     @property
-    def seconds_per_correct(self) -> float:
-        """What a right answer takes."""
-        return self.seconds / self.correct if self.correct else float("inf")
+    def seconds_per_correct(self) -> float | None:
+        """What a right answer takes; None where there is none."""
+        return self.seconds / self.correct if self.correct else None
 
 
 @dataclass
@@ -88,9 +88,9 @@ def load_any(name: str, device: str = "cpu") -> tuple[PreTrainedModel, str]:
         if dtype:
             raise ValueError(f"{name}: a packed model computes in the type of its kernels; leave out `@{dtype}`")
         model = load_packed(path, device)
-        runs = has_kernels(model.device)
-        level = "triton" if model.device.type != "cpu" else kernels.level_name(kernels.best_level()) if runs else ""
-        return model, f"{_type(model)}, {level if runs else 'dense, no compiled kernels'}"
+        if any(isinstance(module, PackedLinear) for module in model.modules()):
+            return model, f"{_type(model)}, {kernels.level_name(kernels.best_level())}"
+        return model, f"{_type(model)}, made dense" + (", no compiled kernels" if model.device.type == "cpu" else "")
     model: Any = load_model(path, device=device)
     model = model.to(DTYPES[dtype]) if dtype else model
     return model, _type(model)
@@ -184,15 +184,16 @@ def machine(threads: int = 0, device: str = "cpu") -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as they are stored, with ratios to the first model: above 1 is faster."""
+    """The rows as they are stored, with ratios to the first model: above 1 is faster. None: no answer was right."""
     first, found = rows[0], []
     for row in rows:
         data = asdict(row)
         for speed, mine, base in zip(data["speeds"], row.speeds, first.speeds, strict=True):
             speed["times_first"] = mine.tokens_per_second / base.tokens_per_second
         if row.quality and first.quality:
-            data["quality"]["seconds_per_correct"] = row.quality.seconds_per_correct
-            data["quality"]["of_first"] = row.quality.seconds_per_correct / first.quality.seconds_per_correct
+            mine, base = row.quality.seconds_per_correct, first.quality.seconds_per_correct
+            data["quality"]["seconds_per_correct"] = mine
+            data["quality"]["of_first"] = mine / base if mine and base else None
         found.append(data)
     return found
 
@@ -204,17 +205,21 @@ def short(name: str) -> str:
     return (folder.parent.name if folder.name == "model" else folder.name) + mark + dtype
 
 
+def figure(value: float | None, digits: int = 2) -> str:
+    """A number as it is shown; a dash for none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def to_html(result: dict[str, Any]) -> str:
     """What was measured (`table`, `machine`) as one page that needs nothing else."""
     rows, where = result["rows"], result["machine"]
     names = [{"name": short(row["model"]), "computes": row["computes"]} for row in rows]
 
-    def bars(values: Sequence[float], ratios: Sequence[float], texts: Sequence[str]) -> list[dict[str, Any]]:
-        longest = max((value for value in values if value < float("inf")), default=0.0) or 1.0
-        shares = [round(value / longest, 3) if value < float("inf") else 0 for value in values]
+    def bars(values: Sequence[float | None], ratios: Sequence[float | None], texts: Sequence[str]) -> list[Any]:
+        longest = max((value for value in values if value), default=1.0)
         return [
-            {**name, "share": share, "ratio": f"{ratio:.2f}", "text": text}
-            for name, share, ratio, text in zip(names, shares, ratios, texts, strict=True)
+            {**name, "share": round((value or 0) / longest, 3), "ratio": figure(ratio), "text": text}
+            for name, value, ratio, text in zip(names, values, ratios, texts, strict=True)
         ]
 
     shapes = []
@@ -228,7 +233,7 @@ def to_html(result: dict[str, Any]) -> str:
     quality, note = [], ""
     if all(row["quality"] for row in rows):
         found = [row["quality"] for row in rows]
-        texts = [f"{one['seconds_per_correct']:.2f} s ({one['correct']} of {one['questions']})" for one in found]
+        texts = [f"{figure(one['seconds_per_correct'])} s ({one['correct']} of {one['questions']})" for one in found]
         quality = bars([one["seconds_per_correct"] for one in found], [one["of_first"] for one in found], texts)
         note = f"{found[0]['questions']} questions tell large differences in accuracy only."
     fastest = max(rows, key=lambda row: row["speeds"][0]["tokens_per_second"])

@@ -285,6 +285,10 @@ def bench_(
 
     shapes = {"batches": _numbers(batch, "--batch"), "contexts": _numbers(context, "--context")}
     loaded = load_recipe(recipe, overrides) if recipe else None
+    if out:
+        if out.suffix != ".json":
+            raise ValueError(f"--out is {out}; it should end in .json, and a page is written beside it")
+        out.parent.mkdir(parents=True, exist_ok=True)
     with _bars() as progress:
         rows = bench.bench(
             models, **shapes, new_tokens=tokens, rounds=rounds, threads=threads, device=device,
@@ -302,7 +306,7 @@ def bench_(
 
 
 def _show_bench(result: dict[str, Any]) -> None:
-    from secateurs.bench import short
+    from secateurs.bench import figure, short
 
     screen = Console(width=None if sys.stdout.isatty() else 160)
     where = result["machine"]
@@ -331,7 +335,7 @@ def _show_bench(result: dict[str, Any]) -> None:
             one = row["quality"]
             answers.add_row(
                 short(row["model"]), f"{one['correct']} of {one['questions']}", f"{one['tokens']:,}",
-                f"{one['seconds']:.1f}", f"{one['seconds_per_correct']:.3f}", f"{one['of_first']:.2f}",
+                f"{one['seconds']:.1f}", figure(one["seconds_per_correct"], 3), figure(one["of_first"]),
             )  # fmt: skip
         screen.print(answers)
 

@@ -22,7 +22,7 @@ from secateurs.collect import Opened, Place, Stream, capture
 from secateurs.cuts import FewerExperts
 from secateurs.goals import Propagate
 from secateurs.layer import Outcome
-from secateurs.models import Experts, decoder_blocks, packed_experts
+from secateurs.models import Mixture, decoder_blocks, mixtures
 from secateurs.pruner import LayerResult
 
 
@@ -44,53 +44,10 @@ EXPERT_SCORES: dict[str, Callable[..., ExpertScore]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Mixture:
-    """A module of a block with a router and experts to choose from."""
-
-    name: str
-    """Within the block."""
-    module: nn.Module
-    router: nn.Module
-    experts: Experts
-
-    @property
-    def groups(self) -> int:
-        """Runs of experts that the router chooses among first (DeepSeek-V3): each keeps as many."""
-        return int(getattr(self.router, "num_group", 1) or 1)
-
-    @property
-    def size(self) -> int:
-        """Parameters of an expert."""
-        return sum(p[0].numel() for p in self.experts.module.parameters(recurse=False))
-
-
-def mixtures(block: nn.Module) -> list[Mixture]:
-    """Those of a block. ValueError where the router is not seen."""
-    found = []
-    for name, experts in packed_experts(block).items():
-        parent = name.rpartition(".")[0]
-        module = block.get_submodule(parent)
-        others = [child for child in module.children() if child is not experts.module]
-        routers = [child for child in others if getattr(child, "num_experts", 0) == experts.count]
-        if len(routers) != 1:
-            raise ValueError(f"{type(module).__name__} has no router that secateurs knows: it cannot lose experts")
-        found.append(Mixture(parent, module, routers[0], experts))
-    return found
-
-
-def _parts(module: nn.Module, count: int) -> dict[str, Tensor]:
-    """The parameters and buffers of a module that have a row for each of its experts."""
-    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return {name: tensor for name, tensor in own if tensor.shape[:1] == (count,)}
-
-
 @contextmanager
 def only(mixture: Mixture, kept: Sequence[int]) -> Iterator[None]:
     """While open, the mixture has these of its experts and no other."""
-    count = mixture.experts.count
-    holders: tuple[Any, ...] = (mixture.router, mixture.experts.module)
-    whole = [(holder, _parts(holder, count)) for holder in holders]
+    count, whole = mixture.experts.count, mixture.parts
     with ExitStack() as stack:
         for holder, parts in whole:
             for name, tensor in parts.items():
@@ -98,8 +55,9 @@ def only(mixture: Mixture, kept: Sequence[int]) -> Iterator[None]:
                 is_parameter = isinstance(tensor, nn.Parameter)
                 setattr(holder, name, nn.Parameter(some, requires_grad=False) if is_parameter else some)
                 stack.callback(setattr, holder, name, tensor)
-            holder.num_experts = len(kept)
-            stack.callback(setattr, holder, "num_experts", count)
+            if getattr(holder, "num_experts", 0) == count:
+                vars(holder)["num_experts"] = len(kept)
+                stack.callback(vars(holder).update, num_experts=count)
         yield
 
 

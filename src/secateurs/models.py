@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -179,13 +179,66 @@ def packed_experts(block: nn.Module) -> dict[str, Experts]:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """A module of a block with a router and experts to choose from."""
+
+    name: str
+    """Within the block."""
+    module: nn.Module
+    router: nn.Module
+    experts: Experts
+
+    @property
+    def groups(self) -> int:
+        """Runs of experts that the router chooses among first (DeepSeek-V3): each keeps as many."""
+        return int(getattr(self.router, "num_group", 1) or 1)
+
+    @property
+    def size(self) -> int:
+        """Parameters of an expert."""
+        return sum(p[0].numel() for p in self.experts.module.parameters(recurse=False))
+
+    @property
+    def parts(self) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+        """The parameters and buffers that have a row for each expert, by the module that holds them."""
+        count, holders = self.experts.count, (self.router, self.experts.module, self.module)
+        return [(holder, {name: t for name, t in _own(holder) if t.shape[:1] == (count,)}) for holder in holders]
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+
+
+def mixtures(block: nn.Module) -> list[Mixture]:
+    """Those of a block whose experts are packed. ValueError where it is not seen what belongs to each expert."""
+    found = []
+    for name, experts in packed_experts(block).items():
+        parent = name.rpartition(".")[0]
+        module = block.get_submodule(parent)
+        others = [child for child in module.children() if child is not experts.module]
+        routers = [child for child in others if getattr(child, "num_experts", 0) == experts.count]
+        hidden = [  # what has a number for each expert, and is in none of the places where `parts` looks
+            one for child in others for inner in child.modules() if inner not in routers
+            for _, one in _own(inner) if one.numel() == experts.count or (child in routers and inner is not child)
+        ]  # fmt: skip
+        if len(routers) != 1 or hidden:
+            raise ValueError(f"{type(module).__name__} has no router that secateurs knows: it cannot lose experts")
+        found.append(Mixture(parent, module, routers[0], experts))
+    return found
+
+
 def chosen(names: Sequence[str], targets: Sequence[str], ignore: Sequence[str]) -> list[str]:
     """The names that match a target (all when there is none) and no ignore: glob patterns, or regular ones after `re:`.
 
     ValueError names a pattern that matches nothing: a typo there would silently prune something else than asked.
     """
 
+    known = set(names)
+
     def matches(pattern: str) -> set[str]:
+        if pattern in known:  # a cut names thousands of experts
+            return {pattern}
         if pattern.startswith("re:"):
             return {name for name in names if re.search(pattern[3:], name)}
         return {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}

@@ -232,14 +232,17 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
     return {"weights": weights, **counts, "density": 1 - counts["zeros"] / counts["weights"]}
 
 
-def load_packed(path: str | Path, device: str = "cpu") -> PreTrainedModel:
+def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = None) -> PreTrainedModel:
     """The model in a folder that `pack` wrote: `generate` and all else of transformers work on it.
 
-    It computes in float32 on a CPU, elsewhere in bfloat16. Without kernels for the device (`has_kernels`) its linear
-    layers are made dense: the same results, slower and with more memory. ValueError for a folder that is none of ours
-    or is damaged.
+    It computes in float32 on a CPU, elsewhere in bfloat16. With `expand` its linear layers are made dense: the same
+    results with more memory, slower on a CPU and faster on a GPU. None expands on GPUs, and where there are no kernels.
+    ValueError for a folder that is none of ours or is damaged, or to keep packed what no kernel can multiply.
     """
     folder, place = Path(path), torch.device(device)
+    if expand is False and not has_kernels(place):
+        raise ValueError(f"no kernel multiplies packed matrices on {device} here: leave out expand=False")
+    expand = (place.type != "cpu" or not has_kernels(place)) if expand is None else expand
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     if not (folder / RECORD).is_file():
         raise ValueError(f"{folder} has no {RECORD}; `secateurs pack` makes such a folder of a pruned model")
@@ -265,14 +268,15 @@ def load_packed(path: str | Path, device: str = "cpu") -> PreTrainedModel:
             if (linear.out_features, linear.in_features) != (rows, d_in):
                 raise ValueError(f"{name} is {rows} x {d_in}, the model's {linear.out_features} x {linear.in_features}")
             bias = rest.pop(f"{name}.bias", None)
-            _replace(model, name, _linear(matrix.to(place), None if bias is None else bias.to(place, dtype), dtype))
+            bias = None if bias is None else bias.to(place, dtype)
+            _replace(model, name, _linear(matrix.to(place), bias, dtype, expand))
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         name = _name_of(model, embedding)
         table = rest.pop(f"{name}.weight").to(place)
         _replace(model, name, PackedEmbedding(table, float(getattr(embedding, "scalar_embed_scale", 1.0)), dtype))
         if isinstance(head, nn.Linear):  # tied, and so not stored again
             tied = PackedMatrix(len(table), table.shape[1], {"weight": table.to(torch.bfloat16)})
-            _replace(model, _name_of(model, head), _linear(tied, None, dtype))
+            _replace(model, _name_of(model, head), _linear(tied, None, dtype, expand))
         known = model.state_dict()
         if wrong := [key for key, tensor in rest.items() if key not in known or known[key].shape != tensor.shape]:
             raise ValueError(f"{wrong[0]} is not the model's")
@@ -292,8 +296,8 @@ def has_kernels(device: torch.device) -> bool:
     return kernels.library() is not None if device.type == "cpu" else find_spec("triton") is not None
 
 
-def _linear(matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
-    if has_kernels(matrix.device):
+def _linear(matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype, expand: bool) -> nn.Module:
+    if not expand:
         return PackedLinear(matrix, bias)
     dense = nn.Linear(matrix.d_in, matrix.rows, bias=bias is not None, device="meta")
     dense.weight = nn.Parameter(matrix.dense().to(dtype), requires_grad=False)

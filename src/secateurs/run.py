@@ -12,7 +12,7 @@ repeated command goes on where it stopped.
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -84,7 +84,7 @@ from secateurs.report import TraceSummary
 from secateurs.rows import read_rows
 from secateurs.solvers.masking import Masking
 from secateurs.survey import blocks_to_drop, loss_roots, survey
-from secateurs.traces import Trace, TraceStore, apply_filters, merge_stores, read_provenance
+from secateurs.traces import Trace, TraceStore, apply_filters, merge_stores, read_provenance, read_traces
 from secateurs.trim import ExpertTrimmer, Smaller, Trimmer
 
 CHECKED_TRACES = 8  # of a server's, before it is believed
@@ -308,15 +308,20 @@ def trace(
     provenance = _provenance(dense, questions, recipe.traces.questions, "calibration", sampling, seed, table.identity)
     provenance["samples"] = recipe.traces.samples
     key = canonical_hash(provenance)[:12]
-    if shards == 1 and table.name == "hf":
-        ask_together(_Trace(recipe, seed), out / "traces" / key, dense, progress)
     drawn = questions.questions("calibration", seed)
     stream = ((question, number) for question in drawn for number in range(recipe.traces.samples))
     asked = _Replayed(islice(stream, which, None, shards))
     needs = [(region_weights(arm), recipe.calibration.num_tokens) for arm in recipe.arms]
     rest = [(w, n // 2 if w.get("corpus") else n) for w, n in needs if w.get("think") or w.get("answer")]
     budget = -(-(recipe.calibration.held_out_tokens + max((n for _, n in rest), default=0)) // shards)
-    with TraceStore(out / "traces" / key, provenance) as store:
+
+    def first_ones(store: TraceStore) -> tuple[list[Trace], bool]:
+        return store.prefix(((question.id, number) for question, number in asked), budget)
+
+    whole = out / "traces" / key
+    if shards == 1 and table.name == "hf":
+        ask_together(_Trace(recipe, seed), whole, provenance, lambda store: first_ones(store)[1], dense, progress)
+    with TraceStore(whole, provenance) as store:
         engine = cache(partial(trace_engine, recipe, dense))
         tokens, ahead = 0, iter(asked)
         following = next(ahead, None)
@@ -352,7 +357,7 @@ def trace(
                 enough,
             )
             trust()  # also where there are only a few
-            run, complete = store.prefix(((question.id, number) for question, number in asked), budget)
+            run, complete = first_ones(store)
             held = _held_out(run, recipe.calibration.held_out_tokens)
             kept, dropped = apply_filters(run[len(held) :], recipe.traces.filters)
             pool = [trace_document(t, recipe.calibration.first_tokens) for t in kept]
@@ -405,8 +410,8 @@ class _Together:
 
         def answer_share() -> None:
             out = _parts(self.whole) / f"{ranks.index + 1}-of-{ranks.count}" / self.whole.parent.name
-            if (self.whole / "manifest.json").exists():  # what is there is not asked again
-                merge_stores(out / self.whole.name, [self.whole])
+            with TraceStore(out / self.whole.name, read_provenance(self.whole)) as part:  # what is there is not asked
+                part.append(one for one in read_traces(self.whole) if one.key not in part)
             self.asking.share(out, dense, (ranks.index, ranks.count), progress)
             if not ranks.first:
                 dense.forget()
@@ -415,15 +420,25 @@ class _Together:
         return True
 
 
-def ask_together(asking: Asking, whole: Path, dense: Dense, progress: Progress) -> None:
+def ask_together(
+    asking: Asking,
+    whole: Path,
+    provenance: Mapping[str, Any],
+    complete: Callable[[TraceStore], bool],
+    dense: Dense,
+    progress: Progress,
+) -> None:
     """Have all processes, if there are several, answer their shares of what the store `whole` is going to hold.
 
     Afterwards it holds what they have; what is still missing the caller asks, as if it had been stopped on the way.
-    Shares of a run that was killed are kept, whatever number of processes it had.
+    Shares of a run that was killed are kept, whatever number of processes it had. Nothing is asked of a store that is
+    `complete`.
     """
     _gather_parts(whole)
     if dense.ranks.count > 1:
-        whole.parent.mkdir(parents=True, exist_ok=True)
+        with TraceStore(whole, provenance) as store:
+            if complete(store):
+                return
         dense.ranks.tell(_Together(asking, whole)).do(dense, progress)
         _gather_parts(whole)
 
@@ -450,6 +465,7 @@ def _whole(traces: Sequence[Trace]) -> list[Batch]:
 
 def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: float) -> TraceSummary:
     by_region: dict[str, int] = {"prompt": 0, "think": 0, "answer": 0}
+    count = max(len(kept), 1)  # a shard may have none
     for one in kept:
         for region, start, stop in one.regions:
             by_region[region] += stop - start
@@ -457,9 +473,9 @@ def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: floa
         traces=len(kept),
         tokens=sum(by_region.values()),
         by_region=by_region,
-        pass_at_1=sum(t.reward or 0.0 for t in kept) / len(kept),
-        mean_think_tokens=sum(t.think_tokens for t in kept) / len(kept),
-        truncated=sum(t.finish == "length" for t in kept) / len(kept),
+        pass_at_1=sum(t.reward or 0.0 for t in kept) / count,
+        mean_think_tokens=sum(t.think_tokens for t in kept) / count,
+        truncated=sum(t.finish == "length" for t in kept) / count,
         dropped=dropped,
         seconds=seconds,
     )
@@ -553,15 +569,17 @@ def _calibrated_on(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> d
 
 def cell_folder(recipe: Recipe, out: Path, seed: int, traced: Traced, dense: Dense) -> Path:
     """Where a cell's model, blocks and answers are kept."""
+    built = build_pattern(recipe.prune.pattern)
     key = canonical_hash(
         {
             **_calibrated_on(recipe, seed, traced, dense), "prune": recipe.prune.model_dump(),
             "resolved": [  # defaults may change
-                repr(build_solver(recipe.prune.solver)), repr(build_allocator(recipe.prune.allocator))
+                repr(build_solver(recipe.prune.solver)), repr(build_allocator(recipe.prune.allocator)),
+                *([repr(built)] if isinstance(built, Cut) else []),
             ],
         }
     )[:12]  # fmt: skip
-    pattern = str(build_pattern(recipe.prune.pattern)).replace("%", "pct").replace(":", "of").replace(" ", "-")
+    pattern = str(built).replace("%", "pct").replace(":", "of").replace(" ", "-")
     return out / "cells" / f"{arm_label(recipe.calibration.arm)}-{pattern}-s{seed}-{key}"
 
 
@@ -614,6 +632,7 @@ def prune(
     else:
         patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
         roots = _loss_roots(recipe, out, seed, traced, dense, calibration, progress)
+        dense.forget()  # which a survey may have read
         plan = replace(plan_of(recipe, dense), patterns=patterns, loss_roots=roots)
         where = _where(recipe, calibration, dense)
         work = _Work(calibration, {folder / "blocks": plan}, recipe.calibration.batch_tokens, where, folder, stage)
@@ -746,12 +765,13 @@ def _where(recipe: Recipe, calibration: CalibrationSet, dense: Dense) -> Where:
 
 def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int) -> Needs:
     """What each process will hold that prunes a cell, for so many tokens, padding and held-out ones included."""
+    together = 1 if isinstance(build_pattern(recipe.prune.pattern), FewerExperts) else dense.ranks.count
     return needs(
         dense.checkpoint.model,
         plan_of(recipe, dense),
         recipe.prune.solver["name"],
-        tokens=-(-tokens // dense.ranks.count),
-        held_out_tokens=-(-held_out_tokens // dense.ranks.count),
+        tokens=-(-tokens // together),
+        held_out_tokens=-(-held_out_tokens // together),
         batch_tokens=recipe.calibration.batch_tokens,
         stored=dense.checkpoint.stored,
     )
@@ -933,7 +953,8 @@ def answer(
     asked = [(question, number) for question in wanted for number in range(recipe.evaluate.samples)][which::shards]
     whole = folder / canonical_hash(provenance)[:12]
     if shards == 1:
-        ask_together(_Answer(recipe, model, model_key, seed, stage), whole, dense, progress)
+        share = _Answer(recipe, model, model_key, seed, stage)
+        ask_together(share, whole, provenance, lambda store: all((q.id, n) in store for q, n in asked), dense, progress)
     with TraceStore(whole, provenance) as store:
 
         def enough() -> bool:
