@@ -1,4 +1,4 @@
-"""The Triton kernel for packed matrices against torch's bfloat16 product, on a GPU. Not run yet: see docs/faster.md.
+"""The Triton kernel for packed matrices against torch's bfloat16 product, on a GPU; what it gave is in docs/faster.md.
 
     python benchmarks/gpu_kernel.py
 
