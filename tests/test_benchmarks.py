@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from safetensors.torch import load_file
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -56,3 +57,12 @@ def test_problems_hold_weights_and_three_grams_that_share_no_question(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "solvers.py"), str(out), "--patterns", "0.5", "--solvers", "admm"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert text.startswith("1 matrices, scope layer") and "| 0.5 | admm |" in text
+
+
+@pytest.mark.slow
+def test_a_whole_prune_is_timed_part_by_part(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu_prune.py"), str(tmp_path / "model"), "--tiny", "--device", "cpu"]
+    command += ["--layers", "2", "--tokens", "2048", "--solvers", "sparsegpt"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    row = next(line for line in printed.splitlines() if line.startswith("| sparsegpt |")).split(" | ")
+    assert float(row[2].replace(",", "")) > 0 and sum(float(share.rstrip("%")) for share in row[5:11]) > 95
