@@ -40,7 +40,10 @@ def test_solvers_of_one_run_share_traces_and_dense_answers(tmp_path, monkeypatch
 
 
 def test_everything_at_once_meets_the_same_budget_and_is_measured_once(tmp_path, monkeypatch):
-    sets = [*SMALL[3:], "prune.tune.steps=2", "evaluate.num_questions=0"]
+    sets = [
+        *SMALL[3:], "prune.tune.steps=2", "evaluate.num_questions=0", "calibration.num_tokens=500",
+        "calibration.held_out_tokens=250",
+    ]  # fmt: skip
     words = arguments("run", "quality", "--out", str(tmp_path / "out"), sets=sets)
     assert call(monkeypatch, *words) == 0
     (record,) = (tmp_path / "out" / "cells").glob("*/prune.json")
@@ -63,7 +66,7 @@ def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path, monkeypa
     """Grams shared between cells or not, in one process or two, killed or not: equal files."""
     sets = [
         *SMALL[2:], "sweep.arm=['prompt', 'rac']", "sweep.sparsity=[0.4, 0.5]", "prune.propagate='dense'",
-        "calibration.num_tokens=600", "calibration.held_out_tokens=200", "traces.sampling.max_new_tokens=48",
+        "calibration.num_tokens=400", "calibration.held_out_tokens=150", "traces.sampling.max_new_tokens=32",
         "evaluate.num_questions=3",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two processes on two cores have one thread each
