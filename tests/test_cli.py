@@ -165,7 +165,7 @@ def test_shares_that_a_killed_run_of_several_processes_left_are_not_asked_again(
     dense, (sealed,) = run.Dense(recipe), (finished / "traces").iterdir()
     parts = tmp_path / "traces" / f".{sealed.name}.parts"
     for which in (0, 1):
-        run._Trace(recipe, 0).share(parts / f"{which + 1}-of-2" / "traces", dense, (which, 2), lambda *args: None)
+        run._share_of_traces(recipe, 0, parts / f"{which + 1}-of-2" / "traces", dense, (which, 2), lambda *args: None)
     with (parts / "2-of-2" / "traces" / sealed.name / "active.jsonl").open("ab") as journal:
         journal.write(b'{"torn')
     answered = {trace.key for part in parts.glob("*/traces/*") for trace in read_traces(part)}
@@ -198,12 +198,11 @@ def test_what_is_complete_is_asked_of_nobody_and_time_is_counted_once(finished, 
     assert [*traced.held_out, *traced.traces] == read_traces(sealed, sealed_only=True)
     before = json.loads((sealed / "timing.json").read_text())["seconds"]
     whole = tmp_path / "out" / "traces" / sealed.name
-    nothing = SimpleNamespace(share=lambda *args: None)
     for number in range(2):  # as two processes would, which then find nothing to add
         ranks = SimpleNamespace(
             index=number, count=2, first=False, gather=lambda value: [value], together=lambda work: work()
         )
-        run._Together(nothing, whole).do(SimpleNamespace(ranks=ranks, forget=lambda: None))
+        run._Together(lambda *args: None, whole).do(SimpleNamespace(ranks=ranks, forget=lambda: None))
     run._gather_parts(whole)
     assert json.loads((whole / "timing.json").read_text())["seconds"] == before
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from families import SMALL, make_model
 from secateurs import experts as experts_file
+from secateurs.calibration import REGIONS
 from secateurs.checkpoint import Checkpoint
 from secateurs.cuts import FewerExperts
 from secateurs.experts import EXPERT_SCORES, drop_experts, keeping, only
@@ -121,7 +122,7 @@ def test_scores_are_those_of_every_token_and_expert_one_by_one(tmp_path, monkeyp
                     expert = int(index[place, slot])
                     out = mixture.experts.run(expert, caught[0].view(-1, 32)[place][None])
                     size = float(weight[place, slot] * out.norm())
-                    worth = [0.0, *(CALIBRATION.weights.get(r, 0.0) for r in experts_file.REGIONS)][code]
+                    worth = [0.0, *(CALIBRATION.weights.get(r, 0.0) for r in REGIONS)][code]
                     tokens[expert] += worth
                     norms[expert] += worth * size
                     squares[expert] += worth * size**2

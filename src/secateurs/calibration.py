@@ -47,6 +47,11 @@ class Batch:
         return int((self.regions > 0).sum())
 
 
+def worth(regions: Tensor, weights: Mapping[str, float]) -> Tensor:
+    """What each token counts for: the weight of its region, in the shape of `regions`; 0 for padding. float32."""
+    return torch.tensor([0.0, *(weights.get(region, 0.0) for region in REGIONS)]).to(regions.device)[regions]
+
+
 @dataclass(frozen=True)
 class CalibrationSet:
     """The documents an arm calibrates on, the weight of each region, and the held-out documents that judge it."""

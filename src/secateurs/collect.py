@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateurs.calibration import CODES, REGIONS, Batch, CalibrationSet, batches
+from secateurs.calibration import CODES, REGIONS, Batch, CalibrationSet, batches, worth
 from secateurs.goals import Drift
 from secateurs.layer import Gram, token_energies
 from secateurs.models import Matrix, decoder, decoder_blocks, linears, packed_experts
@@ -302,8 +302,7 @@ class _Watch:
     ):
         self.groups, self.writers, self.sums, self.held_out = groups, writers, sums, stream.held_out
         codes = stream.batch.regions.flatten().to(stream.shell.device)
-        worth = dict.fromkeys(REGIONS, 1.0) if stream.held_out else weights
-        self.counts = torch.tensor([0.0, *(worth.get(region, 0.0) for region in REGIONS)]).to(codes.device)[codes]
+        self.counts = worth(codes, dict.fromkeys(REGIONS, 1.0) if stream.held_out else weights)
         self.codes = codes
         self.rows = None if bool((self.counts > 0).all()) else (self.counts > 0).nonzero().squeeze(-1)
         counted = self._of_rows(self.counts)

@@ -213,12 +213,12 @@ class FewerExperts:
 
     def check(self, model: PreTrainedModel) -> None:
         """ValueError for a model without experts, or with too few for this."""
-        experts = [mixture.experts for block in decoder_blocks(model)[1] for mixture in mixtures(block)]
-        if not experts:
+        found = [mixture for block in decoder_blocks(model)[1] for mixture in mixtures(block)]
+        if not found:
             raise ValueError(f"{type(model).__name__} has no experts: width or depth can be cut, or single weights")
         config: Any = model.config.get_text_config(decoder=True)
-        groups, chosen = getattr(config, "n_group", 1) or 1, config.num_experts_per_tok
-        each, of_group = self.kept(experts[0].count // groups), experts[0].count // groups
+        groups, chosen, of_group = found[0].groups, config.num_experts_per_tok, found[0].of_group
+        each = self.kept(of_group)
         if each == of_group and self.sparsity:
             raise ValueError(f"{self} is none of {of_group} experts: ask for more than {50 / of_group:.3g} %")
         least = -(-chosen // (getattr(config, "topk_group", 1) or 1)) if groups > 1 else chosen
@@ -229,14 +229,13 @@ class FewerExperts:
     def patterns(self, model: PreTrainedModel) -> dict[str, Columns]:
         """See `Cut.patterns`. Before it is known which experts go, as if they were the last ones."""
         self.check(model)
-        config: Any = model.config.get_text_config(decoder=True)
-        groups, (prefix, blocks) = getattr(config, "n_group", 1) or 1, decoder_blocks(model)
+        prefix, blocks = decoder_blocks(model)
         found = {}
         for index, block in enumerate(blocks):
-            for name, experts in packed_experts(block).items():
-                d_ff, of_group = experts.module.down_proj.shape[1 if experts.transposed else 2], experts.count // groups
+            for (name, experts), mixture in zip(packed_experts(block).items(), mixtures(block), strict=True):
+                d_ff = experts.module.down_proj.shape[1 if experts.transposed else 2]
                 for expert in range(experts.count):
-                    keep = int(expert % of_group < self.kept(of_group))
+                    keep = int(expert % mixture.of_group < self.kept(mixture.of_group))
                     found[f"{prefix}.{index}.{name}.{expert}.down_proj"] = Columns(keep, d_ff)
         return found
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateurs.artifacts import read_json, write_json
-from secateurs.calibration import REGIONS, CalibrationSet
+from secateurs.calibration import CalibrationSet, worth
 from secateurs.collect import Opened, Place, Stream, capture
 from secateurs.cuts import FewerExperts
 from secateurs.goals import Propagate
@@ -171,8 +171,8 @@ class _Meter:
         worth = (self.tokens, self.norms, self.squares)[score.power]
         worth = worth / self.tokens.clamp(min=1e-9) if score.per_token else worth
         by_group = worth.view(self.mixture.groups, -1)
-        stay = by_group.topk(cut.kept(by_group.shape[1]), dim=1).indices
-        first = torch.arange(self.mixture.groups)[:, None] * by_group.shape[1]
+        stay = by_group.topk(cut.kept(self.mixture.of_group), dim=1).indices
+        first = torch.arange(self.mixture.groups)[:, None] * self.mixture.of_group
         return sorted((first + stay).flatten().tolist())
 
 
@@ -184,8 +184,7 @@ def _score(
     for stream in streams if meters else ():
         if stream.held_out:
             continue
-        codes = stream.batch.regions.flatten().to(stream.shell.device)
-        counts = torch.tensor([0.0, *(weights.get(region, 0.0) for region in REGIONS)]).to(codes.device)[codes]
+        counts = worth(stream.batch.regions.flatten().to(stream.shell.device), weights)
         with ExitStack() as stack:
             for meter in meters:
                 meter.counts = counts

@@ -127,7 +127,7 @@ class LayerProblem:
     pattern: Pattern
     target: Float[Tensor, "d_out d_in"] | None = None
     loss_root: Float[Tensor, "rank d_out"] | None = None
-    """R, where an error e of an output costs the model |R e|^2 (`survey.loss_roots`); None: |e|^2."""
+    """R, where an error e of an output costs the model |R e|^2 (`survey.loss_roots`), on any device; None: |e|^2."""
 
     def __post_init__(self):
         d_out, d_in = self.weight.shape

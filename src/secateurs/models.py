@@ -195,6 +195,11 @@ class Mixture:
         return int(getattr(self.router, "num_group", 1) or 1)
 
     @property
+    def of_group(self) -> int:
+        """Experts of each of those groups."""
+        return self.experts.count // self.groups
+
+    @property
     def size(self) -> int:
         """Parameters of an expert."""
         return sum(p[0].numel() for p in self.experts.module.parameters(recurse=False))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateurs.artifacts import atomic_write, read_json, write_json
-from secateurs.calibration import REGIONS, CalibrationSet
+from secateurs.calibration import REGIONS, CalibrationSet, worth
 from secateurs.collect import (
     Group,
     Inputs,
@@ -405,10 +405,6 @@ def _aims(dense: Sequence[Tensor], group: Group, inputs: Inputs) -> list[_Aim]:
     ]
 
 
-def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
-
-
 def _solutions(aims: Sequence[_Aim], gram: Gram, plan: Plan) -> list[LayerSolution]:
     """A solution for each of some matrices with the same inputs: solved as one where that changes nothing but time."""
     rows = [len(aim.dense) for aim in aims]
@@ -423,7 +419,7 @@ def _solutions(aims: Sequence[_Aim], gram: Gram, plan: Plan) -> list[LayerSoluti
                     gram=gram,
                     pattern=pattern,
                     target=aim.target,
-                    loss_root=_on(aim.dense.device, plan.loss_roots.get(aim.matrix.name)),
+                    loss_root=plan.loss_roots.get(aim.matrix.name),
                 )
             )
             for aim, pattern in zip(aims, patterns, strict=True)
@@ -508,12 +504,11 @@ def _tune_block(
         mask = kept.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))
         one.matrix.part_of(mask).copy_(one.mask)
 
-    def parts(stream: Stream, worth: Mapping[str, float]) -> list[Example]:
-        of_code = torch.tensor([0.0, *(worth.get(region, 0.0) for region in REGIONS)])
+    def parts(stream: Stream, weights: Mapping[str, float]) -> list[Example]:
         device = stream.shell.device
         assert stream.goal is not None
         args, kwargs = stream.shell.call(stream.batch, index)
-        weight = of_code[stream.batch.regions].to(device)
+        weight = worth(stream.batch.regions, weights).to(device)
         example = Example(stream.hidden.to(device), args, kwargs, stream.goal.to(device), weight)
         return list(example.parts(how.tokens))
 

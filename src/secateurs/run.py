@@ -23,7 +23,7 @@ from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -320,7 +320,8 @@ def trace(
 
     whole = out / "traces" / key
     if shards == 1 and table.name == "hf":
-        ask_together(_Trace(recipe, seed), whole, provenance, lambda store: first_ones(store)[1], dense, progress)
+        share = partial(_share_of_traces, recipe, seed)
+        ask_together(share, whole, provenance, lambda store: first_ones(store)[1], dense, progress)
     with TraceStore(whole, provenance) as store:
         engine = cache(partial(trace_engine, recipe, dense))
         tokens, ahead = 0, iter(asked)
@@ -375,53 +376,42 @@ def trace(
     return Traced(tuple(held), tuple(kept), _trace_summary([*held, *kept], dropped, seconds), key, surprise)
 
 
-class Asking(Protocol):
-    """What all processes sample together, each its share: small enough to be told."""
-
-    def share(self, out: Path, dense: Dense, which: tuple[int, int], progress: Progress) -> None:
-        """Answer share `which` (which, of how many) into a store under `out`, called as the whole one is."""
-        ...
+Share = Callable[[Path, Dense, tuple[int, int], Progress], object]
+"""Answers a share (which, of how many) into a store under a folder, called as the whole one is. Goes through pickle."""
 
 
-@dataclass(frozen=True)
-class _Trace:
-    """The traces of a seed."""
-
-    recipe: Recipe
-    seed: int
-
-    def share(self, out: Path, dense: Dense, which: tuple[int, int], progress: Progress) -> None:
-        """See `Asking.share`."""
-        trace(self.recipe, out.parent, self.seed, dense, progress, which)
+def _share_of_traces(
+    recipe: Recipe, seed: int, out: Path, dense: Dense, which: tuple[int, int], progress: Progress
+) -> None:
+    trace(recipe, out.parent, seed, dense, progress, which)
 
 
 @dataclass(frozen=True)
 class _Together:
     """Sampling that all processes do, each its share of the requests in a store of its own beside the `whole` one."""
 
-    asking: Asking
+    share: Share
     whole: Path
 
-    def do(self, dense: Dense, progress: Progress = silent) -> bool:
-        """This process's share; False, and nothing is done, where not all see the first one's files."""
+    def do(self, dense: Dense, progress: Progress = silent) -> None:
+        """This process's share; nothing where not all see the first one's files."""
         ranks = dense.ranks
         if not all(ranks.gather(self.whole.parent.is_dir())):
-            return False
+            return
 
         def answer_share() -> None:
             out = _parts(self.whole) / f"{ranks.index + 1}-of-{ranks.count}" / self.whole.parent.name
             with TraceStore(out / self.whole.name, read_provenance(self.whole)) as part:  # what is there is not asked
                 part.append(one for one in read_traces(self.whole) if one.key not in part)
-            self.asking.share(out, dense, (ranks.index, ranks.count), progress)
+            self.share(out, dense, (ranks.index, ranks.count), progress)
             if not ranks.first:
                 dense.forget()
 
         ranks.together(answer_share)
-        return True
 
 
 def ask_together(
-    asking: Asking,
+    share: Share,
     whole: Path,
     provenance: Mapping[str, Any],
     complete: Callable[[TraceStore], bool],
@@ -439,7 +429,7 @@ def ask_together(
         with TraceStore(whole, provenance) as store:
             if complete(store):
                 return
-        dense.ranks.tell(_Together(asking, whole)).do(dense, progress)
+        dense.ranks.tell(_Together(share, whole)).do(dense, progress)
         _gather_parts(whole)
 
 
@@ -632,7 +622,6 @@ def prune(
     else:
         patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
         roots = _loss_roots(recipe, out, seed, traced, dense, calibration, progress)
-        dense.forget()  # which a survey may have read
         plan = replace(plan_of(recipe, dense), patterns=patterns, loss_roots=roots)
         where = _where(recipe, calibration, dense)
         work = _Work(calibration, {folder / "blocks": plan}, recipe.calibration.batch_tokens, where, folder, stage)
@@ -699,6 +688,7 @@ def _without_experts(
     """A cell whose blocks lose experts; the first process does it alone."""
     score: Any = build_solver(recipe.prune.solver)
     model, opened = dense.checkpoint.model, dense.checkpoint.opened
+    dense.forget()
     with Shelf(_where(recipe, calibration, dense), folder) as place:
         verdicts = drop_experts(
             model, calibration, cut, score, folder / "experts.json", propagate=recipe.prune.propagate,
@@ -724,6 +714,7 @@ class _Work:
     def do(self, dense: Dense, progress: Progress = silent) -> list[pruner.LayerResult]:
         """This process's part in it. The first one writes the blocks; results of one plan are returned."""
         first = dense.ranks.first
+        dense.forget()  # blocks are read one at a time
         with Shelf(self.where, self.shelf) as place:
             options: dict[str, Any] = {
                 "opened": dense.checkpoint.opened, "place": place, "batch_tokens": self.batch_tokens,
@@ -913,19 +904,11 @@ class Answers:
     max_new_tokens: int
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """The answers of a model to the evaluation questions of a seed."""
-
-    recipe: Recipe
-    model: Path | None
-    model_key: str
-    seed: int
-    stage: str
-
-    def share(self, out: Path, dense: Dense, which: tuple[int, int], progress: Progress) -> None:
-        """See `Asking.share`."""
-        answer(self.recipe, out, self.model, self.model_key, self.seed, dense, self.stage, progress, which)
+def _share_of_answers(
+    recipe: Recipe, model: Path | None, model_key: str, seed: int, stage: str,
+    out: Path, dense: Dense, which: tuple[int, int], progress: Progress,
+) -> None:  # fmt: skip
+    answer(recipe, out, model, model_key, seed, dense, stage, progress, which)
 
 
 def answer(
@@ -953,7 +936,7 @@ def answer(
     asked = [(question, number) for question in wanted for number in range(recipe.evaluate.samples)][which::shards]
     whole = folder / canonical_hash(provenance)[:12]
     if shards == 1:
-        share = _Answer(recipe, model, model_key, seed, stage)
+        share = partial(_share_of_answers, recipe, model, model_key, seed, stage)
         ask_together(share, whole, provenance, lambda store: all((q.id, n) in store for q, n in asked), dense, progress)
     with TraceStore(whole, provenance) as store:
 

@@ -151,7 +151,6 @@ def _ask_dense(bench: _Bench, seed: int) -> _Seed:
     recipe, dense = bench.recipe, bench.dense
     traced = trace(recipe, bench.out, seed, dense, bench.progress)
     if not recipe.evaluate.num_questions:
-        dense.forget()
         return _Seed(traced, None, None)
     stage = "evaluate dense"
     answers = answer(recipe, bench.out / "dense", None, "dense", seed, dense, stage, bench.progress)

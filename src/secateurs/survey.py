@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateurs.allocators import MOST, Layer
-from secateurs.calibration import REGIONS, Batch, CalibrationSet, Document, batches
+from secateurs.calibration import Batch, CalibrationSet, Document, batches, worth
 from secateurs.collect import (
     Group,
     Opened,
@@ -233,10 +233,10 @@ def loss_roots(
     R^T R is the mean over tokens of g g^T, where g is the gradient of what the tokens that count surprise the model by
     with respect to the output: the factor for outputs of the Fisher information as K-FAC splits it (Martens & Grosse
     2015, arXiv 1503.05671), taken at the documents' own next tokens. Over the first 20,000 tokens that count.
-    Cost: three forward passes of them; memory: the whole model, and the activations of a thousand tokens.
+    Cost: three forward passes of them; memory: the whole model, the activations and logits of the longest document, and
+    a float32 d_out x d_out sum for every linear.
     """
     probe = _probe(calibration, LOSS_TOKENS)
-    weight_of = torch.tensor([0.0, *(calibration.weights.get(region, 0.0) for region in REGIONS)])
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     grams = {name: Gram.zeros(linear.out_features, model.device) for name, linear in linears.items()}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -257,7 +257,7 @@ def loss_roots(
             stack.callback(linear.register_forward_hook(note(name)).remove)
         for done, batch in enumerate(probe, start=1):
             ids, regions = batch.ids.to(model.device), batch.regions.to(model.device)
-            counts, real = weight_of.to(model.device)[regions], regions > 0
+            counts, real = worth(regions, calibration.weights), regions > 0
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             surprise = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             (surprise * counts[:, 1:].flatten()).sum().backward()

@@ -67,7 +67,7 @@ class OBS:
         except NotPositiveDefiniteError as error:
             raise NotPositiveDefiniteError(f"{problem.name}: {error}") from None
         target = (goal * unit.scale).masked_fill_(dead, 0)
-        judged = target if problem.loss_root is None else problem.loss_root.float() @ target
+        judged = target if problem.loss_root is None else problem.loss_root.to(target) @ target
         kept = self._choose(judged, inverse, pattern)
         weight = torch.zeros_like(goal)
         if bool(kept.all()):
