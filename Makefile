@@ -16,9 +16,9 @@ $(STAMP): pyproject.toml constraints.txt src/secateurs/kernels/packed.c
 demo: $(STAMP)
 	$(BIN)/secateurs demo --out runs/demo
 
-# Two processes with a thread each: many tests start processes of their own, and torch's threads would wait for each other.
+# Three processes with a thread each, for two cores: many tests wait for processes of their own, and torch's threads would wait for each other.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
