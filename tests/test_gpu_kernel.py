@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there, as
 
 
 def product(matrix: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
-    name = ("packed" if matrix.packed else "dense") + ("_int8" if "scale" in matrix.tensors else "_bf16")
+    name = ("packed_" if matrix.packed else "dense_") + matrix.kind
     moved = matrix.to(torch.device(DEVICE))
     return gpu.multiply(name, moved._weights, x.to(DEVICE), matrix.rows).cpu()
 

@@ -52,11 +52,61 @@ def test_packed_products_are_those_of_the_dense_kernel_to_the_bit(shape, weights
                     assert torch.equal(found, alone[:batch])
 
 
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Vectors as products with int4 see them: 8 bits for each number, and a scale for each 64."""
+    groups = torch.nn.functional.pad(x, (0, -x.shape[1] % 64)).view(len(x), -1, 64)
+    largest = groups.abs().amax(2, keepdim=True)
+    numbers = (groups * torch.where(largest > 0, 127 / largest, 0)).round()
+    return (numbers * (largest / 127)).view(len(x), -1)[:, : x.shape[1]]
+
+
 @compiled
-@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_with_int4_are_those_of_rounded_vectors(shape):
+    matrix = PackedMatrix.of(sparse(*shape), "int4")
+    x = torch.randn(9, shape[1], generator=torch.Generator().manual_seed(1))
+    x[4] = 0
+    wanted = rounded(x).double() @ matrix.dense().double().T
+    bound = 1e-5 * (x.abs().double() @ matrix.dense().abs().double().T) + 1e-12
+    for level in levels():
+        alone = torch.cat([matrix.multiply(row[None], level=level, threads=1) for row in x])
+        assert bool(((alone.double() - wanted).abs() <= bound).all())
+        for batch in (1, 2, 3, 4, 8, 9):
+            for threads in (1, 2):
+                assert torch.equal(matrix.multiply(x[:batch], level=level, threads=threads), alone[:batch])
+        broken = x.clone()
+        broken[3, 0] = float("nan")
+        found = matrix.multiply(broken, level=level)
+        assert bool(found[3].isnan().all()) and torch.equal(found[:3], alone[:3])
+
+
+def test_int4_loses_less_than_the_largest_weight_at_seven_would():
+    weight = sparse(64, 1000)
+    matrix = PackedMatrix.of(weight, "int4")
+    groups = torch.nn.functional.pad(weight, (0, 24)).view(64, -1, 64)
+    scale = groups.abs().amax(2, keepdim=True).clamp(min=1e-9) / 7
+    plain = ((groups / scale).round() * scale - groups).square().sum()
+    assert float((matrix.dense() - weight).square().sum() / plain) < 0.8
+    assert bool((matrix.dense()[weight == 0] == 0).all())
+    assert matrix.nbytes == pytest.approx(64 * 1024 * 4.25 / 8) and not matrix.packed
+    with pytest.raises(ValueError, match="int4 is stored dense"):
+        PackedMatrix.of(weight, "int4", packed=True)
+
+
+@pytest.mark.parametrize("part", ["weight", "scales"])
+def test_int4_of_the_wrong_size_is_refused(part):
+    matrix = PackedMatrix.of(sparse(5, 70), "int4")
+    matrix.check("layer")
+    short = matrix.tensors[part][:, :-1].contiguous()
+    with pytest.raises(ValueError, match="its tensors are not those of a 5 x 70 matrix"):
+        PackedMatrix(5, 70, {**matrix.tensors, part: short}).check("layer")
+
+
+@compiled
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_expanded_by_a_kernel_or_without_it_is_the_same(shape, weights, monkeypatch):
-    matrix = PackedMatrix.of(sparse(*shape), weights, packed=True)
+    matrix = PackedMatrix.of(sparse(*shape), weights, packed=weights != "int4")
     expanded = matrix.dense()
     monkeypatch.setattr(kernels, "library", lambda: None)
     assert torch.equal(expanded, matrix.dense())
@@ -104,6 +154,24 @@ def test_a_packed_model_is_the_model(family, tmp_path):
     if family != "qwen3_next":  # its states are float32 here and rounded there
         options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))
+
+
+@compiled
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_an_int4_model_is_near_what_its_weights_say(family, tmp_path):
+    dense = pruned(family, tmp_path / "dense")
+    found = pack(str(tmp_path / "dense"), tmp_path / "packed", "int4")
+    assert found["packed"] == 0 and found["bytes"] < 0.6 * found["dense_bytes"]
+    model, exact = (load_packed(tmp_path / "packed", expand=expand) for expand in (False, True))
+    kinds = {name: module.matrix.kind for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert kinds.pop("lm_head") == "int8" and set(kinds.values()) == {"int4"}
+    for name in kinds:
+        assert bool((exact.get_submodule(name).weight[dense.get_submodule(name).weight == 0] == 0).all())
+    for length, bound in ((5, 0.02), (FEW + 20, 1e-5)):  # by the kernels, which round vectors too; and made dense
+        ids = torch.randint(3, 60, (1, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            wanted, logits = exact(input_ids=ids).logits, model(input_ids=ids).logits
+        assert float((logits - wanted).norm() / wanted.norm()) < bound
 
 
 def test_masks_are_the_ones_that_were_pruned(tmp_path):
@@ -180,7 +248,7 @@ def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, "pack", "bundled", "--out", str(tmp_path / "packed"), "--weights", "int8") == 0
     assert "0 of 29 matrices packed, 100.0 % of weights kept" in " ".join(capsys.readouterr().err.split())
     assert call(monkeypatch, "pack", "bundled", "--out", str(tmp_path / "other"), "--weights", "int9") == 2
-    assert "--weights is 'int9'; it must be bf16 or int8" in capsys.readouterr().err
+    assert "--weights is 'int9'; it must be bf16, int8 or int4" in capsys.readouterr().err
     words = ["bench", "bundled", str(tmp_path / "packed"), "--batch", "1", "--context", "8", "--tokens", "2"]
     words += ["--rounds", "1", "--threads", "1", "--recipe", "demo", "--set", "evaluate.num_questions=2", "--json"]
     assert call(monkeypatch, *words, "--out", str(tmp_path / "figures.json")) == 0

@@ -235,15 +235,16 @@ def pack(
     model: Annotated[str, typer.Argument(help="A pruned model's folder, or a hub id.")],
     out: Annotated[Path, typer.Option(help="A new folder for the packed model.")],
     weights: Annotated[
-        str, typer.Option(help="What kept weights are stored as: bf16, or int8 with a scale a row.")
+        str, typer.Option(help="What kept weights are stored as: bf16, int8, or int4 (all of them, zeros too).")
     ] = "bf16",
     as_json: Json = False,
 ) -> None:
     """Store a pruned model without its zeros, for the CPU runtime (`secateurs.packed.load_packed`)."""
+    from secateurs.packed import WEIGHTS
     from secateurs.packed import pack as store
 
-    if weights not in ("bf16", "int8"):
-        raise ValueError(f"--weights is {weights!r}; it must be bf16 or int8")
+    if weights not in WEIGHTS:
+        raise ValueError(f"--weights is {weights!r}; it must be {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}")
     found = store(model, out, weights)
     if as_json:
         print(json.dumps(found))

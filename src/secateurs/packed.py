@@ -1,7 +1,8 @@
 """Pruned models stored without their zeros, and run from there: a bitmap, the kept weights, a kernel that expands them.
 
 One token of a small batch reads every weight once, so reading less can be being faster. A matrix is stored packed
-where that is less to read, else dense; as bfloat16, or as int8 with a scale for each row.
+where that is less to read, else dense; as bfloat16, as int8 with a scale for each row, or (dense only) as int4 with a
+scale for each 64 columns.
 """
 
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,13 +25,15 @@ from secateurs.checkpoint import Checkpoint, Shards, compute_buffers, weight_fil
 from secateurs.export import PROBE_FILE
 from secateurs.models import cannot_be_loaded, linears
 
-Weights = Literal["bf16", "int8"]
+Weights = Literal["bf16", "int8", "int4"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 STEM = "packed"
 RECORD = "packed.json"
 SCHEMA, VERSION = "secateurs.packed", 1
 DENSE_FROM = 0.8  # of the weights: with so many kept a bitmap saves too little to be worth expanding
 FEW = 16  # vectors up to which a product reads packed weights; more are worth making the matrix dense for a while
-WORD = 64  # columns in a word of the bitmap
+WORD = 64  # columns in a word of the bitmap, and with a scale of int4
+LARGEST_AT = (7.0, 7.5, 8.0, 8.5, 9.0, 10.0)  # where int4 may put the largest weight of a group; beyond 8 it is clipped
 PADDING = 64  # bytes after the kept weights that a kernel may read
 
 
@@ -41,15 +44,20 @@ class PackedMatrix:
     rows: int
     d_in: int
     tensors: Mapping[str, Tensor]
-    """weight, or bits, values and starts; and scale with int8."""
+    """weight, or bits, values and starts; and scale with int8, scales with int4."""
 
     @classmethod
     def of(cls, weight: Float[Tensor, "rows d_in"], weights: Weights, packed: bool | None = None) -> "PackedMatrix":
         """A weight, rounded to what it is stored as; packed or dense, or whichever is less (None). Zeros stay zero.
 
-        int8 is symmetric, with the largest weight of a row at 127.
+        int8 is symmetric, with the largest weight of a row at 127; int4 is -8 to 7 times what loses least of a group,
+        and always dense: a bitmap would save little of so few bits. ValueError for packed int4.
         """
         rows, d_in = weight.shape
+        if weights == "int4":
+            if packed:
+                raise ValueError("int4 is stored dense: there is no format with a bitmap for it")
+            return cls(rows, d_in, _int4(weight.float()))
         kept = weight != 0
         tensors: dict[str, Tensor] = {}
         if weights == "int8":
@@ -72,9 +80,11 @@ class PackedMatrix:
         """ValueError unless the tensors are what kernels may be given: they read where these say, and check nothing."""
         parts, rows = self.tensors, self.rows
         kind = torch.int8 if "scale" in parts else torch.bfloat16
+        words = -(-self.d_in // WORD)
         wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight": ((rows, self.d_in), kind)}
-        if self.packed:
-            words = -(-self.d_in // WORD)
+        if self.kind == "int4":
+            wanted = {"weight": ((rows, words * WORD // 2), torch.uint8), "scales": ((rows, words), torch.bfloat16)}
+        elif self.packed:
             wanted = {
                 "bits": ((rows, words), torch.int64),
                 "starts": ((rows + 1,), torch.int64),
@@ -102,6 +112,11 @@ class PackedMatrix:
         return "bits" in self.tensors
 
     @property
+    def kind(self) -> Weights:
+        """What the weights are stored as."""
+        return "int4" if "scales" in self.tensors else "int8" if "scale" in self.tensors else "bf16"
+
+    @property
     def device(self) -> torch.device:
         """Where it is."""
         return self.tensors["values" if self.packed else "weight"].device
@@ -114,7 +129,7 @@ class PackedMatrix:
     @property
     def _weights(self) -> tuple[Tensor, ...]:
         """The tensors in the order of packed.c."""
-        order = ("bits", "values", "starts", "scale") if self.packed else ("weight", "scale")
+        order = ("bits", "values", "starts", "scale") if self.packed else ("weight", "scale", "scales")
         return tuple(self.tensors[part] for part in order if part in self.tensors)
 
     def to(self, device: torch.device) -> "PackedMatrix":
@@ -123,11 +138,13 @@ class PackedMatrix:
 
     def multiply(self, x: Float[Tensor, "batch d_in"], **options: int) -> Float[Tensor, "batch rows"]:
         """x W^T by a compiled kernel, in x's type: see `kernels.multiply`, which takes float32, and `kernels.gpu`."""
-        name = ("packed" if self.packed else "dense") + ("_int8" if "scale" in self.tensors else "_bf16")
+        name = ("packed_" if self.packed else "dense_") + self.kind
         if x.device.type == "cpu":
             return kernels.multiply(name, self._weights, x, self.rows, **options)
         if name == "dense_bf16":
             return nn.functional.linear(x, self.tensors["weight"].to(x.dtype))
+        if name == "dense_int4":
+            return nn.functional.linear(x, self.dense().to(x.dtype))
         from secateurs.kernels import gpu
 
         return gpu.multiply(name, self._weights, x, self.rows)
@@ -135,8 +152,13 @@ class PackedMatrix:
     def dense(self) -> Float32[Tensor, "rows d_in"]:
         """The weights that it stands for."""
         scale = self.tensors.get("scale")
-        if self.packed and self.device.type == "cpu" and kernels.library() is not None:
-            return kernels.expand("bf16" if scale is None else "int8", self._weights, self.rows, self.d_in)
+        if (self.packed or self.kind == "int4") and self.device.type == "cpu" and kernels.library() is not None:
+            return kernels.expand(self.kind, self._weights, self.rows, self.d_in)
+        if self.kind == "int4":
+            pairs = self.tensors["weight"].view(self.rows, -1, WORD // 2)
+            numbers = torch.cat([pairs & 15, pairs >> 4], 2).float() - 8
+            whole = numbers * self.tensors["scales"][:, :, None].float()
+            return whole.view(self.rows, -1)[:, : self.d_in].contiguous()
         if self.packed:
             bits = self.tensors["bits"].view(torch.uint8)[:, :, None]
             kept = (bits >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
@@ -155,6 +177,29 @@ def _bits(kept: Tensor) -> Tensor:
     padded = np.zeros((len(packed), words * WORD // 8), dtype=np.uint8)
     padded[:, : packed.shape[1]] = packed
     return torch.from_numpy(padded).view(torch.int64)
+
+
+def _int4(weight: Float32[Tensor, "rows d_in"]) -> dict[str, Tensor]:
+    """Two numbers in a byte, in the order of packed.c [rows, words * 32], and bfloat16 scales [rows, words].
+
+    The weight of a group that is furthest from zero goes to one of LARGEST_AT, on the negative side, which has a number
+    more: whichever gives the least squared error.
+    """
+    rows, d_in = weight.shape
+    groups = nn.functional.pad(weight, (0, -d_in % WORD)).view(rows, -1, WORD)
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    best = numbers = scales = torch.empty(0)
+    for at in LARGEST_AT:
+        scale = (-largest / at).to(torch.bfloat16).float()
+        found = (groups / torch.where(scale == 0, 1, scale)).round().clamp(-8, 7)
+        error = (found * scale - groups).square().sum(2, keepdim=True)
+        if at == LARGEST_AT[0]:
+            best, numbers, scales = error, found, scale
+        better = error < best
+        best, scales = torch.where(better, error, best), torch.where(better, scale, scales)
+        numbers = torch.where(better, found, numbers)
+    first, second = (numbers + 8).to(torch.uint8).split(WORD // 2, dim=2)
+    return {"weight": (first | second << 4).view(rows, -1), "scales": scales.squeeze(2).to(torch.bfloat16)}
 
 
 class PackedLinear(nn.Module):
@@ -188,7 +233,7 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
     """Write the model in the folder or hub id `model` to `out` with its linear layers packed; one block at a time.
 
     Returns how much there is of what. ValueError for a model that cannot be loaded.
-    Embeddings stay as they are, and so does a head that is tied to them, but for int8.
+    Embeddings stay as they are, and so does a head that is tied to them, but for int8. With int4 a head is int8.
     """
     checkpoint = Checkpoint(model)
     counts = {"matrices": 0, "packed": 0, "weights": 0, "zeros": 0, "dense_bytes": 0, "bytes": 0}
@@ -197,7 +242,7 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
     with atomic_folder(out) as folder:
         files = Shards(folder, STEM)
 
-        def add(name: str, weight: Tensor) -> None:
+        def add(name: str, weight: Tensor, weights: Weights = weights) -> None:
             matrix = PackedMatrix.of(weight.detach().cpu(), weights)
             names[name] = [matrix.rows, matrix.d_in]
             for part, tensor in matrix.tensors.items():
@@ -218,8 +263,8 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
                         files.add(f"{place}.{name}", tensor.cpu().contiguous())
         head: Any = checkpoint.model.get_output_embeddings()
         embedding: Any = checkpoint.model.get_input_embeddings()
-        if weights == "int8" or head.weight is not embedding.weight:
-            add(_name_of(checkpoint.model, head), head.weight)
+        if weights != "bf16" or head.weight is not embedding.weight:
+            add(_name_of(checkpoint.model, head), head.weight, "bf16" if weights == "bf16" else "int8")
         weight = f"{_name_of(checkpoint.model, head)}.weight"
         for name, tensor in checkpoint.model.state_dict().items():
             if name != weight and not name.startswith(f"{checkpoint.prefix}."):
@@ -274,9 +319,9 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
         name = _name_of(model, embedding)
         table = rest.pop(f"{name}.weight").to(place)
         _replace(model, name, PackedEmbedding(table, float(getattr(embedding, "scalar_embed_scale", 1.0)), dtype))
-        if isinstance(head, nn.Linear):  # tied, and so not stored again
+        if (of_head := _name_of(model, head)) not in record["matrices"]:  # tied, and so not stored again
             tied = PackedMatrix(len(table), table.shape[1], {"weight": table.to(torch.bfloat16)})
-            _replace(model, _name_of(model, head), _linear(tied, None, dtype, expand))
+            _replace(model, of_head, _linear(tied, None, dtype, expand))
         known = model.state_dict()
         if wrong := [key for key, tensor in rest.items() if key not in known or known[key].shape != tensor.shape]:
             raise ValueError(f"{wrong[0]} is not the model's")

@@ -18,7 +18,9 @@ ARGUMENTS = {  # after level and threads: pointers to the weights, then x, y, ba
     "packed_bf16": 3,
     "dense_int8": 2,
     "packed_int8": 4,
+    "dense_int4": 2,
 }
+EXPANDED = {"bf16": 3, "int8": 4, "int4": 2}  # the same, of a matrix that is made dense
 
 
 @cache
@@ -35,9 +37,8 @@ def library() -> ctypes.CDLL | None:
         function = getattr(found, f"secateurs_{name}")
         function.argtypes = [ctypes.c_int] * 2 + [ctypes.c_void_p] * (weights + 2) + [ctypes.c_int64] * 3
         function.restype = None
-    for name in ("bf16", "int8"):
+    for name, weights in EXPANDED.items():
         function = getattr(found, f"secateurs_expand_{name}")
-        weights = ARGUMENTS[f"packed_{name}"]
         function.argtypes = [ctypes.c_int] + [ctypes.c_void_p] * (weights + 1) + [ctypes.c_int64] * 2
         function.restype = None
     found.secateurs_level_name.restype = ctypes.c_char_p
@@ -89,7 +90,7 @@ def multiply(
 
 
 def expand(name: str, weights: tuple[Tensor, ...], rows: int, d_in: int) -> Float32[Tensor, "rows d_in"]:
-    """The weights of a packed matrix, for `name` "bf16" or "int8". RuntimeError without a library."""
+    """The weights of a packed matrix, or of an int4 one; `name` is in EXPANDED. RuntimeError without a library."""
     out = torch.empty(rows, d_in, dtype=torch.float32)
     pointers = (tensor.data_ptr() for tensor in (*weights, out))
     getattr(_loaded(), f"secateurs_expand_{name}")(torch.get_num_threads(), *pointers, rows, d_in)

@@ -6,7 +6,13 @@
  *
  * Weights are bfloat16 (taken as they are) or int8 (one float scale a row, applied to the finished sum). At one level
  * the packed and the dense kernel run the same tile code and differ only in how they fetch weights, so their results
- * are equal to the last bit. Each row and vector has its own accumulators, filled in order of j, so the result depends
+ * are equal to the last bit.
+ *
+ * int4 is dense only: a bfloat16 scale for the 64 columns of a word, of which byte k holds columns k (low half) and
+ * k + 32, as numbers from 0 that stand for those from -8. Vectors are rounded for it to int8 with a scale for each word,
+ * so that the products of a word are sums of integers, which are exact.
+ *
+ * Each row and vector has its own accumulators, filled in order of j, so the result depends
  * on neither the batch size nor the tile a row falls in nor the number of threads. Hence a dropped weight is still
  * multiplied, as a zero: skipping it would be a different sum wherever a sum can be -0.
  */
@@ -31,7 +37,7 @@
 
 enum { WORD = 64, HIGHEST_TILE = 8, WIDEST_TILE = 4 };
 enum level { PORTABLE, AVX2, AVX512, NEON, LEVELS };
-enum format { DENSE_BF16, PACKED_BF16, DENSE_INT8, PACKED_INT8, FORMATS };
+enum format { DENSE_BF16, PACKED_BF16, DENSE_INT8, PACKED_INT8, DENSE_INT4, FORMATS };
 
 struct matrix {
     enum format format;
@@ -40,6 +46,14 @@ struct matrix {
     const uint64_t *bits;
     const int64_t *starts;
     const float *scale;
+    const uint16_t *scales; /* int4: of every word */
+};
+
+/* A word of a vector for int4, and eight times the sum of each four columns k to k + 3 and k + 32 to k + 35. */
+struct word_int8 {
+    int8_t x[WORD];
+    int32_t eights[8];
+    float scale, unused[7];
 };
 
 /* Where the next weights of one row come from. */
@@ -47,10 +61,12 @@ struct cursor {
     const uint8_t *weights, *bits;
 };
 
-/* A tile multiplies `height` rows from `row` on with `width` vectors. x is packed by pack_vectors. */
-typedef void tile_function(const struct matrix *m, int64_t row, const float *x, float *y);
+/* A tile multiplies `height` rows from `row` on with `width` vectors. x is packed by pack_vectors, or round_vectors. */
+typedef void tile_function(const struct matrix *m, int64_t row, const void *x, float *y);
 
 INLINE int is_packed(enum format format) { return format == PACKED_BF16 || format == PACKED_INT8; }
+
+INLINE int is_bf16(enum format format) { return format == DENSE_BF16 || format == PACKED_BF16; }
 
 INLINE int is_int8(enum format format) { return format == DENSE_INT8 || format == PACKED_INT8; }
 
@@ -81,16 +97,17 @@ INLINE void store(enum format format, const struct matrix *m, float *y, int64_t 
 
 enum { PORTABLE_LANES = 8 };
 
+INLINE float from_bf16(const void *at) {
+    uint16_t half;
+    memcpy(&half, at, sizeof half);
+    uint32_t pattern = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &pattern, sizeof value);
+    return value;
+}
+
 INLINE float next_weight(enum format format, struct cursor *cursor) {
-    float weight;
-    if (is_int8(format)) {
-        weight = (float)*(const int8_t *)cursor->weights;
-    } else {
-        uint16_t half;
-        memcpy(&half, cursor->weights, 2);
-        uint32_t pattern = (uint32_t)half << 16;
-        memcpy(&weight, &pattern, 4);
-    }
+    float weight = is_int8(format) ? (float)*(const int8_t *)cursor->weights : from_bf16(cursor->weights);
     cursor->weights += weight_size(format);
     return weight;
 }
@@ -100,7 +117,8 @@ static void portable_expand(enum format format, struct cursor *cursor, uint64_t 
         weights[j] = is_packed(format) && !(kept >> j & 1) ? 0 : next_weight(format, cursor);
 }
 
-static void portable(const struct matrix *m, int64_t row, const float *x, float *y) {
+static void portable(const struct matrix *m, int64_t row, const void *vector, float *y) {
+    const float *x = vector;
     struct cursor cursor = row_cursor(m->format, m, row);
     float weights[WORD], sums[PORTABLE_LANES] = {0};
     uint8_t tail[2 * WORD];
@@ -114,6 +132,26 @@ static void portable(const struct matrix *m, int64_t row, const float *x, float 
     float sum = 0;
     for (int lane = 0; lane < PORTABLE_LANES; lane++) sum += sums[lane];
     store(m->format, m, y, row, sum);
+}
+
+INLINE const uint8_t *int4_row(const struct matrix *m, int64_t row) {
+    return (const uint8_t *)m->weights + row * m->words * (WORD / 2);
+}
+
+INLINE int int4_at(const uint8_t *word, int column) {
+    return (column < WORD / 2 ? word[column] & 15 : word[column - WORD / 2] >> 4) - 8;
+}
+
+static void portable_int4(const struct matrix *m, int64_t row, const void *vector, float *y) {
+    const struct word_int8 *x = vector;
+    const uint8_t *weights = int4_row(m, row);
+    float sum = 0;
+    for (int64_t word = 0; word < m->words; word++, x++, weights += WORD / 2) {
+        int32_t products = 0;
+        for (int j = 0; j < WORD; j++) products += int4_at(weights, j) * x->x[j];
+        sum += (float)products * (from_bf16(m->scales + row * m->words + word) * x->scale);
+    }
+    y[row] = sum;
 }
 
 #if defined(ON_X86) || defined(ON_ARM)
@@ -212,8 +250,45 @@ AVX2_CODE INLINE float avx2_sum(__m256 lanes) {
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
+AVX2_CODE INLINE void avx2_int4(int height, int width, const struct matrix *m, int64_t row, const void *vectors,
+                                float *y) {
+    const struct word_int8 *x = vectors;
+    const uint8_t *weights[HIGHEST_TILE];
+    const uint16_t *scales[HIGHEST_TILE];
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __m256 sums[HIGHEST_TILE][WIDEST_TILE];
+    UNROLL for (int r = 0; r < height; r++) {
+        weights[r] = int4_row(m, row + r);
+        scales[r] = m->scales + (row + r) * m->words;
+        UNROLL for (int b = 0; b < width; b++) sums[r][b] = _mm256_setzero_ps();
+    }
+    const uint8_t *ahead = weights[0] + NEAREST;
+    for (int64_t word = 0; word < m->words; word++, x += width) {
+        UNROLL for (int line = 0; line < (height + 1) / 2; line++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
+        UNROLL for (int r = 0; r < height; r++) {
+            __m256i both = _mm256_loadu_si256((const void *)(weights[r] + word * (WORD / 2)));
+            __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+            float scale = from_bf16(scales[r] + word);
+            UNROLL for (int b = 0; b < width; b++) {
+                __m256i pairs = _mm256_maddubs_epi16(first, _mm256_load_si256((const void *)x[b].x));
+                __m256i others = _mm256_maddubs_epi16(second, _mm256_load_si256((const void *)(x[b].x + WORD / 2)));
+                __m256i fours = _mm256_madd_epi16(_mm256_add_epi16(pairs, others), ones);
+                fours = _mm256_sub_epi32(fours, _mm256_load_si256((const void *)x[b].eights));
+                sums[r][b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(fours), _mm256_set1_ps(scale * x[b].scale), sums[r][b]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < height; r++)
+        UNROLL for (int b = 0; b < width; b++) y[b * m->rows + row + r] = avx2_sum(sums[r][b]);
+}
+
 AVX2_CODE INLINE void avx2(enum format format, int height, int width, const struct matrix *m, int64_t row,
-                           const float *x, float *y) {
+                           const void *vectors, float *y) {
+    if (format == DENSE_INT4) {
+        avx2_int4(height, width, m, row, vectors, y);
+        return;
+    }
+    const float *x = vectors;
     struct cursor cursors[HIGHEST_TILE];
     struct ahead ahead = look_ahead(format, height, m, row);
     __m256 sums[HIGHEST_TILE][WIDEST_TILE];
@@ -276,7 +351,8 @@ AVX512_CODE INLINE float avx512_sum(__m512 lanes) {
 }
 
 AVX512_CODE INLINE void avx512(enum format format, int height, int width, const struct matrix *m, int64_t row,
-                               const float *x, float *y) {
+                               const void *vectors, float *y) {
+    const float *x = vectors;
     struct cursor cursors[HIGHEST_TILE];
     struct ahead ahead = look_ahead(format, height, m, row);
     __m512 sums[HIGHEST_TILE][WIDEST_TILE], weights[4];
@@ -332,8 +408,44 @@ INLINE void neon_fetch(enum format format, struct cursor *cursor, int group, flo
     else neon_bf16(vreinterpretq_u16_u8(vqtbl1q_u8(kept, vld1q_u8(spread_bf16[byte]))), out);
 }
 
-INLINE void neon(enum format format, int height, int width, const struct matrix *m, int64_t row, const float *x,
+INLINE void neon_int4(int height, int width, const struct matrix *m, int64_t row, const void *vectors, float *y) {
+    const struct word_int8 *x = vectors;
+    float32x4_t sums[HIGHEST_TILE][WIDEST_TILE];
+    UNROLL for (int r = 0; r < height; r++)
+        UNROLL for (int b = 0; b < width; b++) sums[r][b] = vdupq_n_f32(0);
+    for (int64_t word = 0; word < m->words; word++, x += width) {
+        UNROLL for (int r = 0; r < height; r++) {
+            const uint8_t *from = int4_row(m, row + r) + word * (WORD / 2);
+            int8x16_t weights[4]; /* columns 0, 16, 32 and 48 on */
+            UNROLL for (int half = 0; half < 2; half++) {
+                uint8x16_t both = vld1q_u8(from + 16 * half);
+                int8x16_t eight = vdupq_n_s8(8);
+                weights[half] = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15))), eight);
+                weights[half + 2] = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(both, 4)), eight);
+            }
+            float scale = from_bf16(m->scales + (row + r) * m->words + word);
+            UNROLL for (int b = 0; b < width; b++) {
+                int32x4_t fours = vdupq_n_s32(0);
+                UNROLL for (int part = 0; part < 4; part++) {
+                    int8x16_t vector = vld1q_s8(x[b].x + 16 * part);
+                    fours = vpadalq_s16(fours, vmull_s8(vget_low_s8(weights[part]), vget_low_s8(vector)));
+                    fours = vpadalq_s16(fours, vmull_high_s8(weights[part], vector));
+                }
+                sums[r][b] = vfmaq_n_f32(sums[r][b], vcvtq_f32_s32(fours), scale * x[b].scale);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < height; r++)
+        UNROLL for (int b = 0; b < width; b++) y[b * m->rows + row + r] = vaddvq_f32(sums[r][b]);
+}
+
+INLINE void neon(enum format format, int height, int width, const struct matrix *m, int64_t row, const void *vectors,
                  float *y) {
+    if (format == DENSE_INT4) {
+        neon_int4(height, width, m, row, vectors, y);
+        return;
+    }
+    const float *x = vectors;
     struct cursor cursors[HIGHEST_TILE];
     struct ahead ahead = look_ahead(format, height, m, row);
     float32x4_t sums[HIGHEST_TILE][WIDEST_TILE][2], weights[2];
@@ -371,7 +483,7 @@ struct tile {
 };
 
 #define TILE(code, level, format, height, width)                                                                  \
-    code static void level##_##format##_##height##x##width(const struct matrix *m, int64_t row, const float *x,   \
+    code static void level##_##format##_##height##x##width(const struct matrix *m, int64_t row, const void *x,    \
                                                             float *y) {                                           \
         level(format, height, width, m, row, x, y);                                                               \
     }
@@ -388,7 +500,8 @@ struct tile {
         {low, level##_##format##_##low##x4, level##_##format##_1x4},                                              \
     };
 
-#define ALL_FORMATS(level) {level##_DENSE_BF16, level##_PACKED_BF16, level##_DENSE_INT8, level##_PACKED_INT8}
+#define ALL_FORMATS(level, with) \
+    {level##_DENSE_BF16, level##_PACKED_BF16, level##_DENSE_INT8, level##_PACKED_INT8, with##_DENSE_INT4}
 
 struct kernels {
     int lanes, widest, bf16_stride; /* stride 2: even and odd columns of two lane groups part */
@@ -396,12 +509,14 @@ struct kernels {
 };
 
 static const struct tile portable_tile = {1, portable, portable};
+static const struct tile portable_int4_tile = {1, portable_int4, portable_int4};
 
 #ifdef ON_X86
 TILES(AVX2_CODE, avx2, DENSE_BF16, 8, 4, 2)
 TILES(AVX2_CODE, avx2, PACKED_BF16, 4, 4, 2)
 TILES(AVX2_CODE, avx2, DENSE_INT8, 8, 4, 2)
 TILES(AVX2_CODE, avx2, PACKED_INT8, 4, 4, 2)
+TILES(AVX2_CODE, avx2, DENSE_INT4, 4, 4, 2)
 TILES(AVX512_CODE, avx512, DENSE_BF16, 4, 4, 4)
 TILES(AVX512_CODE, avx512, PACKED_BF16, 4, 4, 4)
 TILES(AVX512_CODE, avx512, DENSE_INT8, 4, 4, 4)
@@ -412,16 +527,18 @@ TILES(NEON_CODE, neon, DENSE_BF16, 4, 4, 2)
 TILES(NEON_CODE, neon, PACKED_BF16, 4, 4, 2)
 TILES(NEON_CODE, neon, DENSE_INT8, 4, 4, 2)
 TILES(NEON_CODE, neon, PACKED_INT8, 4, 4, 2)
+TILES(NEON_CODE, neon, DENSE_INT4, 4, 4, 2)
 #endif
 
 static const struct kernels kernels[LEVELS] = {
-    [PORTABLE] = {PORTABLE_LANES, 1, 1, {&portable_tile, &portable_tile, &portable_tile, &portable_tile}},
+    [PORTABLE] = {PORTABLE_LANES, 1, 1,
+                  {&portable_tile, &portable_tile, &portable_tile, &portable_tile, &portable_int4_tile}},
 #ifdef ON_X86
-    [AVX2] = {8, 4, 1, ALL_FORMATS(avx2)},
-    [AVX512] = {16, 4, 2, ALL_FORMATS(avx512)},
+    [AVX2] = {8, 4, 1, ALL_FORMATS(avx2, avx2)},
+    [AVX512] = {16, 4, 2, ALL_FORMATS(avx512, avx2)}, /* AVX2 is enough for int4 to wait for memory */
 #endif
 #ifdef ON_ARM
-    [NEON] = {8, 4, 1, ALL_FORMATS(neon)},
+    [NEON] = {8, 4, 1, ALL_FORMATS(neon, neon)},
 #endif
 };
 
@@ -434,7 +551,7 @@ static int64_t block_width(const struct kernels *k, int64_t vectors) {
 /* Order x as the tiles read it, lane groups of the vectors of a block in turn, and pad it with zeros to whole words. */
 static void pack_vectors(const struct kernels *k, const struct matrix *m, const float *x, int64_t batch,
                          float *packed) {
-    const int64_t groups = m->words * WORD / k->lanes, stride = is_int8(m->format) ? 1 : k->bf16_stride;
+    const int64_t groups = m->words * WORD / k->lanes, stride = is_bf16(m->format) ? k->bf16_stride : 1;
     for (int64_t done = 0, width; done < batch; done += width, packed += width * m->words * WORD) {
         width = block_width(k, batch - done);
         for (int64_t b = 0; b < width; b++, x += m->columns)
@@ -447,12 +564,51 @@ static void pack_vectors(const struct kernels *k, const struct matrix *m, const 
     }
 }
 
+INLINE int32_t float_bits(float value) {
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+#define TO_INTEGER 12582912.0f /* 3 * 2^22: after it is added, the lowest bits of a small float are its nearest integer */
+
+/* Round x to int8 as the tiles for int4 read it, words of the vectors of a block in turn. */
+static void round_vectors(const struct kernels *k, const struct matrix *m, const float *x, int64_t batch,
+                          struct word_int8 *rounded) {
+    for (int64_t done = 0, width; done < batch; done += width, rounded += width * m->words) {
+        width = block_width(k, batch - done);
+        for (int64_t b = 0; b < width; b++, x += m->columns)
+            for (int64_t word = 0; word < m->words; word++) {
+                const float *from = x + word * WORD;
+                const int64_t left = m->columns - word * WORD, columns = left < WORD ? left : WORD;
+                struct word_int8 *to = &rounded[word * width + b];
+                int32_t highest = 0; /* floats without a sign are in the order of their bits, NaN last */
+                for (int64_t j = 0; j < columns; j++) {
+                    int32_t bits = float_bits(from[j]) & 0x7fffffff;
+                    highest = bits > highest ? bits : highest;
+                }
+                float largest;
+                memcpy(&largest, &highest, sizeof largest);
+                memset(to, 0, sizeof *to);
+                to->scale = largest / 127;
+                const float per = largest > 0 ? 127 / largest : 0;
+                for (int64_t j = 0; j < columns; j++) to->x[j] = (int8_t)float_bits(from[j] * per + TO_INTEGER);
+                for (int j = 0; j < WORD; j++) to->eights[j % (WORD / 2) / 4] += 8 * to->x[j];
+            }
+    }
+}
+
+/* Floats that a word of a vector takes. */
+INLINE int64_t word_floats(enum format format) {
+    return format == DENSE_INT4 ? (int64_t)(sizeof(struct word_int8) / sizeof(float)) : WORD;
+}
+
 static void multiply_rows(const struct kernels *k, const struct matrix *m, int64_t row, int64_t end, const float *x,
                           float *y, int64_t batch) {
     for (int64_t done = 0, width; done < batch; done += width) {
         width = block_width(k, batch - done);
         const struct tile tile = k->tiles[m->format][width / 2];
-        const float *block = x + done * m->words * WORD;
+        const float *block = x + done * m->words * word_floats(m->format);
         int64_t r = row;
         for (; r + tile.height <= end; r += tile.height) tile.many(m, r, block, y + done * m->rows);
         for (; r < end; r++) tile.one(m, r, block, y + done * m->rows);
@@ -466,13 +622,14 @@ static void multiply(int level, int threads, struct matrix m, const float *x, fl
         memset(y, 0, (size_t)(batch * m.rows) * sizeof(float));
         return;
     }
-    void *memory = malloc((size_t)(batch * m.words * WORD) * sizeof(float) + WORD);
+    void *memory = malloc((size_t)(batch * m.words * word_floats(m.format)) * sizeof(float) + WORD);
     if (!memory) {
         memset(y, 0xff, (size_t)(batch * m.rows) * sizeof(float)); /* NaN: without an error code, be seen */
         return;
     }
     float *packed = (float *)(((uintptr_t)memory + WORD - 1) / WORD * WORD);
-    pack_vectors(k, &m, x, batch, packed);
+    if (m.format == DENSE_INT4) round_vectors(k, &m, x, batch, (void *)packed);
+    else pack_vectors(k, &m, x, batch, packed);
     const int64_t blocks = (m.rows + HIGHEST_TILE - 1) / HIGHEST_TILE;
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -524,7 +681,7 @@ EXPORT void secateurs_dense_bf16(int level, int threads, const uint16_t *w, cons
 EXPORT void secateurs_packed_bf16(int level, int threads, const uint64_t *bits, const uint16_t *values,
                                   const int64_t *starts, const float *x, float *y, int64_t batch, int64_t rows,
                                   int64_t d_in) {
-    struct matrix m = {PACKED_BF16, rows, d_in, 0, values, bits, starts, NULL};
+    struct matrix m = {PACKED_BF16, rows, d_in, 0, values, bits, starts, NULL, NULL};
     multiply(level, threads, m, x, y, batch);
 }
 
@@ -537,7 +694,13 @@ EXPORT void secateurs_dense_int8(int level, int threads, const int8_t *w, const 
 EXPORT void secateurs_packed_int8(int level, int threads, const uint64_t *bits, const int8_t *values,
                                   const int64_t *starts, const float *scale, const float *x, float *y, int64_t batch,
                                   int64_t rows, int64_t d_in) {
-    struct matrix m = {PACKED_INT8, rows, d_in, 0, values, bits, starts, scale};
+    struct matrix m = {PACKED_INT8, rows, d_in, 0, values, bits, starts, scale, NULL};
+    multiply(level, threads, m, x, y, batch);
+}
+
+EXPORT void secateurs_dense_int4(int level, int threads, const uint8_t *w, const uint16_t *scales, const float *x,
+                                 float *y, int64_t batch, int64_t rows, int64_t d_in) {
+    struct matrix m = {.format = DENSE_INT4, .rows = rows, .columns = d_in, .weights = w, .scales = scales};
     multiply(level, threads, m, x, y, batch);
 }
 
@@ -562,12 +725,26 @@ INLINE void expand(enum format format, int threads, struct matrix m, float *out)
 
 EXPORT void secateurs_expand_bf16(int threads, const uint64_t *bits, const uint16_t *values, const int64_t *starts,
                                   float *out, int64_t rows, int64_t d_in) {
-    struct matrix m = {PACKED_BF16, rows, d_in, 0, values, bits, starts, NULL};
+    struct matrix m = {PACKED_BF16, rows, d_in, 0, values, bits, starts, NULL, NULL};
     expand(PACKED_BF16, threads, m, out);
 }
 
 EXPORT void secateurs_expand_int8(int threads, const uint64_t *bits, const int8_t *values, const int64_t *starts,
                                   const float *scale, float *out, int64_t rows, int64_t d_in) {
-    struct matrix m = {PACKED_INT8, rows, d_in, 0, values, bits, starts, scale};
+    struct matrix m = {PACKED_INT8, rows, d_in, 0, values, bits, starts, scale, NULL};
     expand(PACKED_INT8, threads, m, out);
+}
+
+EXPORT void secateurs_expand_int4(int threads, const uint8_t *w, const uint16_t *scales, float *out, int64_t rows,
+                                  int64_t d_in) {
+    const struct matrix m = {.rows = rows, .columns = d_in, .words = (d_in + WORD - 1) / WORD, .weights = w};
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#else
+    (void)threads;
+#endif
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t j = 0; j < d_in; j++)
+            out[row * d_in + j] = (float)int4_at(int4_row(&m, row) + j / WORD * (WORD / 2), (int)(j % WORD)) *
+                                  from_bf16(scales + row * m.words + j / WORD);
 }
