@@ -49,11 +49,11 @@ struct matrix {
     const uint16_t *scales; /* int4: of every word */
 };
 
-/* A word of a vector for int4, and eight times the sum of each four columns k to k + 3 and k + 32 to k + 35. */
+/* A word of a vector for int4, eight times the sum of each four columns k to k + 3 and k + 32 to k + 35, and its scale. */
 struct word_int8 {
     int8_t x[WORD];
     int32_t eights[8];
-    float scale, unused[7];
+    float scale[8]; /* eight times the same, for eight lanes */
 };
 
 /* Where the next weights of one row come from. */
@@ -149,7 +149,7 @@ static void portable_int4(const struct matrix *m, int64_t row, const void *vecto
     for (int64_t word = 0; word < m->words; word++, x++, weights += WORD / 2) {
         int32_t products = 0;
         for (int j = 0; j < WORD; j++) products += int4_at(weights, j) * x->x[j];
-        sum += (float)products * (from_bf16(m->scales + row * m->words + word) * x->scale);
+        sum += (float)products * (from_bf16(m->scales + row * m->words + word) * x->scale[0]);
     }
     y[row] = sum;
 }
@@ -256,7 +256,8 @@ AVX2_CODE INLINE void avx2_int4(int height, int width, const struct matrix *m, i
     const uint8_t *weights[HIGHEST_TILE];
     const uint16_t *scales[HIGHEST_TILE];
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256 sums[HIGHEST_TILE][WIDEST_TILE];
+    __m256i first[HIGHEST_TILE], second[HIGHEST_TILE];
+    __m256 scale[HIGHEST_TILE], sums[HIGHEST_TILE][WIDEST_TILE];
     UNROLL for (int r = 0; r < height; r++) {
         weights[r] = int4_row(m, row + r);
         scales[r] = m->scales + (row + r) * m->words;
@@ -267,14 +268,20 @@ AVX2_CODE INLINE void avx2_int4(int height, int width, const struct matrix *m, i
         UNROLL for (int line = 0; line < (height + 1) / 2; line++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
         UNROLL for (int r = 0; r < height; r++) {
             __m256i both = _mm256_loadu_si256((const void *)(weights[r] + word * (WORD / 2)));
-            __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-            float scale = from_bf16(scales[r] + word);
-            UNROLL for (int b = 0; b < width; b++) {
-                __m256i pairs = _mm256_maddubs_epi16(first, _mm256_load_si256((const void *)x[b].x));
-                __m256i others = _mm256_maddubs_epi16(second, _mm256_load_si256((const void *)(x[b].x + WORD / 2)));
+            first[r] = _mm256_and_si256(both, low);
+            second[r] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+            scale[r] = _mm256_set1_ps(from_bf16(scales[r] + word));
+        }
+        UNROLL for (int b = 0; b < width; b++) {
+            __m256i start = _mm256_load_si256((const void *)x[b].x);
+            __m256i end = _mm256_load_si256((const void *)(x[b].x + WORD / 2));
+            __m256i eights = _mm256_load_si256((const void *)x[b].eights);
+            __m256 per = _mm256_load_ps(x[b].scale);
+            UNROLL for (int r = 0; r < height; r++) {
+                __m256i pairs = _mm256_maddubs_epi16(first[r], start), others = _mm256_maddubs_epi16(second[r], end);
                 __m256i fours = _mm256_madd_epi16(_mm256_add_epi16(pairs, others), ones);
-                fours = _mm256_sub_epi32(fours, _mm256_load_si256((const void *)x[b].eights));
-                sums[r][b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(fours), _mm256_set1_ps(scale * x[b].scale), sums[r][b]);
+                __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(fours, eights)), per);
+                sums[r][b] = _mm256_fmadd_ps(product, scale[r], sums[r][b]);
             }
         }
     }
@@ -431,7 +438,7 @@ INLINE void neon_int4(int height, int width, const struct matrix *m, int64_t row
                     fours = vpadalq_s16(fours, vmull_s8(vget_low_s8(weights[part]), vget_low_s8(vector)));
                     fours = vpadalq_s16(fours, vmull_high_s8(weights[part], vector));
                 }
-                sums[r][b] = vfmaq_n_f32(sums[r][b], vcvtq_f32_s32(fours), scale * x[b].scale);
+                sums[r][b] = vfmaq_n_f32(sums[r][b], vcvtq_f32_s32(fours), scale * x[b].scale[0]);
             }
         }
     }
@@ -590,7 +597,7 @@ static void round_vectors(const struct kernels *k, const struct matrix *m, const
                 float largest;
                 memcpy(&largest, &highest, sizeof largest);
                 memset(to, 0, sizeof *to);
-                to->scale = largest / 127;
+                for (int lane = 0; lane < 8; lane++) to->scale[lane] = largest / 127;
                 const float per = largest > 0 ? 127 / largest : 0;
                 for (int64_t j = 0; j < columns; j++) to->x[j] = (int8_t)float_bits(from[j] * per + TO_INTEGER);
                 for (int j = 0; j < WORD; j++) to->eights[j % (WORD / 2) / 4] += 8 * to->x[j];
