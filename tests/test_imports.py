@@ -17,7 +17,7 @@ ORDER = [
     {"checkpoint", "cuts"},
     {"collect", "trim"},
     {"pruner", "survey"},
-    {"export", "evaluate", "planner", "experts"},
+    {"export", "evaluate", "planner", "experts", "narrow"},
     {"report", "masks", "packed"},
     {"page"},
     {"recipe", "gains"},

@@ -403,6 +403,7 @@ def list_(
     from secateurs.cuts import CUTS
     from secateurs.engines import ENGINES
     from secateurs.experts import EXPERT_SCORES
+    from secateurs.narrow import NARROWINGS
     from secateurs.patterns import PATTERNS
     from secateurs.questions import QUESTION_SETS, unknown_name
     from secateurs.solvers import CUT_SOLVERS, SOLVERS
@@ -410,7 +411,7 @@ def list_(
 
     tables = {
         "recipes": [Path(entry.name).stem for entry in (files("secateurs") / "recipes").iterdir()],
-        "solvers": list(dict.fromkeys([*SOLVERS, *CUT_SOLVERS, *EXPERT_SCORES])),
+        "solvers": list(dict.fromkeys([*SOLVERS, *CUT_SOLVERS, *EXPERT_SCORES, *NARROWINGS])),
         "allocators": list(ALLOCATORS), "patterns": [*PATTERNS, *CUTS],
         "questions": list(QUESTION_SETS), "arms": list(ARMS), "filters": list(FILTERS), "engines": list(ENGINES),
     }  # fmt: skip

@@ -17,6 +17,8 @@ from secateurs.patterns import Columns
 
 MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # of neurons; engines like the large ones
 ROUNDED_TO = 16  # parts of the neurons, at least, that a multiple leaves to choose from
+# Between their blocks these have nothing but sums, and RMS norms that multiply by their weight.
+PLAIN_STREAMS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @runtime_checkable
@@ -60,8 +62,8 @@ class Anatomy:
         """Parameters of a block's matrices."""
         return self.in_attention + self.d_ff * self.in_neuron
 
-    def writers(self, part: str) -> list[str]:
-        """The matrix of every block that ends its attention (`self_attn.o_proj`) or its MLP (`mlp.down_proj`)."""
+    def each(self, part: str) -> list[str]:
+        """The matrix of every block that is called so, such as `mlp.down_proj`."""
         return [f"{self.prefix}.{index}.{part}" for index in range(self.blocks)]
 
 
@@ -117,8 +119,7 @@ class Width:
 
     def __post_init__(self):
         _check_sparsity(self.sparsity)
-        if self.multiple < 0:
-            raise ValueError(f"multiple is {self.multiple}; it must be 1 or more, or 0 for one that suits the model")
+        _check_multiple(self.multiple)
 
     def __str__(self) -> str:
         what = {"none": "", "heads": " heads too", "kv_heads": " kv-heads too"}[self.attention]
@@ -134,7 +135,7 @@ class Width:
         elif self.attention == "kv_heads":
             kv_heads = body.kv_heads - int(self.sparsity * body.kv_heads)
             removed = body.in_attention * (body.kv_heads - kv_heads) // body.kv_heads
-        multiple = self.multiple or next(m for m in MULTIPLES if m * ROUNDED_TO <= max(body.d_ff, ROUNDED_TO))
+        multiple = self.multiple or _suits(body.d_ff)
         wanted = body.d_ff - (self.sparsity * body.in_block - removed) / body.in_neuron
         neurons = min(round(wanted / multiple) * multiple, body.d_ff)
         if neurons <= 0:
@@ -148,12 +149,12 @@ class Width:
         """See `Cut.patterns`."""
         body = anatomy(model)
         heads, kv_heads, neurons = self.kept(body)
-        found = dict.fromkeys(body.writers("mlp.down_proj"), Columns(neurons))
+        found = dict.fromkeys(body.each("mlp.down_proj"), Columns(neurons))
         if self.attention == "heads":
-            found |= dict.fromkeys(body.writers("self_attn.o_proj"), Columns(heads, body.head_dim, body.kv_heads))
+            found |= dict.fromkeys(body.each("self_attn.o_proj"), Columns(heads, body.head_dim, body.kv_heads))
         elif self.attention == "kv_heads":
             size = body.heads // body.kv_heads * body.head_dim
-            found |= dict.fromkeys(body.writers("self_attn.o_proj"), Columns(kv_heads, size))
+            found |= dict.fromkeys(body.each("self_attn.o_proj"), Columns(kv_heads, size))
         return found
 
 
@@ -189,9 +190,50 @@ class Depth:
         gone = set(range(body.blocks - count, body.blocks) if dropped is None else dropped)
         found = {}
         for part, size in (("self_attn.o_proj", body.heads * body.head_dim), ("mlp.down_proj", body.d_ff)):
-            for index, name in enumerate(body.writers(part)):
+            for index, name in enumerate(body.each(part)):
                 found[name] = Columns(0 if index in gone else 1, size)
         return found
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The residual stream gets narrower, the same everywhere: all matrices of all blocks lose as large a part, and so
+    do embeddings and head (`narrow`). `multiple` is as in `Width`."""
+
+    sparsity: float
+    multiple: int = 0
+
+    def __post_init__(self):
+        _check_sparsity(self.sparsity)
+        _check_multiple(self.multiple)
+
+    def __str__(self) -> str:
+        return f"hidden {100 * self.sparsity:.6g}%"
+
+    def kept(self, body: Anatomy) -> int:
+        """Numbers of the stream that stay. ValueError if none would."""
+        multiple = self.multiple or _suits(body.d_model)
+        kept = min(round((1 - self.sparsity) * body.d_model / multiple) * multiple, body.d_model)
+        if kept <= 0:
+            raise ValueError(
+                f"{self} would leave nothing of a stream of {body.d_model} numbers in multiples of {multiple}"
+            )
+        return kept
+
+    def patterns(self, model: PreTrainedModel) -> dict[str, Columns]:
+        """See `Cut.patterns`: as many zeros as what goes; of matrices that write to the stream, rows go."""
+        config: Any = model.config.get_text_config(decoder=True)
+        if config.model_type not in PLAIN_STREAMS:
+            raise ValueError(
+                f"the stream of {type(model).__name__} cannot be made narrower, only that of "
+                f"{', '.join(PLAIN_STREAMS)}; width or depth can be cut, or single weights"
+            )
+        body = anatomy(model)
+        kept = self.kept(body)
+        inner = {"self_attn.o_proj": body.heads * body.head_dim, "mlp.down_proj": body.d_ff}
+        readers = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+        sizes = dict.fromkeys(readers, kept) | {part: round(d * kept / body.d_model) for part, d in inner.items()}
+        return {name: Columns(size) for part, size in sizes.items() for name in body.each(part)}
 
 
 @dataclass(frozen=True)
@@ -240,9 +282,19 @@ class FewerExperts:
         return found
 
 
-CUTS: dict[str, type[Width] | type[Depth] | type[FewerExperts]] = {
-    "width": Width, "depth": Depth, "experts": FewerExperts
+CUTS: dict[str, type[Width] | type[Depth] | type[Hidden] | type[FewerExperts]] = {
+    "width": Width, "depth": Depth, "hidden": Hidden, "experts": FewerExperts
 }  # fmt: skip
+
+
+def _suits(size: int) -> int:
+    """The multiple for a width that has none said."""
+    return next(multiple for multiple in MULTIPLES if multiple * ROUNDED_TO <= max(size, ROUNDED_TO))
+
+
+def _check_multiple(multiple: int) -> None:
+    if multiple < 0:
+        raise ValueError(f"multiple is {multiple}; it must be 1 or more, or 0 for one that suits the model")
 
 
 def _check_sparsity(sparsity: float) -> None:

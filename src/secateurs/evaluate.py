@@ -111,17 +111,20 @@ def reference_states(model: PreTrainedModel, batches: Sequence[Batch], opened: O
     return Reference(tuple(batches), tuple(final_states(model, batches, opened)))
 
 
-def drift(model: PreTrainedModel, reference: Reference, opened: Opened = nullcontext) -> dict[str, Any]:
+def drift(
+    model: PreTrainedModel, reference: Reference, opened: Opened = nullcontext, lift: Tensor | None = None
+) -> dict[str, Any]:
     """The fields of a report's `HiddenError`: Σ‖h - h_dense‖² / Σ‖h_dense‖² by place in the trace.
 
     The cheap proxy of the RAC paper's figure 2: no generation, the same documents for every arm. `curve` is by the
-    relative position within the thinking, in twenty buckets.
+    relative position within the thinking, in twenty buckets. `lift` [d_model, k] turns a narrower model's states
+    into the dense model's.
     """
     error, size, count = (torch.zeros(3 + CURVE_BUCKETS, dtype=torch.float64) for _ in range(3))
     prompt, answer = 0, 1  # then the curve's buckets
     states = final_states(model, reference.batches, opened)
     for batch, dense, pruned in zip(reference.batches, reference.states, states, strict=True):
-        now = pruned.double()
+        now = pruned.double() if lift is None else pruned.double() @ lift.double().T
         think = batch.regions == CODES["think"]
         place = (think.cumsum(-1) - 1).clamp(min=0) / think.sum(-1, keepdim=True).clamp(min=1)
         slot = 2 + (place * CURVE_BUCKETS).long().clamp(max=CURVE_BUCKETS - 1)

@@ -1,6 +1,6 @@
 """Which engine gains from a pruned model: what each does with zeros, and with a smaller dense model, late in 2026."""
 
-from secateurs.cuts import Cut, FewerExperts, Width
+from secateurs.cuts import Cut, FewerExperts, Hidden, Width
 from secateurs.patterns import NM, Pattern
 
 NOTHING = "loads it; no faster and no smaller than dense"
@@ -10,7 +10,7 @@ GONE = "loads it as a dense model; its sparse kernels were removed in 2026"
 def gains(pattern: Pattern | Cut) -> list[tuple[str, str]]:
     """(engine, what it gains) for the output of a pattern. What is not measured by `secateurs bench` is no promise."""
     if isinstance(pattern, Cut):
-        cache = not isinstance(pattern, Width) or pattern.attention == "kv_heads"
+        cache = not isinstance(pattern, (Width, Hidden)) or getattr(pattern, "attention", "") == "kv_heads"
         said = f"about 1 / (1 - {pattern.sparsity:g}) in its blocks" + (", and a smaller KV cache" if cache else "")
         if isinstance(pattern, FewerExperts):
             said = (

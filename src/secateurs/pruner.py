@@ -144,7 +144,7 @@ def prune(
     selected = prunable(model, plan)
     total = sum(map(len, selected))
     _, blocks = decoder_blocks(model)
-    saved = ranks.tell([_is_saved(folder, index) for index in range(len(blocks))])
+    saved = ranks.tell([is_saved(folder, index) for index in range(len(blocks))])
     twin = plan.goal != "own"
     streams = [] if all(saved) else capture(model, calibration, batch_tokens, twin=twin, place=place, ranks=ranks)
     results: list[LayerResult] = []
@@ -168,7 +168,7 @@ def prune(
                 solved = _prune_block(
                     block, index, selected[index], streams, calibration.weights, plan, stored, so_far, ranks
                 )
-                _save_block(folder, index, selected[index], solved, stored, ranks)
+                save_block(folder, index, selected[index], solved, stored, ranks)
         results += solved
         progress(len(results), total, f"block {index + 1} of {len(blocks)}")
     return results
@@ -178,7 +178,7 @@ def _restore(folder: Path | None, index: int, matrices: Sequence[Matrix], ranks:
     """Put the weights that the first process finds in `folder` in their places everywhere."""
 
     def load() -> list[LayerResult]:
-        found = _load_block(folder, index, matrices)
+        found = load_block(folder, index, matrices)
         assert found is not None, f"{folder} has no block {index}"
         for matrix in matrices:
             matrix.weight.copy_(found[0][matrix.name])
@@ -218,7 +218,7 @@ def solve_alike(
     per_plan = [prunable(model, plan) for plan in plans.values()]
     selected, total = per_plan[0], len(plans) * sum(map(len, per_plan[0]))
     _, blocks = decoder_blocks(model)
-    saved = ranks.tell({folder: [_is_saved(folder, index) for index in range(len(blocks))] for folder in plans})
+    saved = ranks.tell({folder: [is_saved(folder, index) for index in range(len(blocks))] for folder in plans})
     if all(map(all, saved.values())):
         return
     streams = capture(model, calibration, batch_tokens, place=place, ranks=ranks)
@@ -241,7 +241,7 @@ def solve_alike(
                     solved += _solve(turn, sums, plan, stored, ranks)
                     progress(done + len(solved), total, turn[0][0].name)
                 results = _results(solved, index, matrices, plan, None, ranks)
-                _save_block(folder, index, matrices, results, stored, ranks)
+                save_block(folder, index, matrices, results, stored, ranks)
                 for one in solved:
                     one.matrix.weight.copy_(one.dense)
                 done += len(solved)
@@ -253,7 +253,7 @@ def results_in(folder: Path, selected: Sequence[Sequence[Matrix]], opened: Opene
     @contextmanager
     def with_results(index: int) -> Iterator[None]:
         with opened(index):
-            saved = _load_block(folder, index, selected[index])
+            saved = load_block(folder, index, selected[index])
             assert saved is not None, f"{folder} has no block {index}"
             for matrix in selected[index]:
                 matrix.weight.copy_(saved[0][matrix.name])
@@ -530,17 +530,18 @@ def _block_path(folder: Path, index: int) -> Path:
     return folder / f"block-{index:05d}"
 
 
-def _is_saved(folder: Path | None, index: int) -> bool:
+def is_saved(folder: Path | None, index: int) -> bool:
+    """Whether a block's result is in `folder`."""
     return folder is not None and _block_path(folder, index).with_suffix(".json").exists()
 
 
-def _save_block(
+def save_block(
     folder: Path | None,
     index: int,
     matrices: Sequence[Matrix],
     results: Sequence[LayerResult],
     stored: torch.dtype,
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Weights first, results last: the results file says that the block is complete. The first process writes."""
 
@@ -554,10 +555,11 @@ def _save_block(
     ranks.decide(write)
 
 
-def _load_block(
+def load_block(
     folder: Path | None, index: int, matrices: Sequence[Matrix]
 ) -> tuple[dict[str, Tensor], list[LayerResult]] | None:
-    if folder is None or not _is_saved(folder, index):
+    """A block's weights and results from `folder`, if they are there."""
+    if folder is None or not is_saved(folder, index):
         return None
     rows = read_json(_block_path(folder, index).with_suffix(".json"))
     pairs = ("shape", "block_error")

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from secateurs.allocators import ALLOCATORS, Allocator
 from secateurs.calibration import region_weights
-from secateurs.cuts import CUTS, Cut, FewerExperts, Width
+from secateurs.cuts import CUTS, Cut, FewerExperts, Hidden, Width
 from secateurs.experts import EXPERT_SCORES, ExpertScore
 from secateurs.goals import Goal, Propagate, check_goal
+from secateurs.narrow import NARROWINGS, Narrowing
 from secateurs.patterns import PATTERNS, Pattern, Unstructured
 from secateurs.questions import QuestionSet, question_set, unknown_name
 from secateurs.solvers import CUT_SOLVERS, SOLVERS, Solver
@@ -263,8 +264,8 @@ class Recipe(_Table):
             raise ValueError("sweep.sparsity needs a prune.pattern with a sparsity; an N:M pattern has only one")
         for pattern, solver in product(self.patterns, self.solvers):
             built, name = build_pattern(pattern), solver["name"]
-            cut, whole = isinstance(built, Cut), isinstance(built, FewerExperts)
-            allowed = EXPERT_SCORES if whole else CUT_SOLVERS if cut else SOLVERS
+            cut, own_way = isinstance(built, Cut), isinstance(built, (FewerExperts, Hidden))
+            allowed = next(names for kind, names in SOLVES if isinstance(built, kind))
             if name not in allowed:
                 raise ValueError(
                     f"solver `{name}` cannot solve for pattern `{pattern['name']}`; those that can: "
@@ -272,8 +273,10 @@ class Recipe(_Table):
                 )
             if isinstance(built, Width) and built.score == "loss" and name != "obs":
                 raise ValueError(f'pattern `width` with score = "loss" needs solver `obs`, found `{name}`')
-            if whole and (self.prune.goal != "own" or self.prune.tune.steps):
-                raise ValueError(f"pattern `{pattern['name']}` solves for nothing: it takes no goal and no tune")
+            if own_way and (self.prune.goal != "own" or self.prune.tune.steps):
+                raise ValueError(f"pattern `{pattern['name']}` has a way of its own: it takes no goal and no tune")
+            if isinstance(built, Hidden) and self.prune.propagate == "dense":
+                raise ValueError('pattern `hidden` fits a layer to what those before it give: no propagate = "dense"')
             if cut and (self.prune.targets or self.prune.ignore):
                 raise ValueError(
                     f"pattern `{pattern['name']}` cuts every block alike: it takes no targets and no ignore"
@@ -316,6 +319,15 @@ class Recipe(_Table):
         return self.sweep.pattern or [own | {"sparsity": sparsity} for sparsity in self.sweep.sparsity] or [own]
 
 
+# Which solvers can solve for a pattern: those of the first kind that it is of.
+SOLVES: tuple[tuple[Any, Mapping[str, Any]], ...] = (
+    (FewerExperts, EXPERT_SCORES),
+    (Hidden, NARROWINGS),
+    (Cut, CUT_SOLVERS),
+    (object, SOLVERS),
+)
+
+
 def solver_label(spec: Mapping[str, Any]) -> str:
     """How a report calls a solver: its name, with the options that were set."""
     options = ", ".join(f"{key}={value}" for key, value in spec.items() if key != "name")
@@ -327,9 +339,10 @@ def build_pattern(spec: Mapping[str, Any]) -> Pattern | Cut:
     return _build("pattern", PATTERNS | CUTS, spec)
 
 
-def build_solver(spec: Mapping[str, Any]) -> Solver | ExpertScore:
-    """The solver a table describes, or for experts the score. ValueError for an unknown name, key or value."""
-    return _build("solver", SOLVERS | CUT_SOLVERS | EXPERT_SCORES, spec)
+def build_solver(spec: Mapping[str, Any]) -> Solver | ExpertScore | Narrowing:
+    """The solver a table describes; for experts the score, for `hidden` how. ValueError for an unknown name, key or
+    value."""
+    return _build("solver", SOLVERS | CUT_SOLVERS | EXPERT_SCORES | NARROWINGS, spec)
 
 
 def build_allocator(spec: Mapping[str, Any]) -> Allocator:

@@ -52,7 +52,7 @@ from secateurs.calibration import (
 )
 from secateurs.checkpoint import Checkpoint
 from secateurs.collect import Opened, logits_of
-from secateurs.cuts import Cut, Depth, FewerExperts, Width
+from secateurs.cuts import Cut, Depth, FewerExperts, Hidden, Width
 from secateurs.engines import Completion, Engine, Request, Sampling, default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
@@ -61,6 +61,7 @@ from secateurs.export import export
 from secateurs.hub import HUB
 from secateurs.layer import Gram, LayerProblem
 from secateurs.models import Matrix, load_model, load_tokenizer, model_path
+from secateurs.narrow import Narrowing, narrow
 from secateurs.parallel import Progress, silent
 from secateurs.patterns import Pattern, Unstructured
 from secateurs.planner import Needs, Shelf, Where, choose, needs
@@ -85,7 +86,7 @@ from secateurs.rows import read_rows
 from secateurs.solvers.masking import Masking
 from secateurs.survey import blocks_to_drop, loss_roots, survey
 from secateurs.traces import Trace, TraceStore, apply_filters, merge_stores, read_provenance, read_traces
-from secateurs.trim import ExpertTrimmer, Smaller, Trimmer
+from secateurs.trim import ExpertTrimmer, Smaller, StreamTrimmer, Trimmer
 
 CHECKED_TRACES = 8  # of a server's, before it is believed
 CORPUS_ROWS = 20_000
@@ -619,6 +620,8 @@ def prune(
     stage = f"prune {label} {pattern}"
     if isinstance(pattern, FewerExperts):
         done = _without_experts(pattern, recipe, folder, dense, calibration, stage, progress)
+    elif isinstance(pattern, Hidden):
+        done = _narrower(pattern, recipe, folder, dense, calibration, stage, progress)
     else:
         patterns = allocate(recipe, out, seed, traced, dense, calibration, progress)
         roots = _loss_roots(recipe, out, seed, traced, dense, calibration, progress)
@@ -628,10 +631,10 @@ def prune(
         results = dense.ranks.tell(work).do(dense, progress)
         selected = pruner.prunable(dense.checkpoint.model, plan)
         pruned = pruner.results_in(folder / "blocks", selected, dense.checkpoint.opened)
-        done = _Solved(results, selected, pruned, Trimmer if isinstance(pattern, Cut) else None)
+        done = _Solved(dense.checkpoint, results, selected, pruned, Trimmer if isinstance(pattern, Cut) else None)
     seconds["prune"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    hidden = evaluate.drift(dense.checkpoint.model, reference, done.opened)
+    hidden = evaluate.drift(done.checkpoint.model, reference, done.opened, done.lift)
     seconds["hidden error"] = time.perf_counter() - clock
     clock = time.perf_counter()
     layers = [asdict(result) | {"shape": list(result.shape)} for result in done.results]
@@ -646,7 +649,7 @@ def prune(
         "calibration_tokens": calibration.tokens,
     }
     export(
-        dense.checkpoint,
+        done.checkpoint,
         dense.tokenizer,
         done.selected,
         done.opened,
@@ -670,10 +673,12 @@ def prune(
 class _Solved:
     """What a prune found, and how its blocks are seen and written."""
 
+    checkpoint: Checkpoint
     results: list[pruner.LayerResult]
     selected: Sequence[Sequence[Matrix]]
     opened: Opened
     smaller: Callable[[Checkpoint, Path], Smaller] | None
+    lift: Tensor | None = None
 
 
 def _without_experts(
@@ -696,7 +701,30 @@ def _without_experts(
             progress=lambda done, total, what: progress(stage, done, total, "blocks"),
         )  # fmt: skip
     results = [result for verdict in verdicts for result in verdict.results]
-    return _Solved(results, [[] for _ in verdicts], keeping(verdicts, model, opened), ExpertTrimmer)
+    seen = keeping(verdicts, model, opened)
+    return _Solved(dense.checkpoint, results, [[] for _ in verdicts], seen, ExpertTrimmer)
+
+
+def _narrower(
+    cut: Hidden,
+    recipe: Recipe,
+    folder: Path,
+    dense: Dense,
+    calibration: CalibrationSet,
+    stage: str,
+    progress: Progress,
+) -> _Solved:
+    """A cell with a narrower residual stream; the first process does it alone."""
+    how: Any = build_solver(recipe.prune.solver)
+    dense.forget()
+    with Shelf(_where(recipe, calibration, dense), folder) as place:
+        found = narrow(
+            dense.checkpoint, calibration, cut, how, folder, batch_tokens=recipe.calibration.batch_tokens, place=place,
+            progress=lambda done, total, what: progress(stage, done, total, "blocks"),
+        )  # fmt: skip
+    seen = pruner.results_in(folder / "blocks", found.selected, found.checkpoint.opened)
+    smaller = partial(StreamTrimmer, before=len(found.lift))
+    return _Solved(found.checkpoint, found.results, found.selected, seen, smaller, found.lift)
 
 
 @dataclass(frozen=True)
@@ -756,7 +784,7 @@ def _where(recipe: Recipe, calibration: CalibrationSet, dense: Dense) -> Where:
 
 def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int) -> Needs:
     """What each process will hold that prunes a cell, for so many tokens, padding and held-out ones included."""
-    together = 1 if isinstance(build_pattern(recipe.prune.pattern), FewerExperts) else dense.ranks.count
+    together = 1 if isinstance(build_pattern(recipe.prune.pattern), (FewerExperts, Hidden)) else dense.ranks.count
     return needs(
         dense.checkpoint.model,
         plan_of(recipe, dense),
@@ -776,7 +804,7 @@ def plan_of(recipe: Recipe, dense: Dense) -> pruner.Plan:
     return pruner.Plan(
         pattern=next(iter(patterns.values())) if isinstance(pattern, Cut) else pattern,
         patterns=patterns,
-        solver=Masking(score="magnitude") if isinstance(solver, ExpertScore) else solver,  # which nothing solves
+        solver=Masking(score="magnitude") if isinstance(solver, (ExpertScore, Narrowing)) else solver,  # not used
         propagate=recipe.prune.propagate,
         goal=recipe.prune.goal,
         tune=build_tune(recipe.prune.tune),
@@ -1017,7 +1045,7 @@ def estimate(recipe: Recipe, dense: Dense, plan: dict[str, Any]) -> dict[str, fl
     gram = Gram(torch.eye(weight.shape[1], device=weight.device), 1e6, 10**6)
     clock = time.perf_counter()
     for solver in map(build_solver, recipe.solvers):
-        if not isinstance(solver, ExpertScore):
+        if not isinstance(solver, (ExpertScore, Narrowing)):
             solver.solve(LayerProblem(name="probe", weight=weight, gram=gram, pattern=pattern))
     solve = (time.perf_counter() - clock) * len(matrices) / len(recipe.solvers)
     tokens = recipe.calibration.num_tokens + recipe.calibration.held_out_tokens

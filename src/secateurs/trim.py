@@ -142,6 +142,23 @@ class ExpertTrimmer:
         return 0
 
 
+class StreamTrimmer:
+    """Writes the folder of a checkpoint whose residual stream is narrower already than the `before` it had."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path, *, before: int) -> None:
+        self.checkpoint, self.folder, self.before = checkpoint, folder, before
+        checkpoint.copy_to(folder)
+
+    def write_block(self, index: int) -> None:
+        """See `Smaller.write_block`."""
+        self.checkpoint.write_block(index, self.folder)
+
+    def close(self) -> dict[str, Any]:
+        """See `Smaller.close`."""
+        now = self.checkpoint.model.get_input_embeddings().weight.shape[1]
+        return {"was": {"hidden_size": self.before}, "is": {"hidden_size": now}}
+
+
 def _finish(
     checkpoint: Checkpoint, folder: Path, files: Shards, changed: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:

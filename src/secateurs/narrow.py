@@ -1,0 +1,338 @@
+"""A narrower residual stream: its main directions, a model that has only those, and weights that make up for the rest.
+
+A stream h of d_model numbers becomes Qᵀh, with the k directions Q in which the normalised stream has most energy on the
+calibration tokens. RMS norms do not mind a rotation once their weights are folded into the matrices that read them
+(SliceGPT, Ashkboos et al. 2024, arXiv 2401.15024); one rotation for all blocks leaves nothing between them, so the
+result is a plain configuration. Then each matrix is fitted again, block by block, to what the dense model does.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from jaxtyping import Float32
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateurs.artifacts import atomic_folder, atomic_write
+from secateurs.calibration import CalibrationSet, worth
+from secateurs.checkpoint import Checkpoint, Shards
+from secateurs.collect import Place, Stream, capture, matrices_of
+from secateurs.cuts import Anatomy, Hidden, anatomy
+from secateurs.goals import Drift, imitate
+from secateurs.layer import Gram, Outcome
+from secateurs.models import Matrix, decoder
+from secateurs.pruner import LayerResult, is_saved, load_block, save_block
+
+STAGES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+"""The matrices of a block that are fitted at the same time, each on what those before it now give."""
+READERS = dict.fromkeys(STAGES[0], "input_layernorm") | dict.fromkeys(STAGES[2], "post_attention_layernorm")
+WRITERS = (*STAGES[1], *STAGES[3])
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """How a narrower stream is made: projected only, or fitted to the dense model's outputs and stream too."""
+
+    refit: bool
+
+
+NARROWINGS: dict[str, Callable[..., Narrowing]] = {
+    "pca": partial(Narrowing, refit=False),
+    "pca+refit": partial(Narrowing, refit=True),
+}
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """A narrower model on disk, whose blocks have what was found for them while `opened`."""
+
+    checkpoint: Checkpoint
+    selected: list[list[Matrix]]
+    results: list[LayerResult]
+    lift: Float32[Tensor, "d_model k"]
+    """Times its final hidden states: the dense model's, as near as they can be had."""
+
+
+@torch.no_grad()
+def narrow(
+    dense: Checkpoint,
+    calibration: CalibrationSet,
+    cut: Hidden,
+    how: Narrowing,
+    folder: Path,
+    *,
+    batch_tokens: int = 2048,
+    place: Place = lambda hidden: hidden,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Narrowed:
+    """Write the narrower model to `folder`: `projected`, a checkpoint, and `blocks`, the weights found for each block.
+
+    Called again, it goes on after the last block. Memory: a block of both models, the hidden states of both, and what
+    the block's matrices give for one batch. ValueError for a model of another kind than KNOWN.
+    """
+    body = anatomy(dense.model)
+    directions = _directions(dense, calibration, folder / "directions.safetensors", batch_tokens, place)
+    basis = directions[:, : cut.kept(body)].to(dense.device)
+    if not (folder / "projected").exists():
+        _project(dense, body, basis, folder / "projected")
+    computes = "float32" if dense.model.dtype == torch.float32 else "checkpoint"
+    small = Checkpoint(str(folder / "projected"), device=str(dense.device), compute_dtype=computes)
+    selected = [list(matrices_of(block, f"{small.prefix}.{index}")) for index, block in enumerate(small.blocks)]
+    saved, results = folder / "blocks", list[LayerResult]()
+    complete = all(is_saved(saved, index) for index in range(len(selected)))
+    pairs = [] if complete else _pairs(dense, small, calibration, batch_tokens, place)
+    fit = _Fit(basis, str(cut), how.refit, dense.stored, calibration.weights, pairs)
+    for index, (old, new) in enumerate(zip(dense.blocks, small.blocks, strict=True)):
+        found = load_block(saved, index, selected[index])
+        with nullcontext() if complete else dense.opened(index), nullcontext() if complete else small.opened(index):
+            if found is None:
+                done = fit.block(old, new, index, selected[index])
+                save_block(saved, index, selected[index], done, dense.stored)
+            else:
+                weights, done = found
+                for matrix in () if complete else selected[index]:
+                    matrix.weight.copy_(weights[matrix.name])
+            for pair in pairs:
+                for stream, block in ((pair.dense, old), (pair.small, new)):
+                    stream.hidden.copy_(stream.run(block, index))
+        results += done
+        progress(index + 1, len(selected), f"block {index + 1} of {len(selected)}")
+    every = torch.eye(body.d_model, device=dense.device)
+    return Narrowed(small, selected, results, _folded(every, _last_norm(dense.model).weight, basis).cpu())
+
+
+def _directions(
+    dense: Checkpoint, calibration: CalibrationSet, file: Path, batch_tokens: int, place: Place
+) -> Float32[Tensor, "d_model d_model"]:
+    """The principal directions of what the norms of the dense model give without their weights, the largest first."""
+    if not file.exists():
+        streams = capture(dense.model, replace(calibration, held_out=()), batch_tokens, place=place)
+        moments = Gram.zeros(len(_last_norm(dense.model).weight), dense.device)
+
+        def add(stream: Stream, hidden: Tensor) -> None:
+            unit = nn.functional.normalize(hidden.to(dense.device).float(), dim=-1)
+            moments.update(unit, worth(stream.batch.regions, calibration.weights).to(dense.device))
+
+        for index, block in enumerate(dense.blocks):
+            with dense.opened(index):
+                for stream in streams:
+                    add(stream, stream.hidden)
+                    watched = _watch(block, index, stream)
+                    add(stream, watched.between)
+                    stream.hidden.copy_(watched.after)
+        for stream in streams:
+            add(stream, stream.hidden)
+        vectors = torch.linalg.eigh(moments.xtx.double())[1].flip(1)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, save({"directions": vectors.float().cpu().contiguous()}))
+    return load_file(file)["directions"]
+
+
+def _folded(weight: Tensor, norm: Tensor, basis: Tensor) -> Float32[Tensor, "d_out k"]:
+    """A matrix that reads a norm's output, for the narrower stream and a norm without weights over fewer numbers."""
+    d, k = basis.shape
+    return (weight.float() * norm.float()) @ basis * (d / k) ** 0.5
+
+
+def _project(dense: Checkpoint, body: Anatomy, basis: Tensor, out: Path) -> None:
+    """Write the model with its stream in other directions, and only some of them: exact, if they are all there.
+
+    With a head of its own, as embeddings have no norm's weights in them.
+    """
+    model: Any = dense.model
+    norm, head = _last_norm(model).weight, model.get_output_embeddings().weight
+    around = {
+        f"{_name_of(model, model.get_input_embeddings())}.weight": model.get_input_embeddings().weight.float() @ basis,
+        f"{_name_of(model, _last_norm(model))}.weight": torch.ones(basis.shape[1]),
+        f"{_name_of(model, model.get_output_embeddings())}.weight": _folded(head, norm, basis),
+    }
+    with atomic_folder(out) as folder:
+        files = Shards(folder, "model")
+        for name, tensor in around.items():
+            files.add(name, tensor.to("cpu", dense.stored).contiguous())
+        for index in range(body.blocks):
+            with dense.opened(index):
+                weights = dict(dense.blocks[index].state_dict())
+            for name, tensor in weights.items():
+                part, kind = name.rsplit(".", 1)
+                if part in READERS and kind == "weight":
+                    tensor = _folded(tensor, weights[f"{READERS[part]}.weight"], basis)
+                elif part in WRITERS:
+                    tensor = basis.T @ tensor.float()
+                elif part in READERS.values():
+                    tensor = torch.ones(basis.shape[1])
+                files.add(f"{dense.prefix}.{index}.{name}", tensor.to("cpu", dense.stored).contiguous())
+        files.close()
+        dense.copy_settings(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"hidden_size": basis.shape[1], "head_dim": body.head_dim, "tie_word_embeddings": False}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The same documents on their way through both models."""
+
+    dense: Stream
+    small: Stream
+
+
+def _pairs(
+    dense: Checkpoint, small: Checkpoint, calibration: CalibrationSet, batch_tokens: int, place: Place
+) -> list[_Pair]:
+    streams = (capture(one.model, calibration, batch_tokens, place=place) for one in (dense, small))
+    return [_Pair(*both) for both in zip(*streams, strict=True)]
+
+
+@dataclass
+class _Watched:
+    """A block at work on a batch: what some of its linears receive and give (without bias), the stream between its
+    attention and its MLP, and after it."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    between: Tensor
+    after: Tensor
+
+
+def _watch(block: nn.Module, index: int, stream: Stream, parts: Sequence[str] = ()) -> _Watched:
+    seen = _Watched({}, {}, torch.empty(0), torch.empty(0))
+
+    def note(part: str) -> Callable[..., None]:
+        def hook(linear: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
+            seen.inputs[part], seen.outputs[part] = args[0], out if linear.bias is None else out - linear.bias
+
+        return hook
+
+    def note_between(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.between = args[0]
+
+    with ExitStack() as stack:
+        for part in parts:
+            stack.callback(block.get_submodule(part).register_forward_hook(note(part)).remove)
+        norm = block.get_submodule("post_attention_layernorm")
+        stack.callback(norm.register_forward_pre_hook(note_between).remove)
+        seen.after = stream.run(block, index)
+    return seen
+
+
+class _Sums:
+    """Over some tokens: the Gram of a stage's inputs, and for each matrix what its output lacks, as sums with them."""
+
+    def __init__(self, d_in: int, device: torch.device) -> None:
+        self.gram = Gram.zeros(d_in, device)
+        self.lacking: dict[str, Tensor] = {}
+        self.lost: dict[str, float] = {}
+        self.size: dict[str, float] = {}
+
+    def add(self, part: str, x: Tensor, off: Tensor, wanted: Tensor, counts: Tensor) -> None:
+        """Tokens x [tokens, d_in], what is wanted of a matrix for them, and how far off that is [tokens, d_out]."""
+        weighted = off * counts[:, None]
+        self.lacking[part] = self.lacking.get(part, 0) + weighted.T @ x
+        self.lost[part] = self.lost.get(part, 0.0) + float((weighted * off).sum(dtype=torch.float64))
+        more = (wanted.square().sum(1) * counts).sum(dtype=torch.float64)
+        self.size[part] = self.size.get(part, 0.0) + float(more)
+
+    def error(self, part: str, change: Tensor) -> float | None:
+        """The relative error when a matrix has changed by so much; None without tokens."""
+        if not self.gram.tokens:
+            return None
+        moved = ((change @ self.gram.xtx - 2 * self.lacking[part]) * change).sum(dtype=torch.float64)
+        return max(self.lost[part] + float(moved), 0.0) / self.size[part]
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Fits blocks of the narrower model, one after the other."""
+
+    basis: Tensor
+    pattern: str
+    refit: bool
+    stored: torch.dtype
+    weights: Mapping[str, float]
+    pairs: Sequence[_Pair]
+
+    def block(self, old: nn.Module, new: nn.Module, index: int, matrices: Sequence[Matrix]) -> list[LayerResult]:
+        """Fit its matrices, stage by stage, in place."""
+        results = {}
+        for stage in STAGES:
+            parts = {part: matrix for matrix in matrices for part in stage if matrix.name.endswith(f".{part}")}
+            clock = perf_counter()
+            train, held = self._sums(old, new, index, list(parts))
+            for part, matrix in parts.items():
+                change = self._change(part, matrix, train, held)
+                results[matrix.name] = self._result(
+                    part, matrix, index, old, train, held, change, perf_counter() - clock
+                )
+                clock = perf_counter()
+        return [results[matrix.name] for matrix in matrices]
+
+    def _sums(self, old: nn.Module, new: nn.Module, index: int, parts: Sequence[str]) -> tuple[_Sums, _Sums]:
+        linear: Any = new.get_submodule(parts[0])
+        sums = [_Sums(linear.in_features, linear.weight.device) for _ in range(2)]
+        for pair in self.pairs:
+            wide, small = _watch(old, index, pair.dense, parts), _watch(new, index, pair.small, parts)
+            regions = pair.dense.batch.regions.to(linear.weight.device)
+            counts = (regions > 0).float() if pair.dense.held_out else worth(regions, self.weights).float()
+            real = counts > 0
+            into = sums[pair.dense.held_out]
+            x = small.inputs[parts[0]][real].float()
+            into.gram.update(x, counts[real])
+            for part in parts:
+                given, wanted = small.outputs[part][real].float(), wide.outputs[part][real].float()
+                if part in WRITERS:
+                    wanted = self._lacking(part, pair, wide, small, new)[real]
+                into.add(part, x, wanted - given, wanted, counts[real])
+        return sums[0], sums[1]
+
+    def _lacking(self, part: str, pair: _Pair, wide: _Watched, small: _Watched, new: nn.Module) -> Tensor:
+        """What a matrix must write to the narrower stream so that it is what the dense model's is in its directions."""
+        bias: Any = new.get_submodule(part).bias
+        goal, now = (wide.between, pair.small.hidden) if part == WRITERS[0] else (wide.after, small.between)
+        wanted = goal.float() @ self.basis - now.to(goal.device).float()
+        return wanted if bias is None else wanted - bias.float()
+
+    def _change(self, part: str, matrix: Matrix, train: _Sums, held: _Sums) -> Tensor:
+        """Change a matrix, and say by how much."""
+        before = matrix.weight.float()
+        if self.refit:
+            nothing = torch.zeros_like(train.gram.xtx)
+            judge = held if held.gram.tokens else train
+            goal = imitate(
+                before, train.gram, Drift(nothing, train.lacking[part]), judge.gram, Drift(nothing, judge.lacking[part])
+            )
+            matrix.weight.copy_(goal.target.to(self.stored))
+        return matrix.weight.float() - before
+
+    def _result(
+        self, part: str, matrix: Matrix, index: int, old: nn.Module, train: _Sums, held: _Sums, change: Tensor,
+        seconds: float,
+    ) -> LayerResult:  # fmt: skip
+        weight: Any = old.get_submodule(part).weight
+        zeros = weight.numel() - matrix.weight.numel()
+        return LayerResult(
+            name=matrix.name, block=index, shape=tuple(weight.shape), pattern=self.pattern, zeros_asked=zeros,
+            zeros=zeros, error_train=train.error(part, change) or 0.0, error_held_out=held.error(part, change),
+            error_by_region={}, damp=0.0, seconds=seconds, outcome=str(Outcome.OK), tokens=train.gram.tokens,
+        )  # fmt: skip
+
+
+def _last_norm(model: PreTrainedModel) -> Any:
+    return decoder(model).norm
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
