@@ -141,7 +141,7 @@ def test_what_is_fitted_is_nearer_to_the_dense_model(tmp_path):
         error[how] = states["late_think"]
     fitted, projected = found["pca+refit"].results, found["pca"].results
     for one, other in zip(fitted[:3], projected[:3], strict=True):  # these see the same inputs
-        assert one.error_held_out <= other.error_held_out
+        assert one.error_held_out < 0.99 * other.error_held_out and one.error_train < 0.99 * other.error_train
     assert sum(one.error_held_out for one in fitted) < 0.7 * sum(one.error_held_out for one in projected)
     assert error["pca+refit"] < 0.9 * error["pca"]
 

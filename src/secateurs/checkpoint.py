@@ -117,7 +117,17 @@ class Checkpoint:
 
     def write_block(self, index: int, folder: Path) -> None:
         """Put the weights that block `index` has now, while it is open, in their places in a copy of the files."""
-        for key, data in self.block_weights(index).items():
+        self._write(self.block_weights(index), folder)
+
+    def write_head(self, folder: Path) -> None:
+        """Put the weights that the head has now in their place in a copy of the files. It must not be tied."""
+        head: Any = self.model.get_output_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is head)
+        key = next(key for key, there in self.names.items() if there == f"{name}.weight")
+        self._write({key: head.weight.to("cpu", DTYPES[self.places[key].dtype]).contiguous()}, folder)
+
+    def _write(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        for key, data in weights.items():
             place = self.places[key]
             if tuple(data.shape) != place.shape or data.nbytes != place.size:
                 raise RuntimeError(f"{key} is {tuple(data.shape)} now, and was {place.shape} in {place.file}")

@@ -63,7 +63,7 @@ class Narrowed:
     selected: list[list[Matrix]]
     results: list[LayerResult]
     lift: Float32[Tensor, "d_model k"]
-    """Times its final hidden states: the dense model's, as near as they can be had."""
+    """Times its final hidden states: the dense model's, as near as they can be had. In its head already."""
 
 
 @torch.no_grad()
@@ -92,7 +92,8 @@ def narrow(
     small = Checkpoint(str(folder / "projected"), device=str(dense.device), compute_dtype=computes)
     selected = [list(matrices_of(block, f"{small.prefix}.{index}")) for index, block in enumerate(small.blocks)]
     saved, results = folder / "blocks", list[LayerResult]()
-    complete = all(is_saved(saved, index) for index in range(len(selected)))
+    last = folder / "lift.safetensors"
+    complete = last.exists() and all(is_saved(saved, index) for index in range(len(selected)))
     pairs = [] if complete else _pairs(dense, small, calibration, batch_tokens, place)
     fit = _Fit(basis, str(cut), how.refit, dense.stored, calibration.weights, pairs)
     for index, (old, new) in enumerate(zip(dense.blocks, small.blocks, strict=True)):
@@ -110,8 +111,14 @@ def narrow(
                     stream.hidden.copy_(stream.run(block, index))
         results += done
         progress(index + 1, len(selected), f"block {index + 1} of {len(selected)}")
-    every = torch.eye(body.d_model, device=dense.device)
-    return Narrowed(small, selected, results, _folded(every, _last_norm(dense.model).weight, basis).cpu())
+    if not complete:
+        every = torch.eye(body.d_model, device=dense.device)
+        lift = fit.lift(_folded(every, _last_norm(dense.model).weight, basis))
+        atomic_write(last, save({"lift": lift.cpu().contiguous()}))
+    lift = load_file(last)["lift"]
+    heads: Any = [one.model.get_output_embeddings() for one in (small, dense)]
+    heads[0].weight.copy_((heads[1].weight.float() @ lift.to(dense.device)).to(dense.stored))
+    return Narrowed(small, selected, results, lift)
 
 
 def _directions(
@@ -273,7 +280,10 @@ class _Fit:
             clock = perf_counter()
             train, held = self._sums(old, new, index, list(parts))
             for part, matrix in parts.items():
-                change = self._change(part, matrix, train, held)
+                before = matrix.weight.to(torch.float32, copy=True)
+                if self.refit:
+                    matrix.weight.copy_(self._fitted(before, part, train, held).to(self.stored))
+                change = matrix.weight.float() - before
                 results[matrix.name] = self._result(
                     part, matrix, index, old, train, held, change, perf_counter() - clock
                 )
@@ -285,8 +295,7 @@ class _Fit:
         sums = [_Sums(linear.in_features, linear.weight.device) for _ in range(2)]
         for pair in self.pairs:
             wide, small = _watch(old, index, pair.dense, parts), _watch(new, index, pair.small, parts)
-            regions = pair.dense.batch.regions.to(linear.weight.device)
-            counts = (regions > 0).float() if pair.dense.held_out else worth(regions, self.weights).float()
+            counts = self._counts(pair, linear.weight.device)
             real = counts > 0
             into = sums[pair.dense.held_out]
             x = small.inputs[parts[0]][real].float()
@@ -305,17 +314,28 @@ class _Fit:
         wanted = goal.float() @ self.basis - now.to(goal.device).float()
         return wanted if bias is None else wanted - bias.float()
 
-    def _change(self, part: str, matrix: Matrix, train: _Sums, held: _Sums) -> Tensor:
-        """Change a matrix, and say by how much."""
-        before = matrix.weight.float()
-        if self.refit:
-            nothing = torch.zeros_like(train.gram.xtx)
-            judge = held if held.gram.tokens else train
-            goal = imitate(
-                before, train.gram, Drift(nothing, train.lacking[part]), judge.gram, Drift(nothing, judge.lacking[part])
-            )
-            matrix.weight.copy_(goal.target.to(self.stored))
-        return matrix.weight.float() - before
+    def lift(self, before: Tensor) -> Tensor:
+        """What turns the final states of the narrower model into the dense model's [d_model, k]: `before`, fitted."""
+        train, held = (_Sums(before.shape[1], before.device) for _ in range(2))
+        for pair in self.pairs if self.refit else ():
+            x, wanted = (one.shell.leave(one.batch, one.hidden) for one in (pair.small, pair.dense))
+            counts = self._counts(pair, x.device)
+            real = counts > 0
+            into, x, wanted = held if pair.dense.held_out else train, x[real].float(), wanted[real].float()
+            into.gram.update(x, counts[real])
+            into.add("", x, wanted - x @ before.T, wanted, counts[real])
+        return self._fitted(before, "", train, held) if self.refit else before
+
+    def _counts(self, pair: _Pair, device: torch.device) -> Tensor:
+        """What each token of a batch counts for."""
+        regions = pair.dense.batch.regions.to(device)
+        return (regions > 0).float() if pair.dense.held_out else worth(regions, self.weights).float()
+
+    def _fitted(self, before: Tensor, part: str, train: _Sums, held: _Sums) -> Tensor:
+        """A matrix that makes up for what its outputs lack, as far as that helps tokens that are held out."""
+        nothing, judge = torch.zeros_like(train.gram.xtx), held if held.gram.tokens else train
+        drift, held_drift = (Drift(nothing, sums.lacking[part]) for sums in (train, judge))
+        return imitate(before, train.gram, drift, judge.gram, held_drift).target
 
     def _result(
         self, part: str, matrix: Matrix, index: int, old: nn.Module, train: _Sums, held: _Sums, change: Tensor,

@@ -155,8 +155,9 @@ class StreamTrimmer:
 
     def close(self) -> dict[str, Any]:
         """See `Smaller.close`."""
-        now = self.checkpoint.model.get_input_embeddings().weight.shape[1]
-        return {"was": {"hidden_size": self.before}, "is": {"hidden_size": now}}
+        self.checkpoint.write_head(self.folder)
+        embeddings: Any = self.checkpoint.model.get_input_embeddings()
+        return {"was": {"hidden_size": self.before}, "is": {"hidden_size": embeddings.weight.shape[1]}}
 
 
 def _finish(
