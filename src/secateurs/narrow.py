@@ -81,7 +81,7 @@ def narrow(
     """Write the narrower model to `folder`: `projected`, a checkpoint, and `blocks`, the weights found for each block.
 
     Called again, it goes on after the last block. Memory: a block of both models, the hidden states of both, and what
-    the block's matrices give for one batch. ValueError for a model of another kind than KNOWN.
+    the block's matrices give for one batch. ValueError for a stream that cannot be narrowed (`cuts.Hidden`).
     """
     body = anatomy(dense.model)
     directions = _directions(dense, calibration, folder / "directions.safetensors", batch_tokens, place)
