@@ -41,11 +41,11 @@ def test_problems_hold_weights_and_three_grams_that_share_no_question(tmp_path):
         "--matrices",
         "o_proj",
         "--set",
-        "calibration.num_tokens=500",
+        "calibration.num_tokens=200",
         "--set",
-        "calibration.held_out_tokens=500",
+        "calibration.held_out_tokens=200",
     ]
-    command += ["--set", "resources.batch_size=8", "--set", "traces.sampling.max_new_tokens=64"]
+    command += ["--set", "resources.batch_size=8", "--set", "traces.sampling.max_new_tokens=32"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     tensors = load_file(out)
     name = "model.layers.0.self_attn.o_proj"

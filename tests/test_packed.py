@@ -98,8 +98,10 @@ def test_int4_of_the_wrong_size_is_refused(part):
     matrix = PackedMatrix.of(sparse(5, 70), "int4")
     matrix.check("layer")
     short = matrix.tensors[part][:, :-1].contiguous()
-    with pytest.raises(ValueError, match="its tensors are not those of a 5 x 70 matrix"):
-        PackedMatrix(5, 70, {**matrix.tensors, part: short}).check("layer")
+    more = {"scale": torch.ones(5), "bits": torch.zeros(5, 2, dtype=torch.int64)}
+    for wrong in ({part: short}, *({key: tensor} for key, tensor in more.items())):  # one too many moves the others
+        with pytest.raises(ValueError, match="its tensors are not those of a 5 x 70 matrix"):
+            PackedMatrix(5, 70, {**matrix.tensors, **wrong}).check("layer")
 
 
 @compiled
@@ -249,6 +251,8 @@ def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):
     assert "0 of 29 matrices packed, 100.0 % of weights kept" in " ".join(capsys.readouterr().err.split())
     assert call(monkeypatch, "pack", "bundled", "--out", str(tmp_path / "other"), "--weights", "int9") == 2
     assert "--weights is 'int9'; it must be bf16, int8 or int4" in capsys.readouterr().err
+    assert call(monkeypatch, "pack", "bundled", "--out", str(tmp_path / "four"), "--weights", "int4", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] < 0.3 * 2 * 840_000
     words = ["bench", "bundled", str(tmp_path / "packed"), "--batch", "1", "--context", "8", "--tokens", "2"]
     words += ["--rounds", "1", "--threads", "1", "--recipe", "demo", "--set", "evaluate.num_questions=2", "--json"]
     assert call(monkeypatch, *words, "--out", str(tmp_path / "figures.json")) == 0

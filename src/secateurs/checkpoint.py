@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from secateurs.models import cannot_be_loaded, check_folder, decoder_blocks, model_path
+from secateurs.models import cannot_be_loaded, check_folder, decoder_blocks, model_path, name_of
 
 ComputeDtype = Literal["auto", "checkpoint", "float32"]
 INDEX = "model.safetensors.index.json"
@@ -122,8 +122,8 @@ class Checkpoint:
     def write_head(self, folder: Path) -> None:
         """Put the weights that the head has now in their place in a copy of the files. It must not be tied."""
         head: Any = self.model.get_output_embeddings()
-        name = next(name for name, module in self.model.named_modules() if module is head)
-        key = next(key for key, there in self.names.items() if there == f"{name}.weight")
+        weight = f"{name_of(self.model, head)}.weight"
+        key = next(key for key, name in self.names.items() if name == weight)
         self._write({key: head.weight.to("cpu", DTYPES[self.places[key].dtype]).contiguous()}, folder)
 
     def _write(self, weights: Mapping[str, Tensor], folder: Path) -> None:

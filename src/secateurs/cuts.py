@@ -2,7 +2,8 @@
 
 A cut is carried out in two steps. The block loop prunes the matrices that write to the residual stream by whole inputs
 (`patterns.Columns`): an MLP's neurons go with columns of `down_proj`, heads with columns of `o_proj`, a block with all
-columns of both. Then `trim` writes a checkpoint without what nothing reads any more. Experts are not solved for.
+columns of both. Then `trim` writes a checkpoint without what nothing reads any more. Experts are not solved for
+(`experts`), and a stream gets narrower in directions of its own (`narrow`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -222,8 +223,7 @@ class Hidden:
 
     def patterns(self, model: PreTrainedModel) -> dict[str, Columns]:
         """See `Cut.patterns`: as many zeros as what goes; of matrices that write to the stream, rows go."""
-        config: Any = model.config.get_text_config(decoder=True)
-        if config.model_type not in PLAIN_STREAMS:
+        if model.config.model_type not in PLAIN_STREAMS:
             raise ValueError(
                 f"the stream of {type(model).__name__} cannot be made narrower, only that of "
                 f"{', '.join(PLAIN_STREAMS)}; width or depth can be cut, or single weights"

@@ -10,12 +10,14 @@ GONE = "loads it as a dense model; its sparse kernels were removed in 2026"
 def gains(pattern: Pattern | Cut) -> list[tuple[str, str]]:
     """(engine, what it gains) for the output of a pattern. What is not measured by `secateurs bench` is no promise."""
     if isinstance(pattern, Cut):
-        cache = not isinstance(pattern, (Width, Hidden)) or getattr(pattern, "attention", "") == "kv_heads"
+        cache = pattern.attention == "kv_heads" if isinstance(pattern, Width) else not isinstance(pattern, Hidden)
         said = f"about 1 / (1 - {pattern.sparsity:g}) in its blocks" + (", and a smaller KV cache" if cache else "")
         if isinstance(pattern, FewerExperts):
             said = (
                 f"{100 * pattern.sparsity:g} % of the experts' memory; a token goes to as many, so time only in batches"
             )
+        if isinstance(pattern, Hidden) or (isinstance(pattern, Width) and pattern.attention != "none"):
+            said += "; a Qwen2 only in transformers, as others take head_dim from the width"
         return [
             (engine, said) for engine in ("transformers", "vLLM", "SGLang", "TensorRT-LLM", "llama.cpp", "OpenVINO")
         ]

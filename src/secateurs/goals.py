@@ -30,18 +30,22 @@ class Drift:
     """How far the layer's inputs, and the stream its output is added to, are from the dense model's: sums over tokens.
 
     `inputs` = sum w (x_dense - x) x^T and, for a layer that writes to the residual stream, `stream` = sum w (h_dense -
-    h) x^T. Differences, so that they lose no digits where the two models still agree. Adds up and scales like a `Gram`.
+    h) x^T. Differences, so that they lose no digits where the two models still agree; either may be left out. Adds up
+    and scales like a `Gram`.
     """
 
-    inputs: Float32[Tensor, "d_in d_in"]
+    inputs: Float32[Tensor, "d_in d_in"] | None
     stream: Float32[Tensor, "d_out d_in"] | None = None
 
     def __add__(self, other: "Drift") -> "Drift":
-        together = None if self.stream is None or other.stream is None else self.stream + other.stream
-        return Drift(self.inputs + other.inputs, together)
+        return Drift(_plus(self.inputs, other.inputs), _plus(self.stream, other.stream))
 
     def __mul__(self, factor: float) -> "Drift":
-        return Drift(self.inputs * factor, None if self.stream is None else self.stream * factor)
+        return Drift(*(None if one is None else one * factor for one in (self.inputs, self.stream)))
+
+
+def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else one + other
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,18 +81,21 @@ def imitate(
     def solve(moments: Tensor) -> Tensor:
         return torch.cholesky_solve((moments / scale).T, lower).T / scale * live
 
-    directions = [solve(dense @ drift.inputs)]
-    wanted = dense @ held_drift.inputs
+    directions: dict[str, Tensor] = {}
+    wanted = torch.zeros_like(dense)
+    if drift.inputs is not None and held_drift.inputs is not None:
+        directions["alpha"] = solve(dense @ drift.inputs)
+        wanted += dense @ held_drift.inputs
     if drift.stream is not None and held_drift.stream is not None:
-        directions.append(solve(drift.stream))
-        wanted = wanted + held_drift.stream
-    images = [direction @ held_gram.xtx for direction in directions]
-    curvature = [[float((image * other).sum(dtype=torch.float64)) for other in directions] for image in images]
-    slope = [float((direction * wanted).sum(dtype=torch.float64)) for direction in directions]
-    shares = _least_in_box(curvature, slope)
-    target = dense + sum(share * direction for share, direction in zip(shares, directions, strict=True))
-    alpha, beta = (*shares, 0.0)[:2]
-    return Imitation(target.to(weight.dtype), alpha, beta)
+        directions["beta"] = solve(drift.stream)
+        wanted += held_drift.stream
+    steps = list(directions.values())
+    images = [step @ held_gram.xtx for step in steps]
+    curvature = [[float((image * other).sum(dtype=torch.float64)) for other in steps] for image in images]
+    slope = [float((step * wanted).sum(dtype=torch.float64)) for step in steps]
+    shares = dict(zip(directions, _least_in_box(curvature, slope), strict=True))
+    target = dense + sum(share * directions[name] for name, share in shares.items())
+    return Imitation(target.to(weight.dtype), shares.get("alpha", 0.0), shares.get("beta", 0.0))
 
 
 def _least_in_box(curvature: list[list[float]], slope: list[float]) -> tuple[float, ...]:

@@ -257,6 +257,11 @@ def chosen(names: Sequence[str], targets: Sequence[str], ignore: Sequence[str]) 
     return [name for name in names if name in kept]
 
 
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """What a module of a model is called."""
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The part that turns ids into final hidden states, without lm_head."""
     return model.get_decoder()

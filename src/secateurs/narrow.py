@@ -26,9 +26,9 @@ from secateurs.calibration import CalibrationSet, worth
 from secateurs.checkpoint import Checkpoint, Shards
 from secateurs.collect import Place, Stream, capture, matrices_of
 from secateurs.cuts import Anatomy, Hidden, anatomy
-from secateurs.goals import Drift, imitate
+from secateurs.goals import Drift, Imitation, imitate
 from secateurs.layer import Gram, Outcome
-from secateurs.models import Matrix, decoder
+from secateurs.models import Matrix, decoder, name_of
 from secateurs.pruner import LayerResult, is_saved, load_block, save_block
 
 STAGES = (
@@ -80,8 +80,9 @@ def narrow(
 ) -> Narrowed:
     """Write the narrower model to `folder`: `projected`, a checkpoint, and `blocks`, the weights found for each block.
 
-    Called again, it goes on after the last block. Memory: a block of both models, the hidden states of both, and what
-    the block's matrices give for one batch. ValueError for a stream that cannot be narrowed (`cuts.Hidden`).
+    Called again, it goes on after the last block. Memory: embeddings and heads, a block and the hidden states of both
+    models, and what the block's matrices give for one batch. ValueError for a stream that cannot be narrowed
+    (`cuts.Hidden`).
     """
     body = anatomy(dense.model)
     directions = _directions(dense, calibration, folder / "directions.safetensors", batch_tokens, place)
@@ -89,7 +90,10 @@ def narrow(
     if not (folder / "projected").exists():
         _project(dense, body, basis, folder / "projected")
     computes = "float32" if dense.model.dtype == torch.float32 else "checkpoint"
-    small = Checkpoint(str(folder / "projected"), device=str(dense.device), compute_dtype=computes)
+    small = Checkpoint(
+        str(folder / "projected"), device=str(dense.device), compute_dtype=computes,
+        trust_remote_code=dense.trust_remote_code,
+    )  # fmt: skip
     selected = [list(matrices_of(block, f"{small.prefix}.{index}")) for index, block in enumerate(small.blocks)]
     saved, results = folder / "blocks", list[LayerResult]()
     last = folder / "lift.safetensors"
@@ -162,9 +166,9 @@ def _project(dense: Checkpoint, body: Anatomy, basis: Tensor, out: Path) -> None
     model: Any = dense.model
     norm, head = _last_norm(model).weight, model.get_output_embeddings().weight
     around = {
-        f"{_name_of(model, model.get_input_embeddings())}.weight": model.get_input_embeddings().weight.float() @ basis,
-        f"{_name_of(model, _last_norm(model))}.weight": torch.ones(basis.shape[1]),
-        f"{_name_of(model, model.get_output_embeddings())}.weight": _folded(head, norm, basis),
+        f"{name_of(model, model.get_input_embeddings())}.weight": model.get_input_embeddings().weight.float() @ basis,
+        f"{name_of(model, _last_norm(model))}.weight": torch.ones(basis.shape[1]),
+        f"{name_of(model, model.get_output_embeddings())}.weight": _folded(head, norm, basis),
     }
     with atomic_folder(out) as folder:
         files = Shards(folder, "model")
@@ -258,7 +262,8 @@ class _Sums:
         if not self.gram.tokens:
             return None
         moved = ((change @ self.gram.xtx - 2 * self.lacking[part]) * change).sum(dtype=torch.float64)
-        return max(self.lost[part] + float(moved), 0.0) / self.size[part]
+        lost = max(self.lost[part] + float(moved), 0.0)
+        return lost / self.size[part] if self.size[part] else float(lost > 0)
 
 
 @dataclass(frozen=True)
@@ -280,13 +285,13 @@ class _Fit:
             clock = perf_counter()
             train, held = self._sums(old, new, index, list(parts))
             for part, matrix in parts.items():
-                before = matrix.weight.to(torch.float32, copy=True)
+                before, beta = matrix.weight.to(torch.float32, copy=True), 0.0
                 if self.refit:
-                    matrix.weight.copy_(self._fitted(before, part, train, held).to(self.stored))
-                change = matrix.weight.float() - before
-                results[matrix.name] = self._result(
-                    part, matrix, index, old, train, held, change, perf_counter() - clock
-                )
+                    found = self._fitted(before, part, train, held)
+                    matrix.weight.copy_(found.target.to(self.stored))
+                    beta = found.beta
+                change, seconds = matrix.weight.float() - before, perf_counter() - clock
+                results[matrix.name] = self._result(part, matrix, index, old, train, held, change, beta, seconds)
                 clock = perf_counter()
         return [results[matrix.name] for matrix in matrices]
 
@@ -324,22 +329,22 @@ class _Fit:
             into, x, wanted = held if pair.dense.held_out else train, x[real].float(), wanted[real].float()
             into.gram.update(x, counts[real])
             into.add("", x, wanted - x @ before.T, wanted, counts[real])
-        return self._fitted(before, "", train, held) if self.refit else before
+        return self._fitted(before, "", train, held).target if self.refit else before
 
     def _counts(self, pair: _Pair, device: torch.device) -> Tensor:
         """What each token of a batch counts for."""
         regions = pair.dense.batch.regions.to(device)
         return (regions > 0).float() if pair.dense.held_out else worth(regions, self.weights).float()
 
-    def _fitted(self, before: Tensor, part: str, train: _Sums, held: _Sums) -> Tensor:
+    def _fitted(self, before: Tensor, part: str, train: _Sums, held: _Sums) -> Imitation:
         """A matrix that makes up for what its outputs lack, as far as that helps tokens that are held out."""
-        nothing, judge = torch.zeros_like(train.gram.xtx), held if held.gram.tokens else train
-        drift, held_drift = (Drift(nothing, sums.lacking[part]) for sums in (train, judge))
-        return imitate(before, train.gram, drift, judge.gram, held_drift).target
+        judge = held if held.gram.tokens else train
+        drift, held_drift = (Drift(None, sums.lacking[part]) for sums in (train, judge))
+        return imitate(before, train.gram, drift, judge.gram, held_drift)
 
     def _result(
         self, part: str, matrix: Matrix, index: int, old: nn.Module, train: _Sums, held: _Sums, change: Tensor,
-        seconds: float,
+        beta: float, seconds: float,
     ) -> LayerResult:  # fmt: skip
         weight: Any = old.get_submodule(part).weight
         zeros = weight.numel() - matrix.weight.numel()
@@ -347,12 +352,9 @@ class _Fit:
             name=matrix.name, block=index, shape=tuple(weight.shape), pattern=self.pattern, zeros_asked=zeros,
             zeros=zeros, error_train=train.error(part, change) or 0.0, error_held_out=held.error(part, change),
             error_by_region={}, damp=0.0, seconds=seconds, outcome=str(Outcome.OK), tokens=train.gram.tokens,
+            beta=beta,
         )  # fmt: skip
 
 
 def _last_norm(model: PreTrainedModel) -> Any:
     return decoder(model).norm
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)

@@ -23,7 +23,7 @@ from secateurs import kernels
 from secateurs.artifacts import atomic_folder, read_json, write_json
 from secateurs.checkpoint import Checkpoint, Shards, compute_buffers, weight_files
 from secateurs.export import PROBE_FILE
-from secateurs.models import cannot_be_loaded, linears
+from secateurs.models import cannot_be_loaded, linears, name_of
 
 Weights = Literal["bf16", "int8", "int4"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
@@ -79,7 +79,7 @@ class PackedMatrix:
     def check(self, name: str) -> None:
         """ValueError unless the tensors are what kernels may be given: they read where these say, and check nothing."""
         parts, rows = self.tensors, self.rows
-        kind = torch.int8 if "scale" in parts else torch.bfloat16
+        kind = torch.int8 if self.kind == "int8" else torch.bfloat16
         words = -(-self.d_in // WORD)
         wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight": ((rows, self.d_in), kind)}
         if self.kind == "int4":
@@ -90,7 +90,7 @@ class PackedMatrix:
                 "starts": ((rows + 1,), torch.int64),
                 "values": ((-1,), kind),
             }
-        if "scale" in parts:
+        if self.kind == "int8":
             wanted["scale"] = ((rows,), torch.float32)
         sound = set(parts) == set(wanted) and all(
             parts[part].dtype == dtype and parts[part].is_contiguous() and shape in (tuple(parts[part].shape), (-1,))
@@ -188,16 +188,17 @@ def _int4(weight: Float32[Tensor, "rows d_in"]) -> dict[str, Tensor]:
     rows, d_in = weight.shape
     groups = nn.functional.pad(weight, (0, -d_in % WORD)).view(rows, -1, WORD)
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    best = numbers = scales = torch.empty(0)
-    for at in LARGEST_AT:
+
+    def rounded(scale: Tensor) -> Tensor:
+        return (groups / torch.where(scale == 0, 1, scale)).round().clamp(-8, 7)
+
+    scales = (-largest / LARGEST_AT[0]).to(torch.bfloat16).float()
+    least = (rounded(scales) * scales - groups).square().sum(2, keepdim=True)
+    for at in LARGEST_AT[1:]:
         scale = (-largest / at).to(torch.bfloat16).float()
-        found = (groups / torch.where(scale == 0, 1, scale)).round().clamp(-8, 7)
-        error = (found * scale - groups).square().sum(2, keepdim=True)
-        if at == LARGEST_AT[0]:
-            best, numbers, scales = error, found, scale
-        better = error < best
-        best, scales = torch.where(better, error, best), torch.where(better, scale, scales)
-        numbers = torch.where(better, found, numbers)
+        error = (rounded(scale) * scale - groups).square().sum(2, keepdim=True)
+        scales, least = torch.where(error < least, scale, scales), error.minimum(least)
+    numbers = rounded(scales)
     first, second = (numbers + 8).to(torch.uint8).split(WORD // 2, dim=2)
     return {"weight": (first | second << 4).view(rows, -1), "scales": scales.squeeze(2).to(torch.bfloat16)}
 
@@ -264,8 +265,8 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
         head: Any = checkpoint.model.get_output_embeddings()
         embedding: Any = checkpoint.model.get_input_embeddings()
         if weights != "bf16" or head.weight is not embedding.weight:
-            add(_name_of(checkpoint.model, head), head.weight, "bf16" if weights == "bf16" else "int8")
-        weight = f"{_name_of(checkpoint.model, head)}.weight"
+            add(name_of(checkpoint.model, head), head.weight, "bf16" if weights == "bf16" else "int8")
+        weight = f"{name_of(checkpoint.model, head)}.weight"
         for name, tensor in checkpoint.model.state_dict().items():
             if name != weight and not name.startswith(f"{checkpoint.prefix}."):
                 files.add(name, tensor.cpu().contiguous())
@@ -281,7 +282,8 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
     """The model in a folder that `pack` wrote: `generate` and all else of transformers work on it.
 
     It computes in float32 on a CPU, elsewhere in bfloat16. With `expand` its linear layers are made dense: the same
-    results with more memory, slower on a CPU and faster on a GPU. None expands on GPUs, and where there are no kernels.
+    results (but for int4, where kernels round vectors) with more memory, slower on a CPU and faster on a GPU. None
+    expands on GPUs, and where there are no kernels.
     ValueError for a folder that is none of ours or is damaged, or to keep packed what no kernel can multiply.
     """
     folder, place = Path(path), torch.device(device)
@@ -316,10 +318,10 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
             bias = None if bias is None else bias.to(place, dtype)
             _replace(model, name, _linear(matrix.to(place), bias, dtype, expand))
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        name = _name_of(model, embedding)
+        name = name_of(model, embedding)
         table = rest.pop(f"{name}.weight").to(place)
         _replace(model, name, PackedEmbedding(table, float(getattr(embedding, "scalar_embed_scale", 1.0)), dtype))
-        if (of_head := _name_of(model, head)) not in record["matrices"]:  # tied, and so not stored again
+        if (of_head := name_of(model, head)) not in record["matrices"]:  # tied, and so not stored again
             tied = PackedMatrix(len(table), table.shape[1], {"weight": table.to(torch.bfloat16)})
             _replace(model, of_head, _linear(tied, None, dtype, expand))
         known = model.state_dict()
@@ -349,10 +351,6 @@ def _linear(matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype, expan
     if bias is not None:
         dense.bias = nn.Parameter(bias, requires_grad=False)
     return dense
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -78,7 +78,8 @@ class LayerResult:
     """What happened to one matrix. Errors are relative: tr(D G Dᵀ) / tr(W G Wᵀ), on the weights as stored.
 
     `alpha` and `beta` say how far its goal went beyond its own weights (`goals.imitate`); `block_error` is the held-out
-    error of its block's output before and after the fine-tune, where there was one (`tune.tune`).
+    error of its block's output before and after the fine-tune, where there was one (`tune.tune`). Of a narrower stream
+    the errors are of what its matrices are fitted to (`narrow`).
     """
 
     name: str

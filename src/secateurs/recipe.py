@@ -275,8 +275,8 @@ class Recipe(_Table):
                 raise ValueError(f'pattern `width` with score = "loss" needs solver `obs`, found `{name}`')
             if own_way and (self.prune.goal != "own" or self.prune.tune.steps):
                 raise ValueError(f"pattern `{pattern['name']}` has a way of its own: it takes no goal and no tune")
-            if isinstance(built, Hidden) and self.prune.propagate == "dense":
-                raise ValueError('pattern `hidden` fits a layer to what those before it give: no propagate = "dense"')
+            if isinstance(built, Hidden) and self.prune.propagate != "block":
+                raise ValueError("pattern `hidden` has a way of its own: it takes no propagate")
             if cut and (self.prune.targets or self.prune.ignore):
                 raise ValueError(
                     f"pattern `{pattern['name']}` cuts every block alike: it takes no targets and no ignore"

@@ -3,7 +3,8 @@
     out/traces/KEY/          a trace store of the dense model
     out/dense/KEY/           the dense model's answers
     out/surveys/KEY.json     what an allocator wanted to know of the dense model
-    out/cells/NAME-KEY/      one pruned model: blocks/ (to resume from), model/ (the result), answers/, cell.json
+    out/cells/NAME-KEY/      one pruned model: blocks/ (to resume from), model/ (the result), answers/, prune.json; for
+                             a narrower stream directions and lift, and while it is made projected/
     out/report.json|md|html
 
 KEY is the hash of everything that can change what is in the folder, so a changed recipe never meets old results and a
@@ -666,6 +667,7 @@ def prune(
     seconds["export"] = time.perf_counter() - clock
     data = {**facts, "layers": layers, "hidden_error": hidden, "seconds": seconds}
     write_json(record, data)
+    shutil.rmtree(folder / "projected", ignore_errors=True)  # what a narrower stream started from
     return Pruned(folder, **data)
 
 
@@ -785,7 +787,7 @@ def _where(recipe: Recipe, calibration: CalibrationSet, dense: Dense) -> Where:
 def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int) -> Needs:
     """What each process will hold that prunes a cell, for so many tokens, padding and held-out ones included."""
     together = 1 if isinstance(build_pattern(recipe.prune.pattern), (FewerExperts, Hidden)) else dense.ranks.count
-    return needs(
+    alone = needs(
         dense.checkpoint.model,
         plan_of(recipe, dense),
         recipe.prune.solver["name"],
@@ -794,6 +796,9 @@ def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int
         batch_tokens=recipe.calibration.batch_tokens,
         stored=dense.checkpoint.stored,
     )
+    if not isinstance(build_pattern(recipe.prune.pattern), Hidden):
+        return alone
+    return replace(alone, around=3 * alone.around, block=2 * alone.block, hidden=2 * alone.hidden)  # a second
 
 
 def plan_of(recipe: Recipe, dense: Dense) -> pruner.Plan:
