@@ -8,7 +8,7 @@ result is a plain configuration. Then each matrix is fitted again, block by bloc
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -219,20 +219,29 @@ class _Watched:
     after: Tensor
 
 
-def _watch(block: nn.Module, index: int, stream: Stream, parts: Sequence[str] = ()) -> _Watched:
+class _Enough(Exception):
+    """All that was wanted of a block at work has been seen."""
+
+
+def _watch(block: nn.Module, index: int, stream: Stream, stage: Sequence[str] = ()) -> _Watched:
+    """The block runs as far as is needed to see a stage's linears, and what those that write are to give."""
     seen = _Watched({}, {}, torch.empty(0), torch.empty(0))
 
     def note(part: str) -> Callable[..., None]:
         def hook(linear: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
             seen.inputs[part], seen.outputs[part] = args[0], out if linear.bias is None else out - linear.bias
+            if stage[0] in READERS and len(seen.outputs) == len(stage):
+                raise _Enough
 
         return hook
 
     def note_between(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.between = args[0]
+        if stage == STAGES[1]:
+            raise _Enough
 
-    with ExitStack() as stack:
-        for part in parts:
+    with ExitStack() as stack, suppress(_Enough):
+        for part in stage:
             stack.callback(block.get_submodule(part).register_forward_hook(note(part)).remove)
         norm = block.get_submodule("post_attention_layernorm")
         stack.callback(norm.register_forward_pre_hook(note_between).remove)
@@ -283,7 +292,7 @@ class _Fit:
         for stage in STAGES:
             parts = {part: matrix for matrix in matrices for part in stage if matrix.name.endswith(f".{part}")}
             clock = perf_counter()
-            train, held = self._sums(old, new, index, list(parts))
+            train, held = self._sums(old, new, index, stage)
             for part, matrix in parts.items():
                 before, beta = matrix.weight.to(torch.float32, copy=True), 0.0
                 if self.refit:
@@ -295,17 +304,17 @@ class _Fit:
                 clock = perf_counter()
         return [results[matrix.name] for matrix in matrices]
 
-    def _sums(self, old: nn.Module, new: nn.Module, index: int, parts: Sequence[str]) -> tuple[_Sums, _Sums]:
-        linear: Any = new.get_submodule(parts[0])
+    def _sums(self, old: nn.Module, new: nn.Module, index: int, stage: Sequence[str]) -> tuple[_Sums, _Sums]:
+        linear: Any = new.get_submodule(stage[0])
         sums = [_Sums(linear.in_features, linear.weight.device) for _ in range(2)]
         for pair in self.pairs:
-            wide, small = _watch(old, index, pair.dense, parts), _watch(new, index, pair.small, parts)
+            wide, small = _watch(old, index, pair.dense, stage), _watch(new, index, pair.small, stage)
             counts = self._counts(pair, linear.weight.device)
             real = counts > 0
             into = sums[pair.dense.held_out]
-            x = small.inputs[parts[0]][real].float()
+            x = small.inputs[stage[0]][real].float()
             into.gram.update(x, counts[real])
-            for part in parts:
+            for part in stage:
                 given, wanted = small.outputs[part][real].float(), wide.outputs[part][real].float()
                 if part in WRITERS:
                     wanted = self._lacking(part, pair, wide, small, new)[real]
