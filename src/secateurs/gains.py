@@ -4,6 +4,7 @@ from secateurs.cuts import Cut, FewerExperts, Hidden, Width
 from secateurs.patterns import NM, Pattern
 
 NOTHING = "loads it; no faster and no smaller than dense"
+NOT_QWEN2 = "; not a Qwen2, whose heads it takes to be as wide as the stream"
 GONE = "loads it as a dense model; its sparse kernels were removed in 2026"
 
 
@@ -16,10 +17,10 @@ def gains(pattern: Pattern | Cut) -> list[tuple[str, str]]:
             said = (
                 f"{100 * pattern.sparsity:g} % of the experts' memory; a token goes to as many, so time only in batches"
             )
-        if isinstance(pattern, Hidden) or (isinstance(pattern, Width) and pattern.attention != "none"):
-            said += "; a Qwen2 only in transformers, as others take head_dim from the width"
+        reshaped = isinstance(pattern, Hidden) or (isinstance(pattern, Width) and pattern.attention != "none")
         return [
-            (engine, said) for engine in ("transformers", "vLLM", "SGLang", "TensorRT-LLM", "llama.cpp", "OpenVINO")
+            (engine, said + NOT_QWEN2 if reshaped and engine in ("vLLM", "SGLang", "llama.cpp") else said)
+            for engine in ("transformers", "vLLM", "SGLang", "TensorRT-LLM", "llama.cpp", "OpenVINO")
         ]
     served = GONE if isinstance(pattern, NM) else NOTHING
     return [
