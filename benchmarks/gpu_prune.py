@@ -74,7 +74,7 @@ class Clock:
         """While open, every part of a prune is timed."""
         places = (
             ("forward", Stream, "run"), ("Gram", Gram, "update"), ("solve", type(solver), "solve"),
-            ("errors", pruner, "_results"), ("files", Checkpoint, "_fill"), ("files", pruner, "_save_block"),
+            ("errors", pruner, "_results"), ("files", Checkpoint, "_fill"), ("files", pruner, "save_block"),
         )  # fmt: skip
         with ExitStack() as stack:
             for name, owner, attribute in places:
