@@ -18,6 +18,13 @@ from secateurs.patterns import Columns
 
 MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # of neurons; engines like the large ones
 ROUNDED_TO = 16  # parts of the neurons, at least, that a multiple leaves to choose from
+STAGES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+"""The matrices of a block by what they receive, each on what those before it give."""
 # Between their blocks these have nothing but sums, and RMS norms that multiply by their weight.
 PLAIN_STREAMS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -231,9 +238,10 @@ class Hidden:
         body = anatomy(model)
         kept = self.kept(body)
         inner = {"self_attn.o_proj": body.heads * body.head_dim, "mlp.down_proj": body.d_ff}
-        readers = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-        sizes = dict.fromkeys(readers, kept) | {part: round(d * kept / body.d_model) for part, d in inner.items()}
-        return {name: Columns(size) for part, size in sizes.items() for name in body.each(part)}
+        columns = {
+            part: Columns(round(inner.get(part, body.d_model) * kept / body.d_model)) for part in sum(STAGES, ())
+        }
+        return {name: some for part, some in columns.items() for name in body.each(part)}
 
 
 @dataclass(frozen=True)

@@ -25,19 +25,12 @@ from secateurs.artifacts import atomic_folder, atomic_write
 from secateurs.calibration import CalibrationSet, worth
 from secateurs.checkpoint import Checkpoint, Shards
 from secateurs.collect import Place, Stream, capture, matrices_of
-from secateurs.cuts import Anatomy, Hidden, anatomy
+from secateurs.cuts import STAGES, Anatomy, Hidden, anatomy
 from secateurs.goals import Drift, Imitation, imitate
 from secateurs.layer import Gram, Outcome
 from secateurs.models import Matrix, decoder, name_of
 from secateurs.pruner import LayerResult, is_saved, load_block, save_block
 
-STAGES = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-"""The matrices of a block that are fitted at the same time, each on what those before it now give."""
 READERS = dict.fromkeys(STAGES[0], "input_layernorm") | dict.fromkeys(STAGES[2], "post_attention_layernorm")
 WRITERS = (*STAGES[1], *STAGES[3])
 

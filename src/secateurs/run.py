@@ -786,7 +786,8 @@ def _where(recipe: Recipe, calibration: CalibrationSet, dense: Dense) -> Where:
 
 def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int) -> Needs:
     """What each process will hold that prunes a cell, for so many tokens, padding and held-out ones included."""
-    together = 1 if isinstance(build_pattern(recipe.prune.pattern), (FewerExperts, Hidden)) else dense.ranks.count
+    pattern = build_pattern(recipe.prune.pattern)
+    together = 1 if isinstance(pattern, (FewerExperts, Hidden)) else dense.ranks.count
     alone = needs(
         dense.checkpoint.model,
         plan_of(recipe, dense),
@@ -796,9 +797,9 @@ def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int
         batch_tokens=recipe.calibration.batch_tokens,
         stored=dense.checkpoint.stored,
     )
-    if not isinstance(build_pattern(recipe.prune.pattern), Hidden):
+    if not isinstance(pattern, Hidden):
         return alone
-    return replace(alone, around=3 * alone.around, block=2 * alone.block, hidden=2 * alone.hidden)  # a second
+    return replace(alone, around=3 * alone.around, block=2 * alone.block, hidden=2 * alone.hidden)  # a second model
 
 
 def plan_of(recipe: Recipe, dense: Dense) -> pruner.Plan:
