@@ -1,4 +1,4 @@
-"""The Triton kernel: by its interpreter where there is no GPU, and compiled for GPUs that are not here."""
+"""The Triton kernels: by its interpreter where there is no GPU, and compiled for GPUs that are not here."""
 
 import os
 import subprocess
@@ -8,10 +8,16 @@ import pytest
 import torch
 
 from secateurs import kernels
+from secateurs.layer import Gram, LayerProblem, relative_error
 from secateurs.packed import PackedMatrix, load_packed, pack
+from secateurs.patterns import NM, Unstructured
+from secateurs.solvers.sparsegpt import SparseGPT, _columns
 from test_packed import pruned, sparse
 
 gpu = pytest.importorskip("secateurs.kernels.gpu", reason="triton is not installed", exc_type=ImportError)
+from secateurs.kernels.gram import add_gram  # noqa: E402
+from secateurs.kernels.sweep import sweep  # noqa: E402
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there, as conftest.py says
 
 
@@ -72,6 +78,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from secateurs.kernels import gram, sweep
 from secateurs.kernels.gpu import PIECES, ROWS, _product
 
 types = {"values": "*bf16", "bits": "*u8", "starts": "*i64", "scale": "*fp32", "x": "*bf16", "y": "*bf16"}
@@ -85,6 +92,21 @@ for values, packed, batch in (("*bf16", True, 1), ("*i8", True, 16), ("*i8", Fal
             options={"num_warps": ROWS},
         )
         assert made.asm["cubin"]
+
+whole = dict.fromkeys(("tokens", "d_in", "stride", "tiles", "count", "width", "d_out"), "i32")
+tiles = {"TILE": gram.TILE, "TOKENS": gram.TOKENS, "CHUNK": gram.CHUNK, "BESIDE": gram.BESIDE}
+columns = {name: "*fp32" for name in ("w", "strength", "u", "errors")} | {"pruned": "*u8"}
+for kernel, types, constants, warps in (
+    (gram._add, {"x": "*bf16", "out": "*fp32"}, tiles, gram.WARPS),
+    (sweep._sweep, columns, {"R": sweep.ROWS, "C": 64}, 1),
+):
+    signature = {name: (types | whole).get(name, "constexpr") for name in kernel.arg_names}
+    for capability in (80, 90):
+        made = triton.compile(
+            ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": warps},
+        )
+        assert made.asm["cubin"]
 print("compiled")
 """
 
@@ -94,3 +116,53 @@ def test_it_compiles_for_gpus(tmp_path):
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, capture_output=True, text=True, env=env | {"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("tokens", "d_in"), [(1, 1), (5, 7), (100, 130), (2100, 40)], ids=str)
+def test_grams_are_summed_exactly_symmetric_and_right(tokens, d_in):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, 2 * d_in, generator=generator).half().to(DEVICE)[:, :d_in]  # rows apart in memory
+    before = torch.randn(d_in, d_in, generator=generator)
+    found = (before + before.T).to(DEVICE)
+    wanted = found.double() + x.double().T @ x.double()
+    add_gram(found, x)
+    assert torch.equal(found, found.T)
+    assert float((found.double() - wanted).abs().max()) < 1e-5 * max(tokens, 4)
+
+
+@pytest.mark.parametrize(("width", "count"), [(1, 1), (5, 5), (9, 4), (64, 64), (70, 64)], ids=str)
+def test_columns_are_swept_in_one_launch_as_one_after_the_other(width, count):
+    generator = torch.Generator().manual_seed(0)
+    w, u = (
+        torch.randn(width, 40, generator=generator),
+        torch.randn(count, 80, generator=generator)[:, 3 : 3 + width] / 8,
+    )
+    pruned, strength = torch.rand(count, 40, generator=generator) < 0.5, torch.rand(count, generator=generator) + 0.5
+    results = []
+    for columns in (_columns, sweep):
+        arguments = [one.clone().to(DEVICE) for one in (w, pruned, strength, u, torch.empty(count, 40))]
+        columns(*arguments)
+        results.append((arguments[0], arguments[-1]))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="257 columns"):
+        sweep(torch.empty(257, 1), pruned, strength, u, torch.empty(count, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, "layer"), Unstructured(0.5, "row"), NM(2, 4)], ids=str)
+def test_a_gpu_prunes_as_a_cpu_does(pattern):
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(384, 512, generator=generator), torch.randn(4096, 512, generator=generator)
+    solved = []
+    for device in ("cpu", "cuda"):
+        gram = Gram.zeros(512, device)
+        gram.update(x.to(device))
+        problem = LayerProblem(name="one", weight=weight.to(device), gram=gram, pattern=pattern)
+        solution = SparseGPT().solve(problem)
+        assert int((~solution.mask).sum()) == weight.numel() // 2
+        assert not bool(solution.weight[~solution.mask].any())
+        solved.append((solution.mask.cpu(), relative_error(solution.weight.cpu(), weight, Gram(gram.xtx.cpu()))))
+    assert float((solved[0][0] != solved[1][0]).float().mean()) < 0.01  # rounding decides between near equals
+    assert abs(solved[0][1] - solved[1][1]) < 1e-3 * solved[0][1]

@@ -14,8 +14,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,16 +68,24 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
     Text is written as UTF-8. The bytes are on disk when this returns. An OSError (disk full, no permission) leaves
     the old file as it was.
     """
+    with atomic_file(path) as temp, temp.open("wb", buffering=0) as file:
+        write_all(file.fileno(), content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yield the path of an empty file that replaces the file `path` when the block ends well, else is removed.
+
+    Its bytes are on disk then.
+    """
     path = Path(path)
     temp = _temp_sibling(path, "tmp")
     try:
-        # 0o666 less the umask, as for any file; tempfile would make it unreadable to others.
-        descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            write_all(descriptor, content.encode() if isinstance(content, str) else content)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        temp.touch()
+        mode = temp.stat().st_mode  # 0o666 less the umask, as of any file
+        yield temp
+        temp.chmod(mode)  # safetensors puts a file of its own there, which others may not read
+        fsync_path(temp)
         os.replace(temp, path)
     finally:
         temp.unlink(missing_ok=True)  # after the rename there is nothing left to remove
@@ -102,6 +110,25 @@ def fsync_path(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+class Behind:
+    """Does one thing after the other in the background. What fails there is raised by the next call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Start this, when what was before it is done."""
+        self.wait()
+        self._last = self._pool.submit(work)
+
+    def wait(self) -> None:
+        """Until all is done."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ The only file with hooks. Matrices that receive the same tensor (q/k/v, gate/up)
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
@@ -279,14 +279,23 @@ def collect(
             with swapped(dense or {}), watch.dense():
                 wanted = stream.run(block, index, stream.dense)
             watch.drift = stream.dense.to(wanted.device) - stream.hidden.to(wanted.device)
-        with watch.inputs():
-            out = stream.run(block, index)
-        wanted = out if wanted is None else wanted
+        if wanted is None and (keep_goal or move):
+            with watch.inputs():
+                wanted = stream.run(block, index)
+        else:
+            with watch.inputs(stop=True), suppress(_Enough):
+                stream.run(block, index)
         if keep_goal:
+            assert wanted is not None
             stream.goal = wanted.to(stream.hidden.device)
         if move:
+            assert wanted is not None
             (stream.dense if imitate and stream.dense is not None else stream.hidden).copy_(wanted)
     return sums
+
+
+class _Enough(Exception):
+    """All groups have received what they receive; what the block would make of it is not wanted."""
 
 
 class _Watch:
@@ -336,14 +345,26 @@ class _Watch:
             yield
 
     @contextmanager
-    def inputs(self) -> Iterator[None]:
-        """While open, inputs of groups are added up, and how far they are from the dense ones."""
+    def inputs(self, stop: bool = False) -> Iterator[None]:
+        """While open, inputs of groups are added up, and how far they are from the dense ones. With `stop`, the last
+        of the modules raises _Enough instead of running."""
+        left = {group.module for group in self.groups}
+
+        def seen(module: nn.Module) -> None:
+            left.discard(module)
+            if stop and not left:
+                raise _Enough
 
         def linear_hook(group: Group) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 self._linear(group, args[0].reshape(-1, args[0].shape[-1]))
+                seen(module)
 
             return hook
+
+        def experts_hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            self._experts(module, args, kwargs)
+            seen(module)
 
         def writer_hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             assert self.drift is not None
@@ -354,7 +375,7 @@ class _Watch:
                 if group.expert is None:
                     stack.callback(group.module.register_forward_pre_hook(linear_hook(group)).remove)
             for module in self.experts:
-                stack.callback(module.register_forward_pre_hook(self._experts, with_kwargs=True).remove)
+                stack.callback(module.register_forward_pre_hook(experts_hook, with_kwargs=True).remove)
             for module in self.writers:
                 stack.callback(module.register_forward_hook(writer_hook).remove)
             yield

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Shaped
 from torch import Tensor
 
+from secateurs.kernels import has_triton
 from secateurs.linalg import dead_inputs
 from secateurs.patterns import Pattern
 
@@ -42,10 +43,9 @@ class Gram:
 
         Tokens of weight 0 are dropped before any arithmetic, so padding adds nothing even where it holds NaN. Exactly
         symmetric: only the upper triangle is computed, then mirrored. On a GPU unweighted 16-bit tokens are multiplied
-        by its units for them, exactly, and summed in float32: six times as fast as in float32 on an H200. ValueError if
-        a weight is negative or not finite.
-        Cost: about d_in^2 flops a token, in chunks of 2048 tokens: a short sum added
-        to the long one rounds less than a token at a time.
+        by its units for them, exactly, and summed in float32 (`kernels.gram`). ValueError if a weight is negative or
+        not finite. Cost: about d_in^2 flops a token, in chunks of 2048 tokens: a short sum added to the long one rounds
+        less than a token at a time.
         """
         if x.shape[-1] != self.d_in:
             raise ValueError(f"this Gram has {self.d_in} inputs, but the activations have {x.shape[-1]}.")
@@ -58,20 +58,26 @@ class Gram:
                 )
             counted = weight > 0
             x, weight = x[counted], weight[counted]
-        product = _wide_product if weight is None and _has_wide_products(x) else torch.mm
+        if weight is None and _is_for_units(x):
+            from secateurs.kernels.gram import add_gram
+
+            add_gram(self.xtx, x)
+        else:
+            self._add(x, weight)
+        self.tokens += x.shape[0]
+        self.weight_sum += float(x.shape[0] if weight is None else weight.sum())
+
+    def _add(self, x: Tensor, weight: Tensor | None) -> None:
         for first in range(0, x.shape[0], TOKENS_AT_ONCE):
-            chunk = x[first : first + TOKENS_AT_ONCE]
-            chunk = chunk if product is _wide_product else chunk.float()
+            chunk = x[first : first + TOKENS_AT_ONCE].float()
             if weight is not None:
                 chunk = chunk * weight[first : first + TOKENS_AT_ONCE].sqrt().float()[:, None]
             for start, end in _column_blocks(self.xtx):
-                self.xtx[start:end, start:] += product(chunk[:, start:end].T, chunk[:, start:])
+                self.xtx[start:end, start:] += chunk[:, start:end].T @ chunk[:, start:]
         for start, end in _column_blocks(self.xtx):
             corner = self.xtx[start:end, start:end]
             corner.copy_(corner.triu() + corner.triu(1).T)
             self.xtx[end:, start:end] = self.xtx[start:end, end:].T
-        self.tokens += x.shape[0]
-        self.weight_sum += float(x.shape[0] if weight is None else weight.sum())
 
     def __add__(self, other: "Gram") -> "Gram":
         if self.d_in != other.d_in:
@@ -213,13 +219,10 @@ def _energy(delta: Float[Tensor, "d_out d_in"], gram: Float[Tensor, "d_in d_in"]
     return max(float(energy), 0.0)
 
 
-def _has_wide_products(x: Tensor) -> bool:
-    """Whether this device multiplies 16-bit numbers into float32 sums, which loses nothing of a product."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and "dtype" in torch.ops.aten.mm.overloads()
-
-
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    return torch.ops.aten.mm.dtype(left, right, torch.float32)
+def _is_for_units(x: Tensor) -> bool:
+    """Whether these are 16-bit numbers on a GPU with units for both kinds, whose products are exact."""
+    both = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return both and x.dtype in (torch.bfloat16, torch.float16) and has_triton()
 
 
 def _column_blocks(gram: Tensor) -> list[tuple[int, int]]:

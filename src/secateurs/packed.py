@@ -8,7 +8,6 @@ scale for each 64 columns.
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -340,7 +339,7 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
 
 def has_kernels(device: torch.device) -> bool:
     """Whether packed matrices can be multiplied on a device: a CPU with the compiled library, a GPU with triton."""
-    return kernels.library() is not None if device.type == "cpu" else find_spec("triton") is not None
+    return kernels.library() is not None if device.type == "cpu" else kernels.has_triton()
 
 
 def _linear(matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype, expand: bool) -> nn.Module:

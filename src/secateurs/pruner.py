@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateurs.artifacts import atomic_write, read_json, write_json
+from secateurs.artifacts import Behind, atomic_file, read_json, write_json
 from secateurs.calibration import REGIONS, CalibrationSet, worth
 from secateurs.collect import (
     Group,
@@ -149,6 +149,7 @@ def prune(
     twin = plan.goal != "own"
     streams = [] if all(saved) else capture(model, calibration, batch_tokens, twin=twin, place=place, ranks=ranks)
     results: list[LayerResult] = []
+    behind = Behind()
 
     def so_far(solved: int, what: str) -> None:
         progress(len(results) + solved, total, what)
@@ -169,9 +170,10 @@ def prune(
                 solved = _prune_block(
                     block, index, selected[index], streams, calibration.weights, plan, stored, so_far, ranks
                 )
-                save_block(folder, index, selected[index], solved, stored, ranks)
+                save_block(folder, index, selected[index], solved, stored, ranks, behind)
         results += solved
         progress(len(results), total, f"block {index + 1} of {len(blocks)}")
+    ranks.decide(behind.wait)
     return results
 
 
@@ -223,7 +225,7 @@ def solve_alike(
     if all(map(all, saved.values())):
         return
     streams = capture(model, calibration, batch_tokens, place=place, ranks=ranks)
-    done = 0
+    done, behind = 0, Behind()
     for index, block in enumerate(blocks):
         matrices = selected[index]
         missing = {folder: plan for folder, plan in plans.items() if not saved[folder][index]}
@@ -242,10 +244,11 @@ def solve_alike(
                     solved += _solve(turn, sums, plan, stored, ranks)
                     progress(done + len(solved), total, turn[0][0].name)
                 results = _results(solved, index, matrices, plan, None, ranks)
-                save_block(folder, index, matrices, results, stored, ranks)
+                save_block(folder, index, matrices, results, stored, ranks, behind)
                 for one in solved:
                     one.matrix.weight.copy_(one.dense)
                 done += len(solved)
+    ranks.decide(behind.wait)
 
 
 def results_in(folder: Path, selected: Sequence[Sequence[Matrix]], opened: Opened = nullcontext) -> Opened:
@@ -543,15 +546,29 @@ def save_block(
     results: Sequence[LayerResult],
     stored: torch.dtype,
     ranks: Ranks = ALONE,
+    behind: Behind | None = None,
 ) -> None:
-    """Weights first, results last: the results file says that the block is complete. The first process writes."""
+    """Weights first, results last: the results file says that the block is complete. The first process writes.
+
+    With `behind` weights on a GPU are copied from it here and written while the next block is at work.
+    """
 
     def write() -> None:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            tensors = {matrix.name: matrix.weight.to("cpu", stored).contiguous() for matrix in matrices}
-            atomic_write(_block_path(folder, index).with_suffix(".safetensors"), save(tensors))
-            write_json(_block_path(folder, index).with_suffix(".json"), [asdict(result) for result in results])
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {matrix.name: matrix.weight.to("cpu", stored).contiguous() for matrix in matrices}
+        path = _block_path(folder, index)
+
+        def to_disk() -> None:
+            with atomic_file(path.with_suffix(".safetensors")) as file:
+                save_file(tensors, file)
+            write_json(path.with_suffix(".json"), [asdict(result) for result in results])
+
+        if behind is not None and any(matrix.weight.is_cuda for matrix in matrices):
+            behind.do(to_disk)
+        else:
+            to_disk()
 
     ranks.decide(write)
 

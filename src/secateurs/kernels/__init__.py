@@ -1,11 +1,14 @@
 """Products of a few vectors with a matrix that is stored packed, on a CPU: the compiled half is packed.c.
 
-Built when the package is installed, if there is a C compiler. Without one `library()` is None.
+Built when the package is installed, if there is a C compiler. Without one `library()` is None. Beside it lie kernels
+for GPUs, in Triton: `has_triton` says whether they can be used.
 """
 
 import ctypes
+import warnings
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch  # its OpenMP must be there before the library looks for one: two would fight for the cores
@@ -43,6 +46,26 @@ def library() -> ctypes.CDLL | None:
         function.restype = None
     found.secateurs_level_name.restype = ctypes.c_char_p
     return found
+
+
+@cache
+def has_triton() -> bool:
+    """Whether kernels in Triton run on this machine's GPUs. Warns, with the reason, where they should and do not."""
+    if not torch.cuda.is_available() or find_spec("triton") is None:
+        return False
+    from secateurs.kernels.sweep import sweep
+
+    try:
+        one = torch.ones(1, 1, device="cuda")
+        sweep(one, one.bool(), one[0], one, one.clone())
+    except Exception as error:  # triton, its compiler and the driver each raise their own
+        warnings.warn(
+            f"triton cannot compile kernels here ({str(error).splitlines()[0]}), so Grams and SparseGPT take several "
+            "times as long: it needs a C compiler on the machine",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @cache
