@@ -1,9 +1,10 @@
 """A whole prune on a GPU: time and memory against a bare forward pass of its tokens, and where the time goes.
 
-    python benchmarks/gpu_prune.py OUT [--tokens 65536] [--solvers NAME,...] [--device cuda] [--layers 28] [--tiny]
+    python benchmarks/gpu_prune.py OUT [--shape 1.5b] [--tokens 65536] [--solvers NAME,...] [--pattern unstructured]
+        [--device cuda] [--layers 28]
 
-A Qwen2 of 1.4B parameters with random weights in bfloat16 (1.5B's shapes, a small vocabulary), written to OUT and read
-from there block by block; documents of 1,024 random tokens, and 8,192 held-out tokens. 50 %, unstructured.
+A Qwen2 of a known model's shapes (a small vocabulary) with random weights in bfloat16, written to OUT and read from
+there block by block; documents of 1,024 random tokens, and 8,192 held-out tokens. 50 %, over the layer or 2:4.
 
 Seconds are from reading the checkpoint to the last block on disk, after a warm-up. The bare pass is `final_states` of
 the same documents, and reads the checkpoint too. Shares are of a second run, which waits for the GPU around each part.
@@ -35,8 +36,16 @@ HELD_OUT = 8192
 VOCABULARY = 32000
 BATCH_TOKENS = 8192
 PARTS = ("forward", "Gram", "solve", "errors", "files")
-SHAPE = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
-TINY = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPES = {  # hidden and intermediate size, heads, heads of keys and values
+    "tiny": (48, 96, 4, 2),
+    "1.5b": (1536, 8960, 12, 2),
+    "7b": (3584, 18944, 28, 4),
+    "32b": (5120, 27648, 40, 8),
+}
+PATTERNS = {
+    "unstructured": {"name": "unstructured", "sparsity": 0.5, "scope": "layer"},
+    "2:4": {"name": "nm", "n": 2, "m": 4},
+}
 
 
 class Clock:
@@ -82,12 +91,15 @@ class Clock:
             yield
 
 
-def make_model(folder: Path, layers: int, device: str, shape: dict[str, int]) -> int:
+def make_model(folder: Path, layers: int, device: str, shape: str) -> int:
     """A checkpoint of random weights; how many there are."""
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    sizes: dict[str, Any] = dict(zip(names, SHAPES[shape], strict=True))
+    config = Qwen2Config(**sizes, vocab_size=VOCABULARY, num_hidden_layers=layers, tie_word_embeddings=True)
+    config.dtype = torch.bfloat16
     with torch.device(device):
-        config = Qwen2Config(**shape, vocab_size=VOCABULARY, num_hidden_layers=layers, tie_word_embeddings=True)
-        model: Any = Qwen2ForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
+        model: Any = Qwen2ForCausalLM._from_config(config)
+    model.save_pretrained(folder, max_shard_size="4GB")
     return model.num_parameters()
 
 
@@ -101,11 +113,13 @@ def calibration(tokens: int) -> CalibrationSet:
     return CalibrationSet(documents(tokens), documents(HELD_OUT), region_weights("rac"))
 
 
-def prune(model: Path, data: CalibrationSet, solver: Any, device: str, **more: Any) -> None:
+def prune(
+    model: Path, data: CalibrationSet, solver: Any, device: str, pattern_name: str = "unstructured", **more: Any
+) -> None:
     """From the checkpoint to the last block on disk."""
     blocks = model.parent / "blocks"
     shutil.rmtree(blocks, ignore_errors=True)
-    pattern: Any = build_pattern({"name": "unstructured", "sparsity": 0.5, "scope": "layer"})
+    pattern: Any = build_pattern(PATTERNS[pattern_name])
     checkpoint = Checkpoint(str(model), device=device)
     plan = pruner.Plan(pattern=pattern, solver=solver, propagate="block", **more)
     settings: dict[str, Any] = {"folder": blocks, "opened": checkpoint.opened, "batch_tokens": BATCH_TOKENS}
@@ -120,7 +134,8 @@ def main() -> None:
     parser.add_argument("--solvers", default="sparsegpt,sparsegpt+refit,admm")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights a layer")
+    parser.add_argument("--shape", default="1.5b", choices=SHAPES)
+    parser.add_argument("--pattern", default="unstructured", choices=PATTERNS)
     options = parser.parse_args()
     torch.manual_seed(0)
     gpu = options.device.startswith("cuda")
@@ -134,7 +149,7 @@ def main() -> None:
         return time.perf_counter() - started
 
     model = options.out / "model"
-    weights = make_model(model, options.layers, options.device, TINY if options.tiny else SHAPE)
+    weights = make_model(model, options.layers, options.device, options.shape)
     data, few = calibration(options.tokens), calibration(LENGTH)
     tokens = len(data.documents) * LENGTH
 
@@ -150,14 +165,14 @@ def main() -> None:
     print(f"\n| {' | '.join(shown)} |\n|{' --- |' * len(shown)}")
     for text in options.solvers.split(","):
         solver: Any = build_solver({"name": text})
-        prune(model, few, solver, options.device, targets=("*.0.*",))
+        prune(model, few, solver, options.device, options.pattern, targets=("*.0.*",))
         if gpu:
             torch.cuda.reset_peak_memory_stats()
-        took = seconds(lambda solver=solver: prune(model, data, solver, options.device))
+        took = seconds(lambda solver=solver: prune(model, data, solver, options.device, options.pattern))
         peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if gpu else "-"
         clock = Clock(wait)
         with clock.watching(solver):
-            prune(model, data, solver, options.device)
+            prune(model, data, solver, options.device, options.pattern)
         clock.turn()
         shares = [f"{clock.seconds[part] / clock.seconds.total():.0%}" for part in (*PARTS, "other")]
         speed = f"{clock.operations / clock.seconds['Gram'] / 1e12:.1f}"

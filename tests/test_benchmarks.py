@@ -61,7 +61,15 @@ def test_problems_hold_weights_and_three_grams_that_share_no_question(tmp_path):
 
 @pytest.mark.slow
 def test_a_whole_prune_is_timed_part_by_part(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "gpu_prune.py"), str(tmp_path / "model"), "--tiny", "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "gpu_prune.py"),
+        str(tmp_path / "model"),
+        "--shape",
+        "tiny",
+        "--device",
+        "cpu",
+    ]
     command += ["--layers", "2", "--tokens", "2048", "--solvers", "sparsegpt"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     row = next(line for line in printed.splitlines() if line.startswith("| sparsegpt |")).split(" | ")
