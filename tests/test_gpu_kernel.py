@@ -93,7 +93,7 @@ for values, packed, batch in (("*bf16", True, 1), ("*i8", True, 16), ("*i8", Fal
         )
         assert made.asm["cubin"]
 
-whole = dict.fromkeys(("tokens", "d_in", "stride", "tiles", "count", "width", "d_out"), "i32")
+whole = dict.fromkeys(("tokens", "d_in", "stride", "tiles", "count", "width", "d_out", "row_stride", "column_stride"), "i32")
 tiles = {"TILE": gram.TILE, "TOKENS": gram.TOKENS, "CHUNK": gram.CHUNK, "BESIDE": gram.BESIDE}
 columns = {name: "*fp32" for name in ("w", "strength", "u", "errors")} | {"pruned": "*u8"}
 for kernel, types, constants, warps in (
@@ -140,9 +140,9 @@ def test_columns_are_swept_in_one_launch_as_one_after_the_other(width, count):
     pruned, strength = torch.rand(count, 40, generator=generator) < 0.5, torch.rand(count, generator=generator) + 0.5
     results = []
     for columns in (_columns, sweep):
-        arguments = [one.clone().to(DEVICE) for one in (w, pruned, strength, u, torch.empty(count, 40))]
-        columns(*arguments)
-        results.append((arguments[0], arguments[-1]))
+        solved, errors = w.clone().to(DEVICE), torch.empty(count, 40, device=DEVICE)
+        columns(solved, pruned.to(DEVICE), strength.to(DEVICE), u.to(DEVICE), errors)
+        results.append((solved, errors))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
     with pytest.raises(ValueError, match="257 columns"):

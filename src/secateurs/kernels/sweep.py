@@ -14,7 +14,9 @@ WIDEST = 256  # columns that fit into its registers
 
 
 @triton.jit
-def _sweep(w, pruned, strength, u, errors, count, width, d_out, stride, R: tl.constexpr, C: tl.constexpr):
+def _sweep(
+    w, pruned, strength, u, errors, count, width, d_out, row_stride, column_stride, R: tl.constexpr, C: tl.constexpr
+):
     """A tile of `width` columns and R rows stays in registers while the first `count` columns are gone through."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     real = row < d_out
@@ -27,7 +29,7 @@ def _sweep(w, pruned, strength, u, errors, count, width, d_out, stride, R: tl.co
         gone = tl.load(pruned + i * d_out + row, real, 0) != 0
         error = tl.where(gone, value * tl.load(strength + i), 0)
         tl.store(errors + i * d_out + row, error, real)
-        push = tl.load(u + i * stride + column, (column >= i) & (column < width), 0)
+        push = tl.load(u + i * row_stride + column * column_stride, (column >= i) & (column < width), 0)
         tile -= push[:, None] * error[None, :]
     tl.store(place, tile, here)
 
@@ -49,6 +51,6 @@ def sweep(
     padded = triton.next_power_of_2(width)
     with torch.cuda.device_of(w):
         _sweep[(triton.cdiv(d_out, ROWS),)](
-            w, pruned.view(torch.uint8), strength, u, errors, len(pruned), width, d_out, u.stride(0), R=ROWS, C=padded,
+            w, pruned.view(torch.uint8), strength, u, errors, len(pruned), width, d_out, *u.stride(), R=ROWS, C=padded,
             num_warps=max(1, padded // 64),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
