@@ -217,7 +217,8 @@ def refit_on_mask(
     saves memory.
     """
     refitted = torch.empty_like(goal)
-    for rows in row_chunks(len(goal), ROWS_AT_ONCE // 2):  # seven matrices as large as each
+    at_once = ROWS_AT_ONCE * 4 if goal.is_cuda else ROWS_AT_ONCE // 2  # seven matrices of these rows
+    for rows in row_chunks(len(goal), at_once):
         target = goal[rows] * scaled.scale
         moved = masked_cg(target, start[rows], scaled.matrix, mask[rows], steps).sub_(target).div_(scaled.scale)
         torch.add(goal[rows], moved, out=refitted[rows]).mul_(mask[rows].to(goal.dtype))
@@ -236,7 +237,8 @@ def masked_cg(
 
     Minimises (t - z) G (t - z)^T over z with support in `mask`, row by row, preconditioned by diag(G). A row stops for
     good when its support is empty, its residual has fallen by `tolerance`, or G shows no positive curvature along its
-    direction (a singular G), so no row ever moves away from the optimum. Cost: one d_out x d_in x d_in product a step.
+    direction (a singular G), so no row ever moves away from the optimum. Cost: one d_out x d_in x d_in product a step, on
+    a GPU in TF32: the error it leaves is .2 % larger at most (docs/log.md).
     """
     energy = gram.diagonal()
     inverse_energy = torch.where(energy > 0, 1 / energy, 0)
@@ -246,9 +248,9 @@ def masked_cg(
     direction = residual * inverse_energy
     rz = torch.linalg.vecdot(residual, direction)[:, None]
     enough = rz * tolerance**2
-    image = torch.empty_like(residual)
+    image, on_gpu = torch.empty_like(residual), residual.is_cuda
     for _ in range(steps):
-        torch.mm(direction, gram, out=image).mul_(kept)
+        image = (fast_product(direction, gram) if on_gpu else torch.mm(direction, gram, out=image)).mul_(kept)
         curvature = torch.linalg.vecdot(direction, image)[:, None]
         moving = (rz > enough) & (curvature > 0)
         step = torch.where(moving, rz / torch.where(moving, curvature, 1), 0)

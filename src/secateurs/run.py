@@ -3,7 +3,7 @@
     out/traces/KEY/          a trace store of the dense model
     out/dense/KEY/           the dense model's answers
     out/surveys/KEY.json     what an allocator wanted to know of the dense model
-    out/cells/NAME-KEY/      one pruned model: blocks/ (to resume from), model/ (the result), answers/, prune.json; for
+    out/cells/NAME-KEY/      one pruned model: blocks/ (to resume from, while it is not done), model/, answers/, prune.json; for
                              a narrower stream directions and lift, and while it is made projected/
     out/report.json|md|html
 
@@ -667,7 +667,8 @@ def prune(
     seconds["export"] = time.perf_counter() - clock
     data = {**facts, "layers": layers, "hidden_error": hidden, "seconds": seconds}
     write_json(record, data)
-    shutil.rmtree(folder / "projected", ignore_errors=True)  # what a narrower stream started from
+    for temporary in ("blocks", "projected"):  # what it would have gone on from
+        shutil.rmtree(folder / temporary, ignore_errors=True)
     return Pruned(folder, **data)
 
 
