@@ -14,7 +14,7 @@ TOKENS = 64  # of a step
 CHUNK = 2048  # tokens of a short sum: the units lose digits of longer ones (docs/log.md)
 BESIDE = 8  # rows of tiles that programs go through together, so that they read the same activations
 WARPS = 8
-STAGES = 3
+STAGE = 2 * TILE * TOKENS * 2  # bytes that are loaded for a step while the one before is summed
 
 
 @triton.jit
@@ -58,8 +58,9 @@ def add_gram(out: Float32[Tensor, "d_in d_in"], x: Float[Tensor, "tokens d_in"])
     tokens, d_in = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     tiles = triton.cdiv(d_in, TILE)
+    room = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
     with torch.cuda.device_of(x):
         _add[(tiles * tiles,)](
             x, out, tokens, d_in, x.stride(0), tiles, TILE=TILE, TOKENS=TOKENS, CHUNK=CHUNK, BESIDE=BESIDE,
-            num_warps=WARPS, num_stages=STAGES,  # pyright: ignore[reportCallIssue]
+            num_warps=WARPS, num_stages=4 if room > 4 * STAGE else 2,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
