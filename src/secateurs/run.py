@@ -3,8 +3,8 @@
     out/traces/KEY/          a trace store of the dense model
     out/dense/KEY/           the dense model's answers
     out/surveys/KEY.json     what an allocator wanted to know of the dense model
-    out/cells/NAME-KEY/      one pruned model: model/, answers/, prune.json; until it is done blocks/, to go on from; for
-                             a narrower stream directions and lift, and until it is done projected/
+    out/cells/NAME-KEY/      one pruned model: model/, answers/, prune.json; until it is done blocks/, to go on from;
+                             for a narrower stream directions and lift, and until it is done projected/
     out/report.json|md|html
 
 KEY is the hash of everything that can change what is in the folder, so a changed recipe never meets old results and a
