@@ -93,7 +93,8 @@ for values, packed, batch in (("*bf16", True, 1), ("*i8", True, 16), ("*i8", Fal
         )
         assert made.asm["cubin"]
 
-whole = dict.fromkeys(("tokens", "d_in", "stride", "tiles", "count", "width", "d_out", "row_stride", "column_stride"), "i32")
+sizes = "tokens d_in stride tiles count width d_out row_stride column_stride"
+whole = dict.fromkeys(sizes.split(), "i32")
 tiles = {"TILE": gram.TILE, "TOKENS": gram.TOKENS, "CHUNK": gram.CHUNK, "BESIDE": gram.BESIDE}
 columns = {name: "*fp32" for name in ("w", "strength", "u", "errors")} | {"pruned": "*u8"}
 for kernel, types, constants, warps in (

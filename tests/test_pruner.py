@@ -386,3 +386,36 @@ def test_plans_that_see_the_same_inputs_share_their_grams(tiny_model, tmp_path, 
         assert [replace(r, seconds=0) for r in results] == [replace(r, seconds=0) for r in alone[folder]]
     with pytest.raises(ValueError, match="share Grams"):
         pruner.solve_alike(tiny_model, CALIBRATION, {tmp_path / "d": PLAN})
+
+
+@pytest.mark.parametrize(("room", "looks"), [(collect.CALL_BYTES, 3), (0, 12)], ids=["remembered", "no room"])
+def test_what_a_decoder_hands_to_its_blocks_is_made_once_a_batch(room, looks, monkeypatch):
+    model, made = make_model("gemma3"), collect.Shell._watched  # windowed and full masks
+    looked: list[object] = []
+    monkeypatch.setattr(collect.Shell, "_watched", lambda self, batch: looked.append(batch) or made(self, batch))
+    monkeypatch.setattr(collect, "CALL_BYTES", room)
+    shell, some = collect.Shell(model), list(collect.batches(documents(9), 60))[:3]
+    with torch.no_grad():
+        calls = [[shell.call(batch, 1) for batch in some] for _ in range(4)]
+    assert len(looked) == looks
+    for again in calls[1:]:
+        for (args, options), (args_again, options_again) in zip(calls[0], again, strict=True):
+            assert len(args) == len(args_again)
+            torch.testing.assert_close(options, options_again, rtol=0, atol=0)
+
+
+def test_a_pass_that_only_collects_stops_before_the_last_matrix(tiny_model):
+    _, blocks = decoder_blocks(tiny_model)
+    matrices = pruner.prunable(tiny_model, PLAN)[0]
+    streams = collect.capture(tiny_model, CALIBRATION, batch_tokens=200)
+    groups = collect.groups_of(blocks[0], 0, matrices, streams[0])
+    ends: list[nn.Module] = []
+    handle = blocks[0].register_forward_hook(lambda *_: ends.append(blocks[0]))
+    with torch.no_grad():
+        short = collect.collect(blocks[0], 0, groups, streams, CALIBRATION.weights).train
+        assert not ends
+        whole = collect.collect(blocks[0], 0, groups, streams, CALIBRATION.weights, move=True).train
+        assert len(ends) == len(streams)
+    handle.remove()
+    assert short.keys() == whole.keys()
+    assert all(torch.equal(short[name].xtx, whole[name].xtx) for name in whole)

@@ -34,7 +34,7 @@ class Document:
         return sum(code in counted for code in self.codes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Documents side by side, padded on the right, where causal attention never looks; region 0 is padding."""
 

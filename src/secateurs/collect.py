@@ -10,6 +10,7 @@ from functools import reduce
 from itertools import combinations
 from operator import add
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 Place = Callable[[Tensor], Tensor]  # where hidden states are kept
 Opened = Callable[[int], AbstractContextManager[object]]  # a block's weights are there while it is open
 POOLED = 0.3  # of an expert's inputs: how many tokens of all experts its own Gram gets
+CALL_BYTES = 64 << 20  # of masks and positions that are remembered
 WATCHED_TOKENS = 16  # enough to see which linears receive the same tensor
 
 
@@ -76,7 +78,8 @@ class Shell:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self._blocks = decoder_blocks(model)[1]
-        self._last: tuple[Batch, Tensor, list[Call]] | None = None
+        self._calls = WeakKeyDictionary[Batch, tuple[int, list[Call]]]()  # of batches in use, and their bytes
+        self._last: tuple[Batch, list[Call]] | None = None
         self._tuples = False  # whether this decoder takes tuples from its blocks
 
     @property
@@ -86,31 +89,40 @@ class Shell:
 
     def enter(self, batch: Batch) -> Tensor:
         """The hidden states before the first block [batch, seq, d_model]."""
-        return self._handed(batch)[0]
+        return self._look(batch)
 
     def call(self, batch: Batch, index: int) -> Call:
         """What block `index` gets besides hidden states: its own mask and positions.
 
-        Made anew for every batch, as a mask of a long one is large; the last one's is remembered.
+        Remembered up to CALL_BYTES for all batches: the mask of a long one is large, and then made anew at every block.
         """
-        return self._handed(batch)[1][index]
+        if batch in self._calls:
+            return self._calls[batch][1][index]
+        if self._last is None or self._last[0] is not batch:
+            self._look(batch)
+        assert self._last is not None
+        return self._last[1][index]
 
     def leave(self, batch: Batch, hidden: Tensor, *, logits: bool = False) -> Tensor:
         """What follows the last block: the final norm [batch, seq, d_model], or with `logits` [batch, seq, vocab]."""
-        self._handed(batch)
+        self.call(batch, 0)
         with self._bypassed(hidden.to(self.device)):
             run: Any = self.model if logits else decoder(self.model)
             out = run(input_ids=batch.ids.to(self.device), use_cache=False)
         return out.logits if logits else out.last_hidden_state
 
-    def _handed(self, batch: Batch) -> tuple[Tensor, list[Call]]:
-        if self._last is None or self._last[0] is not batch:
+    def _look(self, batch: Batch) -> Tensor:
+        """What enters the first block; what else each of them gets is remembered."""
+        hidden, calls = self._watched(batch)
+        if any(args[0].shape != hidden.shape for args, _ in calls):
+            self._tuples = True
             hidden, calls = self._watched(batch)
-            if any(args[0].shape != hidden.shape for args, _ in calls):
-                self._tuples = True
-                hidden, calls = self._watched(batch)
-            self._last = batch, hidden, [(args[1:], kwargs) for args, kwargs in calls]
-        return self._last[1:]
+        rest = [(args[1:], kwargs) for args, kwargs in calls]
+        self._last = batch, rest
+        size = sum({tensor.data_ptr(): tensor.nbytes for call in rest for tensor in _tensors(call)}.values())
+        if sum(held for held, _ in self._calls.values()) + size <= CALL_BYTES:
+            self._calls[batch] = size, rest
+        return hidden
 
     def _watched(self, batch: Batch) -> tuple[Tensor, list[Call]]:
         with self._bypassed() as calls:
@@ -134,6 +146,14 @@ class Shell:
                 block.forward = pass_on
                 stack.callback(delattr, block, "forward")
             yield calls
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 @dataclass
