@@ -50,6 +50,7 @@ def test_every_kind_of_file_gives_its_rows_with_their_places(files, name):
         ("a.csv", b"body\nx\n", "a.csv:2: no text in field `text`; there are body"),
         ("a.parquet", b"PAR1 not really", "a.parquet: damaged or not a Parquet file"),
         ("a.jsonl", b'{"body": "x", "id": 1}', "a.jsonl:1: no text in field `text`; there are body, id"),
+        ("a.jsonl", b'{"text": "x x x"}', "asks for 30,000 tokens, but only [1-9] come from the corpus: lower it"),
     ],
 )
 def test_what_is_wrong_with_a_corpus_is_said_before_anything_runs(tmp_path, name, content, lesson):

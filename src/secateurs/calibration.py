@@ -116,7 +116,7 @@ def take(documents: Iterable[Document], num_tokens: int, weights: Mapping[str, f
             total += counted
     if total < num_tokens:
         raise ValueError(
-            f"calibration.num_tokens asks for {num_tokens:,} tokens, but the {what} hold only {total:,}: "
+            f"calibration.num_tokens asks for {num_tokens:,} tokens, but only {total:,} come from the {what}: "
             "lower it or add more"
         )
     return taken

@@ -497,6 +497,18 @@ def corpus_texts(recipe: Recipe, seed: int) -> Iterator[str]:
     yield from texts
 
 
+def corpus_documents(recipe: Recipe, seed: int, dense: Dense) -> tuple[int, list[Document]]:
+    """How many tokens an arm takes from the corpus, and the pieces it takes. ValueError if there are too few."""
+    size, weights = recipe.calibration.corpus_tokens, region_weights(recipe.calibration.arm)
+    tokenized = (dense.tokenizer(text)["input_ids"] for text in corpus_texts(recipe, seed))
+    pieces = (
+        plain_document(ids[start : start + size], "corpus") for ids in tokenized for start in range(0, len(ids), size)
+    )
+    alone = {region for region, weight in weights.items() if weight} == {"corpus"}
+    share = recipe.calibration.num_tokens // (1 if alone else 2)
+    return share, take(pieces, share, weights, "corpus")
+
+
 def calibration_set(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> CalibrationSet:
     """The documents of the recipe's arm, all arms with the same token budget and the same held-out traces.
 
@@ -507,15 +519,7 @@ def calibration_set(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> 
     budget = recipe.calibration.num_tokens
     documents: list[Document] = []
     if weights.get("corpus"):
-        size = recipe.calibration.corpus_tokens
-        tokenized = (dense.tokenizer(text)["input_ids"] for text in corpus_texts(recipe, seed))
-        pieces = (
-            plain_document(ids[start : start + size], "corpus")
-            for ids in tokenized
-            for start in range(0, len(ids), size)
-        )
-        share = budget if set(w for w in weights if weights[w]) == {"corpus"} else budget // 2
-        documents += take(pieces, share, weights, "corpus")
+        share, documents = corpus_documents(recipe, seed, dense)
         budget -= share
     if weights.get("think") or weights.get("answer"):
         pool = (trace_document(t, recipe.calibration.first_tokens) for t in traced.traces)
@@ -1001,8 +1005,9 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
         shapes = [tuple(matrix.weight.shape) for matrix in matrices]
         zeros = sum(plan.pattern_of(matrix).num_zeros(*matrix.weight.shape) for matrix in matrices)
         counts[str(build_pattern(cell.prune.pattern))] = zeros
-    if any(region_weights(arm).get("corpus") for arm in recipe.arms):
-        next(corpus_texts(recipe, recipe.seeds[0]), None)  # says what is wrong with the file
+    for cell in {arm_label(cell.calibration.arm): cell for cell in recipe.grid}.values():
+        if region_weights(cell.calibration.arm).get("corpus"):
+            corpus_documents(cell, recipe.seeds[0], dense)  # says what is wrong with it before anything is sampled
     questions = build_questions(recipe.evaluate.questions or recipe.traces.questions)
     found = sum(1 for _ in islice(questions.questions("eval", recipe.seeds[0]), recipe.evaluate.num_questions))
     if found < recipe.evaluate.num_questions:
