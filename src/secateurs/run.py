@@ -607,7 +607,7 @@ def prune(
     seed: int,
     traced: Traced,
     dense: Dense,
-    reference: evaluate.Reference,
+    reference: Callable[[], evaluate.Reference],
     progress: Progress = silent,
 ) -> Pruned:
     """Prune one cell and export it; a finished cell is read back, an unfinished one goes on after its last block."""
@@ -617,6 +617,7 @@ def prune(
     if record.exists() and (folder / "model" / "secateurs.json").exists():
         data: dict[str, Any] = read_json(record)
         return Pruned(folder, **data)
+    states = reference()
     clock = time.perf_counter()
     calibration = calibration_set(recipe, seed, traced, dense)
     seconds = {"calibrate": time.perf_counter() - clock}
@@ -639,7 +640,7 @@ def prune(
         done = _Solved(dense.checkpoint, results, selected, pruned, Trimmer if isinstance(pattern, Cut) else None)
     seconds["prune"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    hidden = evaluate.drift(done.checkpoint.model, reference, done.opened, done.lift)
+    hidden = evaluate.drift(done.checkpoint.model, states, done.opened, done.lift)
     seconds["hidden error"] = time.perf_counter() - clock
     clock = time.perf_counter()
     layers = [asdict(result) | {"shape": list(result.shape)} for result in done.results]

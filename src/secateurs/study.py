@@ -174,7 +174,7 @@ def _do_cells(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe],
         solve_alike(cells, out, seed, traced, dense, progress)
     done = []
     for number, recipe in enumerate(cells, start=first):
-        pruned = prune(recipe, out, seed, traced, dense, bench.reference(traced), progress)
+        pruned = prune(recipe, out, seed, traced, dense, partial(bench.reference, traced), progress)
         answers = None
         if recipe.evaluate.num_questions:
             pattern = build_pattern(recipe.prune.pattern)
