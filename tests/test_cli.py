@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from secateurs import cli, run
+from secateurs import cli, evaluate, run
 from secateurs.ranks import Ranks
 from secateurs.recipe import load_recipe
 from secateurs.traces import read_traces
@@ -94,6 +94,8 @@ def test_embeddings_and_norms_do_not_change_by_a_bit(finished):
 def test_repeating_a_finished_run_does_nothing_twice(finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")}
     before |= {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    assert not list(finished.glob("cells/*/blocks")), "a finished cell keeps its model alone"
+    monkeypatch.setattr(evaluate, "reference_states", lambda *_: pytest.fail("no cell needs them"))
     assert call(monkeypatch, *arguments("run", "demo", "--out", str(finished))) == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
