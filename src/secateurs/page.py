@@ -621,6 +621,8 @@ def _families(report: Report, focus: SummaryRow | None) -> tuple[list[str], list
         return [], []
     arms = _beside_dense(report, focus, lambda cell: cell.evaluation.by_family)
     families = sorted({family for cells in arms.values() for c in cells for family in c.evaluation.by_family})
+    if len(families) < 2:
+        return [], []
     return families, [
         (label, cells[0].arm, [mean_of(c.evaluation.by_family.get(family) for c in cells) for family in families])
         for label, cells in arms.items()
