@@ -615,6 +615,7 @@ def prune(
     folder = cell_folder(recipe, out, seed, traced, dense)
     record = folder / "prune.json"
     if record.exists() and (folder / "model" / "secateurs.json").exists():
+        _forget_the_way(folder)  # if it was killed before it could
         data: dict[str, Any] = read_json(record)
         return Pruned(folder, **data)
     states = reference()
@@ -672,9 +673,14 @@ def prune(
     seconds["export"] = time.perf_counter() - clock
     data = {**facts, "layers": layers, "hidden_error": hidden, "seconds": seconds}
     write_json(record, data)
-    for temporary in ("blocks", "projected"):  # what it would have gone on from
-        shutil.rmtree(folder / temporary, ignore_errors=True)
+    _forget_the_way(folder)
     return Pruned(folder, **data)
+
+
+def _forget_the_way(folder: Path) -> None:
+    """Remove what an unfinished cell would have gone on from."""
+    for temporary in ("blocks", "projected"):
+        shutil.rmtree(folder / temporary, ignore_errors=True)
 
 
 @dataclass(frozen=True)
