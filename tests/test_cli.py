@@ -111,7 +111,7 @@ def test_another_batch_size_and_another_folder_give_the_same_files(finished, tmp
         assert ours[name] == theirs[name], name
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_ends_the_same(finished, tmp_path, kills):
     """kill -9 at random moments of a real process, then run to the end: equal files byte for byte."""
     out, moments = tmp_path / "out", random.Random(0)
@@ -121,7 +121,7 @@ def test_a_run_killed_again_and_again_ends_the_same(finished, tmp_path, kills):
         wait = time.monotonic() + 60
         while not out.exists() and time.monotonic() < wait:  # importing torch takes most of a short life
             time.sleep(0.05)
-        time.sleep(moments.uniform(0.2, 4) if kills == 2 else moments.uniform(0, 9))
+        time.sleep(moments.uniform(0.2, 4) if kills == 1 else moments.uniform(0, 9))
         assert process.poll() != 2, "an interrupted run must never be an error"
         process.send_signal(signal.SIGKILL)
         process.wait()
