@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from secateurs.artifacts import (
+    Behind,
     atomic_folder,
     atomic_write,
     canonical_hash,
@@ -292,3 +294,25 @@ def test_a_folder_without_weights_has_no_model_hash(tmp_path: Path) -> None:
         model_hash(tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
         model_hash(tmp_path / "none")
+
+
+def test_what_is_done_behind_is_in_order_and_its_failure_is_not_lost():
+    behind, done, go = Behind(), [], threading.Event()
+    behind.do(lambda: go.wait(10) and done.append(1))
+    assert not done, "nobody waits for it"
+    go.set()
+    behind.do(lambda: done.append(2))
+    behind.wait()
+    assert done == [1, 2]
+
+    def fail() -> None:
+        raise OSError("full")
+
+    behind.do(fail)
+    with pytest.raises(OSError, match="full"):
+        behind.do(lambda: done.append(3))
+    behind.do(fail)
+    with pytest.raises(OSError, match="full"):
+        behind.wait()
+    behind.wait()
+    assert done == [1, 2], "nothing is done after a failure that nobody has seen"

@@ -209,3 +209,12 @@ def test_an_exported_folder_loads_in_a_clean_process(tmp_path):
     exported(Checkpoint("bundled"), tokenizer, plan, folders[0])
     exported(Checkpoint(str(half), compute_dtype="float32"), tokenizer, plan, folders[1])
     assert verify(folders) == {str(folder): 0 for folder in folders}
+    probe = folders[0] / "secateurs_probe.safetensors"
+    tensors = load_file(probe)
+    tensors["logits"][0, 0, 0] += 0.02 * tensors["logits"].abs().max()
+    save_file(tensors, probe, {"device": "cuda" if not torch.cuda.is_available() else "cpu"})
+    assert 0.01 < verify(folders[:1])[str(folders[0])] < 0.03, "another kind of device rounds otherwise"
+    save_file(tensors, probe, {"device": "cpu"})
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="logits after reloading differ"):
+            verify(folders[:1])

@@ -132,12 +132,11 @@ def test_grams_are_summed_exactly_symmetric_and_right(tokens, d_in):
 
 
 @pytest.mark.parametrize(("width", "count"), [(1, 1), (5, 5), (9, 4), (64, 64), (70, 64)], ids=str)
-def test_columns_are_swept_in_one_launch_as_one_after_the_other(width, count):
+@pytest.mark.parametrize("by", ["rows", "columns"])
+def test_columns_are_swept_in_one_launch_as_one_after_the_other(width, count, by):
     generator = torch.Generator().manual_seed(0)
-    w, u = (
-        torch.randn(width, 40, generator=generator),
-        torch.randn(count, 80, generator=generator)[:, 3 : 3 + width] / 8,
-    )
+    w, u = torch.randn(width, 40, generator=generator), torch.randn(80, 80, generator=generator) / 8
+    u = (u if by == "rows" else u.T)[3 : 3 + count, 5 : 5 + width]
     pruned, strength = torch.rand(count, 40, generator=generator) < 0.5, torch.rand(count, generator=generator) + 0.5
     results = []
     for columns in (_columns, sweep):

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from secateurs import linalg
 from secateurs.linalg import (
     NotPositiveDefiniteError,
     cholesky,
@@ -17,6 +18,7 @@ from secateurs.linalg import (
     masked_cg,
     masked_refit,
     row_chunks,
+    unit_gram,
 )
 
 
@@ -185,3 +187,28 @@ def test_cg_stops_at_negative_curvature_and_skips_dead_inputs():
     start = torch.tensor([[0.0, 0.0, 7.0]])
     solution = masked_cg(torch.ones(1, 3), start, gram, torch.ones(1, 3, dtype=torch.bool), 10)
     assert solution.tolist() == start.tolist()
+
+
+def test_conjugate_gradients_by_rough_products_end_where_exact_ones_do(monkeypatch):
+    """Few tokens that share a mean and hardly any damping: without a fresh residual rows go astray."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 256, generator=generator) + torch.randn(256, generator=generator)
+    gram = unit_gram(x.T @ x, 1e-4, "relative").matrix
+    target = torch.randn(32, 256, generator=generator)
+    mask = torch.rand(32, 256, generator=generator) < 0.5
+
+    def errors(solution: torch.Tensor) -> torch.Tensor:
+        delta = (target - solution).double()
+        return ((delta @ gram.double()) * delta).sum(1)
+
+    def tf32(tensor: torch.Tensor) -> torch.Tensor:
+        return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    before, exact = errors(target * mask), errors(masked_cg(target, target, gram, mask, 100))
+    monkeypatch.setattr(linalg, "_has_tf32", lambda tensor: True)
+    monkeypatch.setattr(linalg, "fast_product", lambda a, b: tf32(a) @ tf32(b))
+    rough = errors(masked_cg(target, target, gram, mask, 100))
+    assert bool((rough < before).all())
+    assert float(rough.sum()) < 1.2 * float(exact.sum())
+    monkeypatch.setattr(linalg, "ANEW", 1000)
+    assert float(errors(masked_cg(target, target, gram, mask, 100)).sum()) > 1.5 * float(exact.sum())

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from families import make_model
@@ -419,3 +420,15 @@ def test_a_pass_that_only_collects_stops_before_the_last_matrix(tiny_model):
     handle.remove()
     assert short.keys() == whole.keys()
     assert all(torch.equal(short[name].xtx, whole[name].xtx) for name in whole)
+
+
+def test_a_disk_that_is_full_at_a_block_is_an_error_of_the_disk(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    model = make_model("qwen3")
+    with monkeypatch.context() as patch:
+        patch.setattr(pruner, "save_file", full)
+        with pytest.raises(OSError, match="block-00000: No space left"):
+            pruner.prune(model, CALIBRATION, PLAN, folder=tmp_path)
+    assert not list(tmp_path.iterdir())

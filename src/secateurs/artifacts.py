@@ -84,7 +84,8 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
         temp.touch()
         mode = temp.stat().st_mode  # 0o666 less the umask, as of any file
         yield temp
-        temp.chmod(mode)  # safetensors puts a file of its own there, which others may not read
+        if temp.stat().st_mode != mode:  # safetensors puts a file of its own there, which others may not read
+            temp.chmod(mode)
         fsync_path(temp)
         os.replace(temp, path)
     finally:

@@ -297,7 +297,7 @@ def _lowest(scores: Float[Tensor, "pools size"], count: int) -> Bool[Tensor, "po
     _refuse_nan(scores)
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    if scores.is_cuda and len(scores) == 1 and scores.numel() <= SORTED_UP_TO:  # no number has to come back to the CPU
+    if scores.is_cuda and len(scores) == 1 and scores.numel() <= SORTED_UP_TO:  # in one launch
         first = scores[0].sort(stable=True).indices[:count]
         return torch.zeros_like(scores, dtype=torch.bool).index_fill_(1, first, True)
     threshold = _kth_smallest(scores, count)
@@ -317,7 +317,7 @@ def _lowest(scores: Float[Tensor, "pools size"], count: int) -> Bool[Tensor, "po
 def _ranks_below(scores: Float[Tensor, "pools size"], count: int) -> Bool[Tensor, "pools size"]:
     """`_lowest` for pools of a few: every pair is compared, which is faster than a selection in each."""
     _refuse_nan(scores)
-    if scores.is_cuda:  # all pairs at once: there a launch costs more than the work
+    if scores.is_cuda and scores.numel() <= SORTED_UP_TO:  # all pairs at once: a launch costs more than the work
         of, other = scores[:, :, None], scores[:, None, :]
         earlier = torch.ones(scores.shape[1], scores.shape[1], dtype=torch.bool, device=scores.device).tril(-1)
         return ((other < of) | (other == of) & earlier).sum(2) < count

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -562,7 +563,10 @@ def save_block(
 
         def to_disk() -> None:
             with atomic_file(path.with_suffix(".safetensors")) as file:
-                save_file(tensors, file)
+                try:
+                    save_file(tensors, file)
+                except SafetensorError as error:  # a full disk, say
+                    raise OSError(f"{path.name}: {error}") from None
             write_json(path.with_suffix(".json"), [asdict(result) for result in results])
 
         if behind is not None and any(matrix.weight.is_cuda for matrix in matrices):

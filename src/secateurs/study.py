@@ -82,7 +82,7 @@ def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1,
                 cells.append(_cell(one.pruned, one.answers, found.answers, seed, one.pruned.folder))
     clock = time.perf_counter()
     progress("verify exported models", 0, 0, "")
-    verify([one.pruned.folder / "model" for group in done for one in group], recipe.resources.device)
+    verify([one.pruned.folder / "model" for group in done for one in group])
     seconds = {"trace": sum(found.traced.summary.seconds for found in seeds), "verify": time.perf_counter() - clock}
     for cell in cells:
         for name, spent in cell.seconds.items():

@@ -59,9 +59,10 @@ def has_triton() -> bool:
         one = torch.ones(1, 1, device="cuda")
         sweep(one, one.bool(), one[0], one, one.clone())
     except Exception as error:  # triton, its compiler and the driver each raise their own
+        reason = (str(error).splitlines() or [repr(error)])[0]
         warnings.warn(
-            f"triton cannot compile kernels here ({str(error).splitlines()[0]}), so Grams and SparseGPT take several "
-            "times as long: it needs a C compiler on the machine",
+            f"triton cannot compile kernels here ({reason}), so Grams and SparseGPT take several times as long: "
+            "it needs a C compiler on the machine",
             stacklevel=2,
         )
         return False

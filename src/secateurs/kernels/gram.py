@@ -58,7 +58,8 @@ def add_gram(out: Float32[Tensor, "d_in d_in"], x: Float[Tensor, "tokens d_in"])
     tokens, d_in = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     tiles = triton.cdiv(d_in, TILE)
-    room = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
+    about = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
+    room = getattr(about, "shared_memory_per_block_optin", 0)  # not known of AMD's
     with torch.cuda.device_of(x):
         _add[(tiles * tiles,)](
             x, out, tokens, d_in, x.stride(0), tiles, TILE=TILE, TOKENS=TOKENS, CHUNK=CHUNK, BESIDE=BESIDE,
