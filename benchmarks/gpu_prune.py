@@ -8,7 +8,8 @@ there block by block; documents of 1,024 random tokens, and 8,192 held-out token
 
 Seconds are from reading the checkpoint to the last block on disk, after a warm-up. The bare pass is `final_states` of
 the same documents, and reads the checkpoint too. Shares are of a second run, which waits for the GPU around each part.
-"Files" is what a prune waits for: blocks are written behind it. TFLOP/s of Gram updates count 2 d_in² operations a token, of which a little more than half are done: symmetry.
+"Files" is what a prune waits for: blocks are written behind it. TFLOP/s of Gram updates count 2 d_in² operations a
+token, of which a little more than half are done: symmetry.
 """
 
 import argparse
