@@ -88,31 +88,7 @@ class Shell:
         return self.model.device
 
     def enter(self, batch: Batch) -> Tensor:
-        """The hidden states before the first block [batch, seq, d_model]."""
-        return self._look(batch)
-
-    def call(self, batch: Batch, index: int) -> Call:
-        """What block `index` gets besides hidden states: its own mask and positions.
-
-        Remembered up to CALL_BYTES for all batches: the mask of a long one is large, and then made anew at every block.
-        """
-        if batch in self._calls:
-            return self._calls[batch][1][index]
-        if self._last is None or self._last[0] is not batch:
-            self._look(batch)
-        assert self._last is not None
-        return self._last[1][index]
-
-    def leave(self, batch: Batch, hidden: Tensor, *, logits: bool = False) -> Tensor:
-        """What follows the last block: the final norm [batch, seq, d_model], or with `logits` [batch, seq, vocab]."""
-        self.call(batch, 0)
-        with self._bypassed(hidden.to(self.device)):
-            run: Any = self.model if logits else decoder(self.model)
-            out = run(input_ids=batch.ids.to(self.device), use_cache=False)
-        return out.logits if logits else out.last_hidden_state
-
-    def _look(self, batch: Batch) -> Tensor:
-        """What enters the first block; what else each of them gets is remembered."""
+        """The hidden states before the first block [batch, seq, d_model]; what else blocks get is remembered."""
         hidden, calls = self._watched(batch)
         if any(args[0].shape != hidden.shape for args, _ in calls):
             self._tuples = True
@@ -123,6 +99,26 @@ class Shell:
         if sum(held for held, _ in self._calls.values()) + size <= CALL_BYTES:
             self._calls[batch] = size, rest
         return hidden
+
+    def call(self, batch: Batch, index: int) -> Call:
+        """What block `index` gets besides hidden states: its own mask and positions.
+
+        Remembered up to CALL_BYTES for all batches: the mask of a long one is large, and then made anew at every block.
+        """
+        if batch in self._calls:
+            return self._calls[batch][1][index]
+        if self._last is None or self._last[0] is not batch:
+            self.enter(batch)
+        assert self._last is not None
+        return self._last[1][index]
+
+    def leave(self, batch: Batch, hidden: Tensor, *, logits: bool = False) -> Tensor:
+        """What follows the last block: the final norm [batch, seq, d_model], or with `logits` [batch, seq, vocab]."""
+        self.call(batch, 0)
+        with self._bypassed(hidden.to(self.device)):
+            run: Any = self.model if logits else decoder(self.model)
+            out = run(input_ids=batch.ids.to(self.device), use_cache=False)
+        return out.logits if logits else out.last_hidden_state
 
     def _watched(self, batch: Batch) -> tuple[Tensor, list[Call]]:
         with self._bypassed() as calls:
@@ -303,7 +299,7 @@ def collect(
             with watch.inputs():
                 wanted = stream.run(block, index)
         else:
-            with watch.inputs(stop=True), suppress(_Enough):
+            with watch.inputs(stop=True), suppress(Enough):
                 stream.run(block, index)
         if keep_goal:
             assert wanted is not None
@@ -314,8 +310,8 @@ def collect(
     return sums
 
 
-class _Enough(Exception):
-    """All groups have received what they receive; what the block would make of it is not wanted."""
+class Enough(Exception):
+    """Raised by a hook: all that was wanted of a block at work has been seen."""
 
 
 class _Watch:
@@ -367,13 +363,13 @@ class _Watch:
     @contextmanager
     def inputs(self, stop: bool = False) -> Iterator[None]:
         """While open, inputs of groups are added up, and how far they are from the dense ones. With `stop`, the last
-        of the modules raises _Enough instead of running."""
+        of the modules raises Enough instead of running."""
         left = {group.module for group in self.groups}
 
         def seen(module: nn.Module) -> None:
             left.discard(module)
             if stop and not left:
-                raise _Enough
+                raise Enough
 
         def linear_hook(group: Group) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

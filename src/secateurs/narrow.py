@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from secateurs.artifacts import atomic_folder, atomic_write
 from secateurs.calibration import CalibrationSet, worth
 from secateurs.checkpoint import Checkpoint, Shards
-from secateurs.collect import Place, Stream, capture, matrices_of
+from secateurs.collect import Enough, Place, Stream, capture, matrices_of
 from secateurs.cuts import STAGES, Anatomy, Hidden, anatomy
 from secateurs.goals import Drift, Imitation, imitate
 from secateurs.layer import Gram, Outcome
@@ -212,10 +212,6 @@ class _Watched:
     after: Tensor
 
 
-class _Enough(Exception):
-    """All that was wanted of a block at work has been seen."""
-
-
 def _watch(block: nn.Module, index: int, stream: Stream, stage: Sequence[str] = ()) -> _Watched:
     """The block runs as far as is needed to see a stage's linears, and what those that write are to give."""
     seen = _Watched({}, {}, torch.empty(0), torch.empty(0))
@@ -224,16 +220,16 @@ def _watch(block: nn.Module, index: int, stream: Stream, stage: Sequence[str] = 
         def hook(linear: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
             seen.inputs[part], seen.outputs[part] = args[0], out if linear.bias is None else out - linear.bias
             if stage[0] in READERS and len(seen.outputs) == len(stage):
-                raise _Enough
+                raise Enough
 
         return hook
 
     def note_between(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.between = args[0]
         if stage == STAGES[1]:
-            raise _Enough
+            raise Enough
 
-    with ExitStack() as stack, suppress(_Enough):
+    with ExitStack() as stack, suppress(Enough):
         for part in stage:
             stack.callback(block.get_submodule(part).register_forward_hook(note(part)).remove)
         norm = block.get_submodule("post_attention_layernorm")
