@@ -1,5 +1,6 @@
 """The commands as a user types them: the whole pipeline small, mistakes, a kill, Ctrl-C, and equal results twice."""
 
+import io
 import json
 import os
 import random
@@ -220,9 +221,34 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "run the same command again" in errors and "Traceback" not in errors
+    assert process.returncode == 130, errors
+    assert "run the same command again" in errors and "Traceback" not in errors
     (store,) = (tmp_path / "out" / "traces").iterdir()
     assert len(read_traces(store)) > 0
+
+
+class InterruptedWhileWriting(io.RawIOBase):
+    """A terminal at which Ctrl-C is pressed while the first text is on its way to it."""
+
+    def __init__(self):
+        self.text = b""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        first, self.text = not self.text, self.text + bytes(data)
+        if first:
+            os.kill(os.getpid(), signal.SIGINT)
+        return len(data)
+
+
+def test_ctrl_c_in_the_middle_of_a_line_of_progress_is_no_error(tmp_path, monkeypatch):
+    terminal = InterruptedWhileWriting()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(terminal), line_buffering=True))
+    monkeypatch.setattr(run, "trace", lambda *_, **__: print("a line of progress", file=sys.stderr))
+    assert call(monkeypatch, *arguments("trace", "demo", "--out", str(tmp_path / "out"))) == 130
+    assert terminal.text.decode().splitlines()[-1] == "interrupted; run the same command again to go on"
 
 
 def test_trace_prints_the_store_and_a_plan_runs_nothing(tmp_path, monkeypatch, capsys):

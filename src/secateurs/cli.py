@@ -24,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)
+INTERRUPTED = 130  # the exit code, 128 + SIGINT as shells have it
 
 RecipeName = Annotated[
     str, typer.Argument(help="A TOML file, or the name of a shipped recipe (`secateurs list recipes`).")
@@ -448,12 +449,15 @@ def main() -> None:
         if who or not _is_follower():  # before processes meet, all of them make the same mistakes
             console.print(f"[bold red]error:[/] {who}{_sentence(error)}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except SystemExit as end:
+        if end.code == INTERRUPTED and not _is_follower():
+            console.print("interrupted; run the same command again to go on", highlight=False)
+        raise
 
 
 def _interrupt(number: int, frame: object) -> None:
-    if not _is_follower():
-        console.print("interrupted; run the same command again to go on", highlight=False)
-    raise SystemExit(130)
+    """Prints nothing itself: it may run in the middle of a line of progress, and writing is not re-entrant."""
+    raise SystemExit(INTERRUPTED)
 
 
 def _is_follower() -> bool:
