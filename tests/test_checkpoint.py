@@ -15,7 +15,7 @@ from secateurs.calibration import batches
 from secateurs.checkpoint import INDEX, Checkpoint, faster
 from secateurs.collect import final_states
 from secateurs.evaluate import drift, reference_states
-from secateurs.export import export, verify
+from secateurs.export import PROBE_FILE, export, verify
 from secateurs.models import load_model
 from test_pruner import CALIBRATION, EVERYTHING, PLAN
 
@@ -71,7 +71,7 @@ def test_pruned_from_its_checkpoint_a_model_is_what_it_is_in_memory(family, tmp_
         f"{one.split('.experts.')[0]}.experts.{kind}" for one in pruned for kind in ("gate_up_proj", "down_proj")
     }
     files = {file.name for file in folder.glob("*.safetensors")}
-    assert len(files) > 1 and files < {file.name for file in out.glob("*.safetensors")}
+    assert len(files) > 1 and files == {file.name for file in out.glob("*.safetensors")}
     untouched = 0
     for name in files:
         before, after = load_file(folder / name), load_file(out / name)
@@ -209,7 +209,10 @@ def test_an_exported_folder_loads_in_a_clean_process(tmp_path):
     exported(Checkpoint("bundled"), tokenizer, plan, folders[0])
     exported(Checkpoint(str(half), compute_dtype="float32"), tokenizer, plan, folders[1])
     assert verify(folders) == {str(folder): 0 for folder in folders}
-    probe = folders[0] / "secateurs_probe.safetensors"
+    stored = [name for file in folders[0].glob("*.safetensors") for name in load_file(file)]
+    assert set(stored) <= set(load_model("bundled").state_dict()), "vLLM and SGLang read all of these files"
+    assert not [file for kind in ("bin", "pt", "pth", "gguf") for file in folders[0].glob(f"*.{kind}")]
+    probe = folders[0] / PROBE_FILE
     tensors = load_file(probe)
     tensors["logits"][0, 0, 0] += 0.02 * tensors["logits"].abs().max()
     save_file(tensors, probe, {"device": "cuda" if not torch.cuda.is_available() else "cpu"})

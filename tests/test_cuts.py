@@ -169,6 +169,8 @@ def test_the_smaller_model_is_the_masked_one(family, kind, changes, tmp_path, mo
     exported(checkpoint, Tokenizer(), plan, tmp_path / "out", smaller=Trimmer)
     smaller, probe = load_model(str(tmp_path / "out")), load_file(tmp_path / "out" / PROBE_FILE)
     torch.testing.assert_close(smaller(input_ids=probe["ids"]).logits, probe["logits"], rtol=1e-4, atol=1e-5)
+    stored = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
+    assert stored <= set(smaller.state_dict()), "some engines read all of these files"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert all(config[key] == value for key, value in sizes.items()) and config["head_dim"] == 8
     assert len(config.get("layer_types", [0] * config["num_hidden_layers"])) == config["num_hidden_layers"]

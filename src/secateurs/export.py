@@ -13,7 +13,7 @@ import torch
 from jinja2 import Environment, PackageLoader
 from safetensors.torch import save_file
 
-from secateurs.artifacts import atomic_folder, write_json
+from secateurs.artifacts import atomic_file, atomic_folder, write_json
 from secateurs.calibration import Batch
 from secateurs.checkpoint import Checkpoint
 from secateurs.collect import Opened, Shell, Stream
@@ -21,7 +21,7 @@ from secateurs.models import Matrix, decoder_blocks
 from secateurs.trim import Smaller
 
 SIDE_FILE = "secateurs.json"
-PROBE_FILE = "secateurs_probe.safetensors"
+PROBE_FILE = "secateurs.probe"  # not *.safetensors, though it is one: vLLM and SGLang take all of those for weights
 
 RELOAD = """
 import json, sys
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 worst = {}
 for folder in json.loads(sys.stdin.read()):
     AutoTokenizer.from_pretrained(folder)
-    with safe_open(folder + "/secateurs_probe.safetensors", "pt") as file:
+    with safe_open(folder + "/secateurs.probe", "pt") as file:
         probe, exported_on = {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get("device")
     dtype = probe["computed"].dtype if "computed" in probe else "auto"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
@@ -93,9 +93,8 @@ def export(
                 probe.hidden = probe.run(block, index)
         logits = shell.leave(batch, probe.hidden, logits=True).float().cpu()
         computed = torch.zeros(0, dtype=model.dtype)  # its type says what in
-        save_file(
-            {"ids": ids, "logits": logits, "computed": computed}, folder / PROBE_FILE, {"device": model.device.type}
-        )
+        with atomic_file(folder / PROBE_FILE) as file:
+            save_file({"ids": ids, "logits": logits, "computed": computed}, file, {"device": model.device.type})
         side = {
             "schema": "secateurs.model",
             "version": 1,
