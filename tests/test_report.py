@@ -11,7 +11,19 @@ from rich.console import Console
 
 from secateurs import page as pages
 from secateurs import report as reports
-from secateurs.report import Cell, Evaluation, HiddenError, LayerReport, Report, Stage, TraceSummary, compare, summarise
+from secateurs.report import (
+    Cell,
+    Evaluation,
+    HiddenError,
+    LayerReport,
+    Pruned,
+    Report,
+    Stage,
+    TraceSummary,
+    compare,
+    merge,
+    summarise,
+)
 
 
 def cell(arm, sparsity, seed, correct, tokens, budget=1000, scores=None, solver="sparsegpt") -> Cell:
@@ -176,7 +188,7 @@ def test_the_files_read_back_and_the_schema_is_strict(tmp_path):
 
 def test_a_report_of_another_version_is_named(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"schema": "secateurs.report", "version": 7}))
-    with pytest.raises(ValueError, match=r"report version 7 found, this secateurs reads version 2"):
+    with pytest.raises(ValueError, match=r"report version 7 found, this secateurs reads version 3"):
         reports.read(tmp_path)
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a secateurs report"):
@@ -296,6 +308,20 @@ def test_the_headline_takes_the_better_rival_and_names_the_settings_rac_does_not
 )
 def test_the_headline_says_what_is_missing(cells, words):
     assert words in pages.headline(report_of(cells))
+
+
+def test_models_that_were_asked_nothing_are_shown_with_their_errors_and_folders():
+    models = [Pruned.model_validate(one.model_dump(exclude={"evaluation"})) for one in HELPS[2:]]
+    report = report_of([], unasked=models)
+    errors = [layer.error_held_out for one in models for layer in one.layers]
+    said = "4 models were pruned and asked nothing; layers are off by 0.02 on held-out traces."
+    assert pages.headline(report) == said and set(errors) == {0.02}
+    screen = io.StringIO()
+    Console(width=200, file=screen).print(pages.console_table(report))
+    for text in (screen.getvalue(), pages.to_markdown(report), pages.to_html(report)):
+        assert text.count("prompt") >= 2 and text.count("sparsegpt") >= 4 and text.count("0.02") >= 4
+    assert len(merge([report, report]).unasked) == 4
+    assert "asked nothing" not in pages.to_html(report_of(HELPS)) + pages.to_markdown(report_of(HELPS))
 
 
 def test_runs_merge():

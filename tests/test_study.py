@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from secateurs.report import read
 from test_cli import SMALL, arguments, call, results
 
 
@@ -87,16 +88,28 @@ def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path, monkeypa
     assert reports[0]["comparisons"] == reports[1]["comparisons"]
 
 
-def test_mixtures_nm_and_the_other_solvers_run_too(tmp_path, monkeypatch):
+def test_mixtures_nm_and_the_other_solvers_run_too(tmp_path, monkeypatch, capsys):
     sets = [
         *SMALL[2:5], "sweep.arm=[{corpus=0.5, prompt=1.0, think=2.0}]", "sweep.sparsity=[]",
         "prune.pattern={name='nm', n=2, m=4}", "prune.solver={name='wanda'}", "prune.propagate='dense'",
     ]  # fmt: skip
-    assert call(monkeypatch, *arguments("prune", "demo", "--out", str(tmp_path / "out"), sets=sets)) == 0
+    words = arguments("prune", "demo", "--out", str(tmp_path / "out"), sets=sets)
+    assert call(monkeypatch, *words) == 0
     (weights,) = (tmp_path / "out").rglob("model/model.safetensors")
     for name, weight in load_file(weights).items():
         if "_proj" in name:
             assert ((weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
+    shown = capsys.readouterr().out
+    assert "1 model was pruned and asked nothing; layers are off by 0." in shown and "wanda" in shown
+    before, record = read(tmp_path / "out").unasked, tmp_path / "out" / "report.json"
+    record.unlink()
+    monkeypatch.setattr("secateurs.study.verify", refuse)
+    assert call(monkeypatch, *words) == 2 and "does not load" in capsys.readouterr().err
+    assert read(tmp_path / "out").unasked == before, "a model that does not load loses nothing of the report"
+
+
+def refuse(_):
+    raise RuntimeError("the exported model does not load")
 
 
 def test_cuts_leave_smaller_models_that_answer(tmp_path, monkeypatch, capsys):

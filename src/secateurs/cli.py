@@ -79,11 +79,10 @@ def _plan(dense: Any, as_json: bool) -> None:
     Console().print(table)
 
 
-def _finish(report: Any, out: Path, as_json: bool) -> None:
+def _show(report: Any, out: Path, as_json: bool) -> None:
     from secateurs import page
     from secateurs.report import to_json
 
-    page.write(report, out)
     if as_json:
         print(to_json(report))
         return
@@ -94,6 +93,7 @@ def _finish(report: Any, out: Path, as_json: bool) -> None:
 
 
 def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: bool, jobs: int | None = 1) -> None:
+    from secateurs import page
     from secateurs.ranks import joined
     from secateurs.recipe import load_recipe
     from secateurs.run import Dense, follow
@@ -107,9 +107,9 @@ def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: boo
         elif ranks.first:
             jobs = (2 if ranks.count == 1 else 1) if jobs is None else jobs
             with _bars(jobs) as progress:
-                report = study(recipe, out, progress, jobs, ranks)
+                report = study(recipe, out, progress, jobs, ranks, lambda found: page.write(found, out))
             ranks.tell(None)  # the others follow until then
-            _finish(report, out, as_json)
+            _show(report, out, as_json)
         else:
             follow(Dense(recipe, ranks))
 
@@ -225,10 +225,13 @@ def report(
     as_json: Json = False,
 ) -> None:
     """One report over several runs: JSON, Markdown and an HTML page that opens offline."""
+    from secateurs import page
     from secateurs import report as reports
 
     found = [reports.read(path / "report.json" if path.is_dir() else path) for path in runs]
-    _finish(reports.merge(found) if len(found) > 1 else found[0], out, as_json)
+    merged = reports.merge(found) if len(found) > 1 else found[0]
+    page.write(merged, out)
+    _show(merged, out, as_json)
 
 
 @app.command()

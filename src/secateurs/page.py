@@ -21,16 +21,19 @@ from secateurs.report import (
     Comparison,
     CurvePoint,
     LeakCheck,
+    Pruned,
     Report,
     Setting,
     SummaryRow,
     TraceSummary,
     distinct,
     groups_of,
+    layer_error,
     mean_of,
     model_name,
     setting_of,
     summarise,
+    thinking_error,
     to_json,
 )
 
@@ -140,6 +143,8 @@ def headline(report: Report) -> str:
     rows = report.summary
     focus = _focus(report)
     if focus is None:
+        if report.unasked:
+            return _without_questions(report.unasked)
         dense = rows[0] if rows else None
         return f"Only the dense model was measured: it {_fate(dense)}." if dense else "Nothing was measured yet."
     place = _place(focus, rows, " sparsity")
@@ -168,12 +173,23 @@ def headline(report: Report) -> str:
     return text + "."
 
 
+def _without_questions(models: Sequence[Pruned]) -> str:
+    who = "1 model was" if len(models) == 1 else f"{len(models)} models were"
+    errors = sorted(error for one in models if (error := layer_error(one)) is not None)
+    off = f"; layers are off by {' to '.join(distinct(map(_short, (errors[0], errors[-1]))))} on held-out traces"
+    return f"{who} pruned and asked nothing{off if errors else ''}."
+
+
 # ---------------------------------------------------------------------------------------------------- words and tables
 
 
 def _percent(value: float, digits: int = 0) -> str:
     text = f"{100 * value:.{max(digits, 1)}f}"
     return (text.removesuffix(".0") if digits == 0 else text) + " %"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def _count(value: float) -> str:
@@ -211,8 +227,17 @@ def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
 
 
 def console_table(report: Report) -> Table:
-    """The result table for a terminal."""
+    """The result table for a terminal; of models that were asked nothing, where no other was asked anything."""
     table = Table(title=Text(report.title))
+    if report.unasked and not report.summary:
+        for head in ("arm", "sparsity", "pattern", "solver", "seed", "layer error", "hidden error"):
+            table.add_column(head, justify="right" if "error" in head or head in ("sparsity", "seed") else "left")
+        table.add_column("folder", overflow="fold")
+        for one in report.unasked:
+            errors = [_maybe(_short)(error) for error in (layer_error(one), thinking_error(one))]
+            cells = (one.arm, _percent(one.sparsity), one.pattern, one.solver, str(one.seed), *errors, one.path)
+            table.add_row(*map(Text, cells))
+        return table
     for head in ("arm", "sparsity", "pass@1", "95 %", "vs dense", "tokens", "× dense", "time", "truncated", "loops"):
         table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
     previous = None
@@ -720,6 +745,7 @@ def _context(report: Report) -> dict[str, Any]:
         "model_name": model_name(report),
         "facts": _facts(report),
         "groups": groups,
+        "unasked": [(one, layer_error(one), thinking_error(one)) for one in report.unasked],
         "colour": _colours(report),
         "dense_of": {row.question_set: None for row in report.summary}
         | {row.question_set: row.pass_at_1 for row in report.summary if row.arm == "dense"},
@@ -751,7 +777,10 @@ def _context(report: Report) -> dict[str, Any]:
             if part
         ],
         "odd_layers": [
-            (c, layer) for c in report.cells for layer in c.layers if layer.note or layer.zeros != layer.zeros_asked
+            (c, layer)
+            for c in (*report.cells, *report.unasked)
+            for layer in c.layers
+            if layer.note or layer.zeros != layer.zeros_asked
         ],
         "intervals": INTERVALS,
         "glossary": GLOSSARY,
@@ -790,7 +819,7 @@ def templates(autoescape: bool) -> jinja2.Environment:
         "chance": _chance,
         "times": _maybe(_times),
         "count": _maybe(_count),
-        "number": _maybe(lambda value: f"{value:.3g}"),
+        "number": _maybe(_short),
         "duration": _maybe(_duration),
         "md": _markdown_text,
     }

@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from secateurs.statistics import Z95, holm, mean_variance, sign_flip
 
 SCHEMA = "secateurs.report"
-VERSION = 2
+VERSION = 3
 ARMS = ("dense", "corpus", "prompt", "rac", "think")
 SAME_BUDGET = 1.25  # calibration token counts within this ratio are one budget: whole traces overshoot it a little
 
 T = TypeVar("T")
+P = TypeVar("P", bound="Pruned")
 
 # ---------------------------------------------------------------------------------------------------- the schema
 
@@ -139,8 +140,8 @@ class HiddenError(_Model):
     curve: list[CurvePoint] = Field(description="Error by position in the chain of thought.")
 
 
-class Cell(_Model):
-    """One model of the study: dense, or pruned one way with one seed."""
+class Pruned(_Model):
+    """One model of the study: pruned one way with one seed."""
 
     arm: str = Field(
         description="Which tokens calibrated it: `dense` (not pruned), `corpus`, `prompt`, `rac`, `think`, "
@@ -151,11 +152,16 @@ class Cell(_Model):
     solver: str = Field(description="Solver that chose and refitted the weights.")
     seed: int = Field(description="Seed of the calibration.")
     calibration_tokens: TokenCount = Field(description="Tokens it was calibrated on; 0 for dense.")
-    evaluation: Evaluation = Field(description="What the model does on questions.")
     hidden_error: HiddenError | None = Field(description="Drift of the final hidden states.")
     layers: list[LayerReport] = Field(description="One entry per pruned matrix.")
     seconds: dict[str, Seconds] = Field(description="Wall-clock time by stage of this cell.")
     path: str = Field(description="Folder the cell's model lives in.")
+
+
+class Cell(Pruned):
+    """One model of the study that was asked questions: a pruned one, or the dense one."""
+
+    evaluation: Evaluation = Field(description="What the model does on questions.")
 
 
 class TraceSummary(_Model):
@@ -241,7 +247,7 @@ class Report(_Model):
     """The whole record of one run, or of several merged."""
 
     schema_: Literal["secateurs.report"] = Field(default=SCHEMA, alias="schema", description="Always this string.")
-    version: Literal[2] = Field(default=VERSION, description="Version of this schema.")
+    version: Literal[3] = Field(default=VERSION, description="Version of this schema.")
     title: str = Field(description="Shown on top.")
     created: str = Field(description="ISO 8601 time of writing.")
     secateurs: str = Field(description="Version of this package.")
@@ -253,7 +259,8 @@ class Report(_Model):
     stages: list[Stage] = Field(description="Where the time went, in order.")
     traces: TraceSummary | None = Field(description="The calibration traces.")
     leaks: LeakCheck | None = Field(default=None, description="The check for evaluation questions in calibration.")
-    cells: list[Cell] = Field(description="Every model measured.")
+    cells: list[Cell] = Field(description="Every model that was asked questions.")
+    unasked: list[Pruned] = Field(default=[], description="Models that were pruned and asked none.")
     summary: list[SummaryRow] = Field(description="`summarise(cells)`.")
     comparisons: list[Comparison] = Field(description="`compare(cells)`.")
 
@@ -265,6 +272,7 @@ def schema_markdown() -> str:
         Stage,
         TraceSummary,
         LeakCheck,
+        Pruned,
         Cell,
         Evaluation,
         CapPoint,
@@ -288,7 +296,12 @@ def schema_markdown() -> str:
     for model in models:
         lines += ["", f"## {model.__name__}", "", model.__doc__ or "", ""]
         lines += ["| field | type | unit | meaning |", "|---|---|---|---|"]
+        inherited = model.__base__.model_fields if model.__base__ is Pruned else {}
+        if inherited:
+            lines.append("| | | | All fields of [Pruned](#pruned), and: |")
         for name, field in model.model_fields.items():
+            if name in inherited:
+                continue
             unit = next((u for u in (*field.metadata, *_walk(field.annotation)) if isinstance(u, Unit)), "")
             kind = _type_name(field.annotation).replace("|", "\\|")
             lines.append(f"| `{field.alias or name}` | {kind} | {unit} | {field.description} |")
@@ -405,9 +418,7 @@ def _row(cells: Sequence[Cell], dense: Sequence[Cell]) -> SummaryRow:
         unclosed_think=_average(cells, "unclosed_think"),
         tokens_per_correct=_over(math.fsum(c.evaluation.tokens for c in cells), correct),
         held_out_error=mean_of(layer.error_held_out for cell in cells for layer in cell.layers),
-        hidden_error=mean_of(
-            error for c in cells if c.hidden_error for error in (c.hidden_error.early_think, c.hidden_error.late_think)
-        ),
+        hidden_error=mean_of(map(thinking_error, cells)),
     )
 
 
@@ -526,10 +537,7 @@ def merge(reports: Sequence[Report]) -> Report:
             raise ValueError(
                 f"reports of different models cannot be merged: {model_name(first)} and {model_name(other)}"
             )
-    unique: dict[str, Cell] = {}
-    for cell in (cell for report in reports for cell in report.cells):
-        unique.setdefault(_measured(cell), cell)
-    cells = list(unique.values())
+    cells = _once(cell for report in reports for cell in report.cells)
     stages: dict[str, list[Stage]] = defaultdict(list)
     for report in reports:
         for stage in report.stages:
@@ -557,16 +565,30 @@ def merge(reports: Sequence[Report]) -> Report:
         traces=merge_traces(distinct(r.traces for r in reports if r.traces)),
         leaks=merge_leaks([r.leaks for r in reports if r.leaks]),
         cells=cells,
+        unasked=_once(one for report in reports for one in report.unasked),
         summary=summarise(cells),
         comparisons=compare(cells),
     )
 
 
-def _measured(cell: Cell) -> str:
-    """What identifies a measurement: everything but clocks and folders."""
+def _once(models: Iterable[P]) -> list[P]:
+    """Each measurement once, whatever clocks and folders say."""
     clocks = {"seconds", "tokens_per_second"}
     skip = {"path": True, "seconds": True, "evaluation": clocks, "layers": {"__all__": {"seconds"}}}
-    return cell.model_dump_json(exclude=skip)
+    unique: dict[str, P] = {}
+    for one in models:
+        unique.setdefault(one.model_dump_json(exclude=skip), one)
+    return list(unique.values())
+
+
+def layer_error(one: Pruned) -> float | None:
+    """Held-out error, mean over layers."""
+    return mean_of(layer.error_held_out for layer in one.layers)
+
+
+def thinking_error(one: Pruned) -> float | None:
+    """Error of the final hidden states, mean of early and late thinking."""
+    return mean_of((one.hidden_error.early_think, one.hidden_error.late_think)) if one.hidden_error else None
 
 
 def distinct(values: Iterable[T]) -> list[T]:

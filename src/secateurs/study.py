@@ -2,8 +2,7 @@
 
 import os
 import platform
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from secateurs import evaluate
+from secateurs import report as reports
 from secateurs.artifacts import canonical_hash
 from secateurs.calibration import batches, region_weights, trace_document
 from secateurs.cuts import Cut
@@ -27,8 +27,6 @@ from secateurs.recipe import Recipe, build_pattern, build_questions
 from secateurs.report import (
     Cell,
     Evaluation,
-    HiddenError,
-    LayerReport,
     LeakCheck,
     Report,
     Stage,
@@ -51,8 +49,17 @@ from secateurs.run import (
 )
 
 
-def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1, ranks: Ranks = ALONE) -> Report:
-    """Every stage, for every seed and every cell of the recipe's grid; then the report, built but not written.
+def study(
+    recipe: Recipe,
+    out: Path,
+    progress: Progress = silent,
+    jobs: int = 1,
+    ranks: Ranks = ALONE,
+    write: Callable[[Report], object] = lambda report: None,
+) -> Report:
+    """Every stage, for every seed and every cell of the recipe's grid; then the report, and every model reloaded.
+
+    `write` gets the report before that, so that a model which does not load loses nothing of it.
 
     `jobs` processes share the work: first the seeds (traces, and the dense model's answers), then the cells. Or there
     is one job, and other processes (`ranks`) that `run.follow`, to prune with it. What is on disk is not done again, so
@@ -73,22 +80,22 @@ def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1,
             groups.append((_do_cells, (seed, found.traced, recipes, first, total)))
     done: list[list[_Done]] = run_tasks(bench, groups, jobs, progress)
     cells: list[Cell] = []
+    unasked: list[reports.Pruned] = []
     for seed, found in zip(recipe.seeds, seeds, strict=True):
         if found.answers:
-            cells.append(_cell(None, found.answers, found.answers, seed, out / "dense"))
+            cells.append(_dense_cell(found.answers, seed, out / "dense"))
         mine = [one for (_, args), group in zip(groups, done, strict=True) if args[0] == seed for one in group]
         for one in mine:
             if one.answers and found.answers:
-                cells.append(_cell(one.pruned, one.answers, found.answers, seed, one.pruned.folder))
-    clock = time.perf_counter()
-    progress("verify exported models", 0, 0, "")
-    verify([one.pruned.folder / "model" for group in done for one in group])
-    seconds = {"trace": sum(found.traced.summary.seconds for found in seeds), "verify": time.perf_counter() - clock}
-    for cell in cells:
+                cells.append(_cell(one.pruned, one.answers, found.answers))
+            else:
+                unasked.append(reports.Pruned.model_validate(_pruned(one.pruned)))
+    seconds = {"trace": sum(found.traced.summary.seconds for found in seeds)}
+    for cell in (*cells, *unasked):
         for name, spent in cell.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + spent
     model = dense.checkpoint.model
-    return Report(
+    report = Report(
         title=recipe.title or f"{recipe.model} pruned on its own chain of thought",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         secateurs=version("secateurs"),
@@ -102,9 +109,14 @@ def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1,
         traces=merge_traces([found.traced.summary for found in seeds]),
         leaks=merge_leaks([found.leaks for found in seeds if found.leaks]),
         cells=cells,
+        unasked=unasked,
         summary=summarise(cells),
         comparisons=compare(cells),
     )
+    write(report)
+    progress("verify exported models", 0, 0, "")
+    verify([one.pruned.folder / "model" for group in done for one in group])
+    return report
 
 
 @dataclass
@@ -207,29 +219,43 @@ def leak_check(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> LeakC
     return LeakCheck.model_validate(asdict(overlap(asked, texts)))
 
 
-def _cell(pruned: Pruned | None, answers: Answers, baseline: Answers, seed: int, folder: Path) -> Cell:
+def _dense_cell(answers: Answers, seed: int, folder: Path) -> Cell:
+    return Cell(
+        arm="dense",
+        sparsity=0.0,
+        pattern="dense",
+        solver="none",
+        seed=seed,
+        calibration_tokens=0,
+        evaluation=_measured(answers, None),
+        hidden_error=None,
+        layers=[],
+        seconds={"evaluate": answers.seconds},
+        path=str(folder),
+    )
+
+
+def _cell(pruned: Pruned, answers: Answers, baseline: Answers) -> Cell:
+    facts = _pruned(pruned)
+    facts["seconds"] = {"evaluate": answers.seconds} | facts["seconds"]
+    return Cell.model_validate(facts | {"evaluation": _measured(answers, baseline)})
+
+
+def _pruned(pruned: Pruned) -> dict[str, Any]:
+    facts = asdict(pruned)
+    return facts | {"path": str(facts.pop("folder"))}
+
+
+def _measured(answers: Answers, baseline: Answers | None) -> Evaluation:
     measured = evaluate.measure(
         answers.traces,
         answers.families,
         question_set=answers.question_set,
         seconds=answers.seconds,
         max_new_tokens=answers.max_new_tokens,
-        dense=None if pruned is None else baseline.traces,
+        dense=baseline.traces if baseline else None,
     )
-    seconds = {"evaluate": answers.seconds} | (pruned.seconds if pruned else {})
-    return Cell(
-        arm=pruned.arm if pruned else "dense",
-        sparsity=pruned.sparsity if pruned else 0.0,
-        pattern=pruned.pattern if pruned else "dense",
-        solver=pruned.solver if pruned else "none",
-        seed=seed,
-        calibration_tokens=pruned.calibration_tokens if pruned else 0,
-        evaluation=Evaluation.model_validate(measured),
-        hidden_error=HiddenError.model_validate(pruned.hidden_error) if pruned else None,
-        layers=[LayerReport.model_validate(layer) for layer in pruned.layers] if pruned else [],
-        seconds=seconds,
-        path=str(folder),
-    )
+    return Evaluation.model_validate(measured)
 
 
 def hardware(device: str) -> dict[str, Any]:
