@@ -61,7 +61,7 @@ def finished(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_reports_traces_and_models_that_load(finished):
     report = json.loads((finished / "report.json").read_text())
-    assert report["schema"] == "secateurs.report" and report["version"] == 2
+    assert report["schema"] == "secateurs.report" and report["version"] == 3
     assert [cell["arm"] for cell in report["cells"]] == ["dense", "prompt", "rac"]
     for cell in report["cells"][1:]:
         assert cell["evaluation"]["questions"] == 6
