@@ -230,12 +230,12 @@ def console_table(report: Report) -> Table:
     """The result table for a terminal; of models that were asked nothing, where no other was asked anything."""
     table = Table(title=Text(report.title))
     if report.unasked and not report.summary:
-        for head in ("arm", "sparsity", "pattern", "solver", "seed", "layer error", "hidden error"):
-            table.add_column(head, justify="right" if "error" in head or head in ("sparsity", "seed") else "left")
+        for head in ("arm", "sparsity", "layer error", "hidden error", "solver", "pattern", "seed"):
+            table.add_column(head, justify="left" if head in ("arm", "solver", "pattern") else "right")
         table.add_column("folder", overflow="fold")
         for one in report.unasked:
             errors = [_maybe(_short)(error) for error in (layer_error(one), thinking_error(one))]
-            cells = (one.arm, _percent(one.sparsity), one.pattern, one.solver, str(one.seed), *errors, one.path)
+            cells = (one.arm, _percent(one.sparsity), *errors, one.solver, one.pattern, str(one.seed), one.path)
             table.add_row(*map(Text, cells))
         return table
     for head in ("arm", "sparsity", "pass@1", "95 %", "vs dense", "tokens", "× dense", "time", "truncated", "loops"):
