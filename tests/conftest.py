@@ -31,3 +31,9 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_reload(monkeypatch):
+    """Models are not loaded again at the end of a run, in a process that takes longer than the rest of a small one."""
+    monkeypatch.setattr("secateurs.study.verify", lambda folders: {})

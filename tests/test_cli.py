@@ -103,6 +103,7 @@ def test_repeating_a_finished_run_does_nothing_twice(finished, monkeypatch):
     assert before == {path: path.stat().st_mtime_ns for path in before} and not left.exists()
 
 
+@pytest.mark.usefixtures("without_reload")
 def test_another_batch_size_and_another_folder_give_the_same_files(finished, tmp_path, monkeypatch):
     sets = [*SMALL, "resources.batch_size=7"]
     assert call(monkeypatch, *arguments("run", "demo", "--out", str(tmp_path / "out"), sets=sets)) == 0

@@ -279,7 +279,7 @@ def test_two_machines_trace_a_half_each_and_a_run_on_the_merged_store_asks_no_mo
     with CompletionsServer(SIZE, answer=served(load_model("bundled"))) as server:
         options = [
             f'traces.engine={{name="openai", servers=["{server.url}"], model="bundled"}}',
-            "traces.sampling.max_new_tokens=32", "calibration.num_tokens=400", "calibration.held_out_tokens=100",
+            "traces.sampling.max_new_tokens=32", "calibration.num_tokens=240", "calibration.held_out_tokens=60",
         ]  # fmt: skip
         sets = [part for option in options for part in ("--set", option)]
 
@@ -294,9 +294,9 @@ def test_two_machines_trace_a_half_each_and_a_run_on_the_merged_store_asks_no_mo
         merged = Path(stores[0]).name
         assert command("merge", *stores, "--into", f"{tmp_path}/all/traces/{merged}")["already"] == 0
         asked = len(server.bodies)
-        whole = traced(server, tmp_path / "all")
+        whole = traced(server, tmp_path / "all", tokens=240)
         assert len(server.bodies) - asked <= 2, "only what the halves overshot differently"
-        assert whole.traces == traced(server, tmp_path / "alone").traces
+        assert whole.traces == traced(server, tmp_path / "alone", tokens=240).traces
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("without_reload")
 def test_solvers_of_one_run_share_traces_and_dense_answers(tmp_path, monkeypatch, capsys):
     sets = [*SMALL[1:], "sweep.arm=['rac']", "sweep.solver=[{name='wanda'}, {name='sparsegpt', damp=0.02}]"]
     assert call(monkeypatch, *arguments("run", "demo", "--out", str(tmp_path / "out"), sets=sets)) == 0
@@ -40,10 +41,11 @@ def test_solvers_of_one_run_share_traces_and_dense_answers(tmp_path, monkeypatch
     assert "sweep.solver: unknown solver `wandb`. Did you mean `wanda`?" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.usefixtures("without_reload")
 def test_everything_at_once_meets_the_same_budget_and_is_measured_once(tmp_path, monkeypatch):
     sets = [
         *SMALL[3:], "prune.tune.steps=2", "evaluate.num_questions=0", "calibration.num_tokens=500",
-        "calibration.held_out_tokens=250",
+        "calibration.held_out_tokens=250", "prune.solver={name='admm', steps=5, levels=4}",
     ]  # fmt: skip
     words = arguments("run", "quality", "--out", str(tmp_path / "out"), sets=sets)
     assert call(monkeypatch, *words) == 0
