@@ -34,14 +34,14 @@ def compare(folder: str) -> dict[str, object]:
 
 
 def main() -> None:
-    if sys.argv[1] == "--one":
+    if sys.argv[1:2] == ["--one"]:
         print("\n" + json.dumps(compare(sys.argv[2])))
         return
     for folder in sys.argv[1:]:
         done = subprocess.run([sys.executable, __file__, "--one", folder], capture_output=True, text=True)
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line]
-        found = [line for line in lines if line.startswith("{") or (done.returncode and "Error: " in line)]
-        print(folder, (found or lines)[0], flush=True)
+        lines = (done.stdout + done.stderr).splitlines()
+        wanted = [line for line in lines if ("Error: " in line if done.returncode else line.startswith('{"alike"'))]
+        print(folder, wanted[0] if wanted else f"ended with {done.returncode}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -17,10 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from completions_server import CompletionsServer
 from secateurs import cli, evaluate, run
+from secateurs.export import PROBE_FILE
 from secateurs.ranks import Ranks
 from secateurs.recipe import load_recipe
-from secateurs.traces import read_traces
+from secateurs.traces import TraceStore, read_traces
 
 SMALL = [
     "sweep.arm=['prompt', 'rac']", "sweep.sparsity=[0.5]", "sweep.seed=[0]", "calibration.num_tokens=900",
@@ -250,6 +253,45 @@ def test_ctrl_c_in_the_middle_of_a_line_of_progress_is_no_error(tmp_path, monkey
     monkeypatch.setattr(run, "trace", lambda *_, **__: print("a line of progress", file=sys.stderr))
     assert call(monkeypatch, *arguments("trace", "demo", "--out", str(tmp_path / "out"))) == 130
     assert terminal.text.decode().splitlines()[-1] == "interrupted; run the same command again to go on"
+
+
+def test_ctrl_c_while_a_server_is_waited_for_is_no_error(tmp_path, monkeypatch, capsys):
+    with CompletionsServer(264, fault=lambda prompt, attempt: "slow") as server:
+        threading.Thread(target=interrupt_when, args=(lambda: server.bodies,), daemon=True).start()
+        table = f'traces.engine={{name="openai", servers=["{server.url}"], model="bundled"}}'
+        words = arguments("trace", "demo", "--out", str(tmp_path / "out"), "--set", table)
+        assert call(monkeypatch, *words) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; run the same command again to go on"
+
+
+def interrupt_when(something) -> None:
+    wait = time.monotonic() + 60
+    while not something() and time.monotonic() < wait:
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_ends_a_run_while_seconds_are_written_stores_nothing_twice(tmp_path, monkeypatch, capsys):
+    def interrupted(self, seconds):
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TraceStore, "add_seconds", interrupted)
+        words = arguments("trace", "demo", "--out", str(tmp_path / "out"))
+        assert call(patch, *words) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; run the same command again to go on"
+    (store,) = (tmp_path / "out" / "traces").iterdir()
+    assert read_traces(store)
+
+
+def test_a_run_from_before_the_probe_had_its_name_is_gone_on_with(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "out")
+    for probe in (tmp_path / "out").rglob(PROBE_FILE):
+        probe.rename(probe.with_name("secateurs_probe.safetensors"))
+    assert call(monkeypatch, *arguments("run", "demo", "--out", str(tmp_path / "out"))) == 0
+    assert len(list((tmp_path / "out").rglob(PROBE_FILE))) == 2
+    assert not list((tmp_path / "out").rglob("secateurs_probe.safetensors"))
 
 
 def test_trace_prints_the_store_and_a_plan_runs_nothing(tmp_path, monkeypatch, capsys):

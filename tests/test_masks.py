@@ -10,7 +10,7 @@ from families import make_model
 from secateurs import masks, pruner
 from secateurs.checkpoint import Checkpoint
 from secateurs.cli import app
-from secateurs.export import SIDE_FILE
+from secateurs.export import PROBE_FILE, SIDE_FILE
 from secateurs.masks import KeepZeros, apply, check
 from secateurs.models import load_model
 from test_checkpoint import Tokenizer, exported, saved
@@ -51,7 +51,9 @@ def test_lost_zeros_are_counted_and_put_back(pruned, tmp_path):
     other = tuned(pruned, tmp_path / "tuned")
     found = check(str(other), str(pruned))
     assert found and all(one.zeros == one.lost > 0 for one in found)
+    (other / PROBE_FILE).write_bytes(b"of other weights")
     assert apply(str(other), str(pruned), tmp_path / "mended") == found
+    assert not (tmp_path / "mended" / PROBE_FILE).exists()
     assert all(one.lost == 0 for one in check(str(tmp_path / "mended")))
     assert all(one.lost == 0 for one in check(str(tmp_path / "mended"), str(pruned)))
     before, after, zeros = (load_model(str(folder)) for folder in (other, tmp_path / "mended", pruned))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from secateurs.parallel import run_tasks, silent
+from secateurs.parallel import deaf, run_tasks, silent
 
 
 class Bench:
@@ -93,3 +93,11 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_process_that_is_started_deaf_stays_so_and_its_parent_hears_again():
+    before = signal.getsignal(signal.SIGINT)
+    asks = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
+    with deaf():
+        child = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True)
+    assert child.stdout.strip() == "True" and signal.getsignal(signal.SIGINT) is before

@@ -16,7 +16,7 @@ from secateurs.report import (
     Evaluation,
     HiddenError,
     LayerReport,
-    Pruned,
+    Model,
     Report,
     Stage,
     TraceSummary,
@@ -310,17 +310,37 @@ def test_the_headline_says_what_is_missing(cells, words):
     assert words in pages.headline(report_of(cells))
 
 
+def unasked(cells) -> list[Model]:
+    return [
+        Model.model_validate(one.model_dump(exclude={"evaluation"}) | {"path": f"runs/[red]<i>{index}"})
+        for index, one in enumerate(cells)
+    ]
+
+
 def test_models_that_were_asked_nothing_are_shown_with_their_errors_and_folders():
-    models = [Pruned.model_validate(one.model_dump(exclude={"evaluation"})) for one in HELPS[2:]]
-    report = report_of([], unasked=models)
-    errors = [layer.error_held_out for one in models for layer in one.layers]
-    said = "4 models were pruned and asked nothing; layers are off by 0.02 on held-out traces."
-    assert pages.headline(report) == said and set(errors) == {0.02}
+    report = report_of([], unasked=unasked(HELPS[2:]))
+    said = "4 models were pruned and asked nothing; the error of layers on held-out traces is 0.02."
+    assert pages.headline(report) == said
     screen = io.StringIO()
-    Console(width=200, file=screen).print(pages.console_table(report))
+    Console(width=120, file=screen).print(pages.console_table(report))
     for text in (screen.getvalue(), pages.to_markdown(report), pages.to_html(report)):
-        assert text.count("prompt") >= 2 and text.count("sparsegpt") >= 4 and text.count("0.02") >= 4
-    assert len(merge([report, report]).unasked) == 4
+        assert text.count("prompt") >= 2 and text.count("sparsegpt") >= 4
+        assert text.count("0.02") >= 4 and text.count("0.25") >= 4, "errors of layers and of hidden states"
+    for index in range(4):
+        assert f"runs/[red]&lt;i&gt;{index}" in pages.to_html(report)
+        assert f"runs/[red]&lt;i&gt;{index}" in pages.to_markdown(report)
+    assert ("calibration", "1000 tokens per arm") in pages._facts(report)
+
+
+def test_what_was_asked_and_what_was_not_are_told_apart():
+    mixed = report_of(HELPS[:4], unasked=unasked(HELPS[4:]))
+    assert pages.headline(mixed).startswith(pages.headline(report_of(HELPS[:4])))
+    assert pages.headline(mixed).endswith(
+        "2 models were pruned and asked nothing; the error of layers on held-out traces is 0.02."
+    )
+    merged = merge([report_of(HELPS), report_of([], unasked=unasked(HELPS[2:]))])
+    assert len(merged.cells) == 6 and not merged.unasked, "the same models, asked in the other run"
+    assert len(merge([mixed, mixed]).unasked) == 2
     assert "asked nothing" not in pages.to_html(report_of(HELPS)) + pages.to_markdown(report_of(HELPS))
 
 

@@ -28,7 +28,7 @@ from secateurs.engines.hf import hf_engine
 from secateurs.models import load_model, load_tokenizer
 from secateurs.packed import RECORD, PackedEmbedding, PackedLinear, load_packed
 from secateurs.page import templates
-from secateurs.parallel import MISTAKES, end, portable, settle
+from secateurs.parallel import MISTAKES, deaf, end, portable, settle
 from secateurs.recipe import Recipe, build_questions
 from secateurs.run import request_for, trace_of
 
@@ -144,7 +144,8 @@ def bench(
             worker = get_context("spawn").Process(
                 target=_serve, args=(theirs, name, device, threads, os.getpid()), daemon=True
             )
-            worker.start()
+            with deaf():
+                worker.start()
             theirs.close()
             stack.callback(end, worker, ours)
             workers[name] = ours

@@ -89,6 +89,8 @@ def _show(report: Any, out: Path, as_json: bool) -> None:
     screen = Console(width=None if sys.stdout.isatty() else 120)  # a pipe or a log has no width of its own
     screen.print(page.console_table(report))
     screen.print(page.headline(report))
+    for one in report.unasked:
+        screen.print(f"model: {Path(one.path) / 'model'}", highlight=False, markup=False, soft_wrap=True)
     screen.print(f"report: {out / 'report.html'}")
 
 
@@ -97,7 +99,7 @@ def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: boo
     from secateurs.ranks import joined
     from secateurs.recipe import load_recipe
     from secateurs.run import Dense, follow
-    from secateurs.study import study
+    from secateurs.study import reload, study
 
     recipe = load_recipe(name, overrides)
     with joined(recipe.resources.device) as ranks:
@@ -107,9 +109,14 @@ def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: boo
         elif ranks.first:
             jobs = (2 if ranks.count == 1 else 1) if jobs is None else jobs
             with _bars(jobs) as progress:
-                report = study(recipe, out, progress, jobs, ranks, lambda found: page.write(found, out))
+                report = study(recipe, out, progress, jobs, ranks)
             ranks.tell(None)  # the others follow until then
-            _show(report, out, as_json)
+            page.write(report, out)
+            try:
+                with _bars() as progress:
+                    reload(report, progress)
+            finally:  # a model that does not load loses nothing of what was measured
+                _show(report, out, as_json)
         else:
             follow(Dense(recipe, ranks))
 
@@ -444,23 +451,27 @@ def main() -> None:
     """Entry point. 0 done, 2 a user's mistake or a machine's limit (one sentence), 130 interrupted."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    signal.signal(signal.SIGINT, _interrupt)
+    pressed: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        """Prints nothing itself: it may run in the middle of a line of progress, and writing is not re-entrant."""
+        pressed.append(number)
+        raise SystemExit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         app()
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+    except BaseException as error:
+        if pressed:  # and whatever went wrong on the way out of it
+            if not _is_follower():
+                console.print("interrupted; run the same command again to go on", highlight=False)
+            sys.exit(INTERRUPTED)
+        if not isinstance(error, (ValueError, OSError, RuntimeError, ArithmeticError)):
+            raise
         who = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
         if who or not _is_follower():  # before processes meet, all of them make the same mistakes
             console.print(f"[bold red]error:[/] {who}{_sentence(error)}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except SystemExit as end:
-        if end.code == INTERRUPTED and not _is_follower():
-            console.print("interrupted; run the same command again to go on", highlight=False)
-        raise
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """Prints nothing itself: it may run in the middle of a line of progress, and writing is not re-entrant."""
-    raise SystemExit(INTERRUPTED)
 
 
 def _is_follower() -> bool:

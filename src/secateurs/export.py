@@ -112,6 +112,12 @@ def mask_hash(weight: torch.Tensor) -> str:
     return sha256(numpy.packbits((weight != 0).cpu().numpy()).tobytes()).hexdigest()
 
 
+def rename_probe(folder: Path) -> None:
+    """Of a folder from before 26 November 2026, where its name made engines take it for weights."""
+    if (old := folder / "secateurs_probe.safetensors").exists():
+        old.rename(folder / PROBE_FILE)
+
+
 def verify(folders: Sequence[Path], tolerance: float = 1e-2, elsewhere: float = 5e-2) -> dict[str, float]:
     """Reload every folder with only transformers in one clean process and compare logits with those at export.
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from secateurs.artifacts import atomic_folder, read_json, write_json
 from secateurs.checkpoint import Checkpoint
 from secateurs.collect import matrices_of
-from secateurs.export import SIDE_FILE, mask_hash
+from secateurs.export import PROBE_FILE, SIDE_FILE, mask_hash
 from secateurs.models import Matrix
 
 
@@ -57,7 +57,7 @@ def apply(model: str, pruned: str, out: Path) -> list[Kept]:
     side, found, hashes = side_file(pruned), [], {}
     with atomic_folder(out) as folder:
         for file in Path(model).iterdir():
-            if file.is_file() and file.suffix != ".safetensors":
+            if file.is_file() and file.suffix != ".safetensors" and file.name != PROBE_FILE:
                 shutil.copyfile(file, folder / file.name)
         target = Checkpoint(model)
         target.copy_to(folder)

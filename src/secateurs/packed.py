@@ -271,7 +271,8 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
                 files.add(name, tensor.cpu().contiguous())
         files.close()
         for file in checkpoint.folder.iterdir():
-            if file.is_file() and not file.name.startswith("model") and file.name != PROBE_FILE:
+            is_weights = file.name.startswith("model") or file.suffix == ".safetensors"
+            if file.is_file() and not is_weights and file.name != PROBE_FILE:
                 shutil.copyfile(file, folder / file.name)
         write_json(folder / RECORD, {"schema": SCHEMA, "version": VERSION, "weights": weights, "matrices": names})
     return {"weights": weights, **counts, "density": 1 - counts["zeros"] / counts["weights"]}

@@ -21,7 +21,7 @@ from secateurs.report import (
     Comparison,
     CurvePoint,
     LeakCheck,
-    Pruned,
+    Model,
     Report,
     Setting,
     SummaryRow,
@@ -135,7 +135,13 @@ def _chance(p: float) -> str:
 
 
 def headline(report: Report) -> str:
-    """The result in one sentence, whichever way it went.
+    """The result in one sentence, whichever way it went, and another on models that were asked nothing."""
+    parts = [_result(report)] if report.summary or not report.unasked else []
+    return " ".join([*parts, _without_questions(report.unasked)] if report.unasked else parts)
+
+
+def _result(report: Report) -> str:
+    """What the questions said.
 
     It looks at the setting where rac and the better of corpus and prompt-only calibration differ most, says when
     a gap is not clear, and lists the settings where rac is not clearly ahead.
@@ -143,8 +149,6 @@ def headline(report: Report) -> str:
     rows = report.summary
     focus = _focus(report)
     if focus is None:
-        if report.unasked:
-            return _without_questions(report.unasked)
         dense = rows[0] if rows else None
         return f"Only the dense model was measured: it {_fate(dense)}." if dense else "Nothing was measured yet."
     place = _place(focus, rows, " sparsity")
@@ -173,11 +177,13 @@ def headline(report: Report) -> str:
     return text + "."
 
 
-def _without_questions(models: Sequence[Pruned]) -> str:
+def _without_questions(models: Sequence[Model]) -> str:
     who = "1 model was" if len(models) == 1 else f"{len(models)} models were"
     errors = sorted(error for one in models if (error := layer_error(one)) is not None)
-    off = f"; layers are off by {' to '.join(distinct(map(_short, (errors[0], errors[-1]))))} on held-out traces"
-    return f"{who} pruned and asked nothing{off if errors else ''}."
+    if not errors:
+        return f"{who} pruned and asked nothing."
+    found = " to ".join(distinct(map(_short, (errors[0], errors[-1]))))
+    return f"{who} pruned and asked nothing; the error of layers on held-out traces is {found}."
 
 
 # ---------------------------------------------------------------------------------------------------- words and tables
@@ -231,11 +237,11 @@ def console_table(report: Report) -> Table:
     table = Table(title=Text(report.title))
     if report.unasked and not report.summary:
         for head in ("arm", "sparsity", "layer error", "hidden error", "solver", "pattern", "seed"):
-            table.add_column(head, justify="left" if head in ("arm", "solver", "pattern") else "right")
-        table.add_column("folder", overflow="fold")
+            left = head in ("arm", "solver", "pattern")
+            table.add_column(head, justify="left" if left else "right", overflow="fold")
         for one in report.unasked:
             errors = [_maybe(_short)(error) for error in (layer_error(one), thinking_error(one))]
-            cells = (one.arm, _percent(one.sparsity), *errors, one.solver, one.pattern, str(one.seed), one.path)
+            cells = (one.arm, _percent(one.sparsity), *errors, one.solver, one.pattern, str(one.seed))
             table.add_row(*map(Text, cells))
         return table
     for head in ("arm", "sparsity", "pass@1", "95 %", "vs dense", "tokens", "× dense", "time", "truncated", "loops"):
@@ -685,15 +691,16 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     facts = [("model", model_name(report))]
     if first:
         facts.append(("questions", f"{first.questions} × {first.samples} samples, {first.question_set}"))
-    budgets = _budgets(cell.calibration_tokens for cell in report.cells if cell.arm != "dense")
+    pruned = [*(cell for cell in report.cells if cell.arm != "dense"), *report.unasked]
+    budgets = _budgets(one.calibration_tokens for one in pruned)
     if budgets:
         facts.append(("calibration", f"{' or '.join(budgets)} tokens per arm"))
     for name in ("solver", "pattern"):
-        values = distinct(getattr(cell, name) for cell in report.cells if cell.arm != "dense")
+        values = distinct(getattr(one, name) for one in pruned)
         if values:
             facts.append((name, ", ".join(values)))
-    if report.cells:
-        facts.append(("seeds", str(len({cell.seed for cell in report.cells}))))
+    if seeds := {one.seed for one in (*report.cells, *report.unasked)}:
+        facts.append(("seeds", str(len(seeds))))
     if report.leaks:
         facts.append(("leak check", _leak_sentence(report.leaks)))
     facts.append(("written", report.created))

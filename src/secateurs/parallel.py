@@ -5,8 +5,9 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -49,7 +50,8 @@ def run_tasks(make: Callable[[Progress], Any], tasks: Sequence[Task], jobs: int,
             worker = context.Process(
                 target=_serve, args=(theirs, make, max(1, torch.get_num_threads() // jobs), os.getpid()), daemon=True
             )
-            worker.start()
+            with deaf():
+                worker.start()
             stack.callback(end, worker, ours)
             theirs.close()
             workers[ours] = worker
@@ -94,6 +96,19 @@ def _serve(pipe: Connection, make: Callable[[Progress], Any], threads: int, pare
         os._exit(1)  # nobody is left to tell
     except MISTAKES as error:
         pipe.send(("failed", portable(error)))
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """While open, Ctrl-C is not heard, nor ever by a process that is started: its parent hears it and ends it."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say who hears
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def settle(threads: int, parent: int) -> None:

@@ -22,7 +22,7 @@ ARMS = ("dense", "corpus", "prompt", "rac", "think")
 SAME_BUDGET = 1.25  # calibration token counts within this ratio are one budget: whole traces overshoot it a little
 
 T = TypeVar("T")
-P = TypeVar("P", bound="Pruned")
+M = TypeVar("M", bound="Model")
 
 # ---------------------------------------------------------------------------------------------------- the schema
 
@@ -140,8 +140,8 @@ class HiddenError(_Model):
     curve: list[CurvePoint] = Field(description="Error by position in the chain of thought.")
 
 
-class Pruned(_Model):
-    """One model of the study: pruned one way with one seed."""
+class Model(_Model):
+    """One model of the study: pruned one way with one seed, or dense."""
 
     arm: str = Field(
         description="Which tokens calibrated it: `dense` (not pruned), `corpus`, `prompt`, `rac`, `think`, "
@@ -158,8 +158,8 @@ class Pruned(_Model):
     path: str = Field(description="Folder the cell's model lives in.")
 
 
-class Cell(Pruned):
-    """One model of the study that was asked questions: a pruned one, or the dense one."""
+class Cell(Model):
+    """One model of the study that was asked questions."""
 
     evaluation: Evaluation = Field(description="What the model does on questions.")
 
@@ -260,7 +260,7 @@ class Report(_Model):
     traces: TraceSummary | None = Field(description="The calibration traces.")
     leaks: LeakCheck | None = Field(default=None, description="The check for evaluation questions in calibration.")
     cells: list[Cell] = Field(description="Every model that was asked questions.")
-    unasked: list[Pruned] = Field(default=[], description="Models that were pruned and asked none.")
+    unasked: list[Model] = Field(default=[], description="Models that were pruned and asked none.")
     summary: list[SummaryRow] = Field(description="`summarise(cells)`.")
     comparisons: list[Comparison] = Field(description="`compare(cells)`.")
 
@@ -272,7 +272,7 @@ def schema_markdown() -> str:
         Stage,
         TraceSummary,
         LeakCheck,
-        Pruned,
+        Model,
         Cell,
         Evaluation,
         CapPoint,
@@ -296,9 +296,9 @@ def schema_markdown() -> str:
     for model in models:
         lines += ["", f"## {model.__name__}", "", model.__doc__ or "", ""]
         lines += ["| field | type | unit | meaning |", "|---|---|---|---|"]
-        inherited = model.__base__.model_fields if model.__base__ is Pruned else {}
+        inherited = model.__base__.model_fields if model.__base__ is Model else {}
         if inherited:
-            lines.append("| | | | All fields of [Pruned](#pruned), and: |")
+            lines.append("| | | | All fields of [Model](#model), and: |")
         for name, field in model.model_fields.items():
             if name in inherited:
                 continue
@@ -538,6 +538,7 @@ def merge(reports: Sequence[Report]) -> Report:
                 f"reports of different models cannot be merged: {model_name(first)} and {model_name(other)}"
             )
     cells = _once(cell for report in reports for cell in report.cells)
+    asked = {_identity(cell, without_answers=True) for cell in cells}
     stages: dict[str, list[Stage]] = defaultdict(list)
     for report in reports:
         for stage in report.stages:
@@ -565,28 +566,35 @@ def merge(reports: Sequence[Report]) -> Report:
         traces=merge_traces(distinct(r.traces for r in reports if r.traces)),
         leaks=merge_leaks([r.leaks for r in reports if r.leaks]),
         cells=cells,
-        unasked=_once(one for report in reports for one in report.unasked),
+        unasked=[
+            one for one in _once(one for report in reports for one in report.unasked) if _identity(one) not in asked
+        ],
         summary=summarise(cells),
         comparisons=compare(cells),
     )
 
 
-def _once(models: Iterable[P]) -> list[P]:
+def _once(models: Iterable[M]) -> list[M]:
     """Each measurement once, whatever clocks and folders say."""
-    clocks = {"seconds", "tokens_per_second"}
-    skip = {"path": True, "seconds": True, "evaluation": clocks, "layers": {"__all__": {"seconds"}}}
-    unique: dict[str, P] = {}
+    unique: dict[str, M] = {}
     for one in models:
-        unique.setdefault(one.model_dump_json(exclude=skip), one)
+        unique.setdefault(_identity(one), one)
     return list(unique.values())
 
 
-def layer_error(one: Pruned) -> float | None:
+def _identity(one: Model, without_answers: bool = False) -> str:
+    """All that was measured, but for clocks and folders."""
+    answers: Any = True if without_answers else {"seconds", "tokens_per_second"}
+    skip = {"path": True, "seconds": True, "evaluation": answers, "layers": {"__all__": {"seconds"}}}
+    return one.model_dump_json(exclude=skip)
+
+
+def layer_error(one: Model) -> float | None:
     """Held-out error, mean over layers."""
     return mean_of(layer.error_held_out for layer in one.layers)
 
 
-def thinking_error(one: Pruned) -> float | None:
+def thinking_error(one: Model) -> float | None:
     """Error of the final hidden states, mean of early and late thinking."""
     return mean_of((one.hidden_error.early_think, one.hidden_error.late_think)) if one.hidden_error else None
 

@@ -58,7 +58,7 @@ from secateurs.engines import Completion, Engine, Request, Sampling, default_sam
 from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
 from secateurs.experts import ExpertScore, drop_experts, keeping
-from secateurs.export import export
+from secateurs.export import export, rename_probe
 from secateurs.hub import HUB
 from secateurs.layer import Gram, LayerProblem
 from secateurs.models import Matrix, load_model, load_tokenizer, model_path
@@ -223,8 +223,9 @@ def sample(
             spent += completion.seconds
             if time.monotonic() - clock > 0.25 or len(waiting) >= at_once:
                 store.append(waiting)
+                waiting = []  # at once: what ends this next must not store them twice
                 store.add_seconds(spent)
-                waiting, spent, clock = [], 0.0, time.monotonic()
+                spent, clock = 0.0, time.monotonic()
                 if enough():
                     return
     finally:  # also where an engine gives up: what it has answered stays
@@ -616,6 +617,7 @@ def prune(
     record = folder / "prune.json"
     if record.exists() and (folder / "model" / "secateurs.json").exists():
         _forget_the_way(folder)  # if it was killed before it could
+        rename_probe(folder / "model")
         data: dict[str, Any] = read_json(record)
         return Pruned(folder, **data)
     states = reference()

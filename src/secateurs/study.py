@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from secateurs import evaluate
-from secateurs import report as reports
 from secateurs.artifacts import canonical_hash
 from secateurs.calibration import batches, region_weights, trace_document
 from secateurs.cuts import Cut
@@ -28,6 +27,7 @@ from secateurs.report import (
     Cell,
     Evaluation,
     LeakCheck,
+    Model,
     Report,
     Stage,
     compare,
@@ -49,17 +49,8 @@ from secateurs.run import (
 )
 
 
-def study(
-    recipe: Recipe,
-    out: Path,
-    progress: Progress = silent,
-    jobs: int = 1,
-    ranks: Ranks = ALONE,
-    write: Callable[[Report], object] = lambda report: None,
-) -> Report:
-    """Every stage, for every seed and every cell of the recipe's grid; then the report, and every model reloaded.
-
-    `write` gets the report before that, so that a model which does not load loses nothing of it.
+def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1, ranks: Ranks = ALONE) -> Report:
+    """Every stage, for every seed and every cell of the recipe's grid; then the report, built but not written.
 
     `jobs` processes share the work: first the seeds (traces, and the dense model's answers), then the cells. Or there
     is one job, and other processes (`ranks`) that `run.follow`, to prune with it. What is on disk is not done again, so
@@ -80,7 +71,7 @@ def study(
             groups.append((_do_cells, (seed, found.traced, recipes, first, total)))
     done: list[list[_Done]] = run_tasks(bench, groups, jobs, progress)
     cells: list[Cell] = []
-    unasked: list[reports.Pruned] = []
+    unasked: list[Model] = []
     for seed, found in zip(recipe.seeds, seeds, strict=True):
         if found.answers:
             cells.append(_dense_cell(found.answers, seed, out / "dense"))
@@ -89,13 +80,13 @@ def study(
             if one.answers and found.answers:
                 cells.append(_cell(one.pruned, one.answers, found.answers))
             else:
-                unasked.append(reports.Pruned.model_validate(_pruned(one.pruned)))
+                unasked.append(Model.model_validate(_facts(one.pruned)))
     seconds = {"trace": sum(found.traced.summary.seconds for found in seeds)}
     for cell in (*cells, *unasked):
         for name, spent in cell.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + spent
     model = dense.checkpoint.model
-    report = Report(
+    return Report(
         title=recipe.title or f"{recipe.model} pruned on its own chain of thought",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         secateurs=version("secateurs"),
@@ -113,10 +104,13 @@ def study(
         summary=summarise(cells),
         comparisons=compare(cells),
     )
-    write(report)
-    progress("verify exported models", 0, 0, "")
-    verify([one.pruned.folder / "model" for group in done for one in group])
-    return report
+
+
+def reload(report: Report, progress: Progress = silent) -> None:
+    """Load every pruned model of a report again, in a clean process. RuntimeError if one does not, or says other."""
+    progress("reload models", 0, 0, "")
+    made = [*report.unasked, *(cell for cell in report.cells if cell.arm != "dense")]
+    verify([Path(one.path) / "model" for one in made])
 
 
 @dataclass
@@ -236,12 +230,12 @@ def _dense_cell(answers: Answers, seed: int, folder: Path) -> Cell:
 
 
 def _cell(pruned: Pruned, answers: Answers, baseline: Answers) -> Cell:
-    facts = _pruned(pruned)
+    facts = _facts(pruned)
     facts["seconds"] = {"evaluate": answers.seconds} | facts["seconds"]
     return Cell.model_validate(facts | {"evaluation": _measured(answers, baseline)})
 
 
-def _pruned(pruned: Pruned) -> dict[str, Any]:
+def _facts(pruned: Pruned) -> dict[str, Any]:
     facts = asdict(pruned)
     return facts | {"path": str(facts.pop("folder"))}
 

@@ -107,16 +107,13 @@ class OpenAI:
             return await anext(stream, None)
 
         with asyncio.Runner() as runner:
-            stream = self._stream(requests, sampling)
-            try:
-                while True:
-                    clock = time.perf_counter()
-                    completion = runner.run(following())
-                    if completion is None:
-                        return
-                    yield replace(completion, seconds=time.perf_counter() - clock)
-            finally:
-                runner.run(stream.aclose())
+            stream = self._stream(requests, sampling)  # which the runner closes at its end
+            while True:
+                clock = time.perf_counter()
+                completion = runner.run(following())
+                if completion is None:
+                    return
+                yield replace(completion, seconds=time.perf_counter() - clock)
 
     async def _stream(self, requests: Iterable[Request], sampling: Sampling) -> AsyncGenerator[Completion]:
         """Completions as they finish. When one request fails for good, those that finished with it come out first."""
