@@ -285,6 +285,7 @@ def test_what_ends_a_run_while_seconds_are_written_stores_nothing_twice(tmp_path
     assert read_traces(store)
 
 
+@pytest.mark.usefixtures("without_reload")
 def test_a_run_from_before_the_probe_had_its_name_is_gone_on_with(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "out")
     for probe in (tmp_path / "out").rglob(PROBE_FILE):

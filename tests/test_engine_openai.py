@@ -199,7 +199,8 @@ def traced(server, folder, tokens=400, at_once=64, **engine_options):
     recipe = Recipe.model_validate(
         {
             "traces": {
-                "engine": {"name": "openai", "servers": [server.url], "model": "bundled"} | engine_options,
+                "engine": {"name": "openai", "servers": [server.url], "model": "bundled", "concurrency": 8}
+                | engine_options,
                 "sampling": {"max_new_tokens": 32},
             },
             "resources": {"batch_size": at_once},
@@ -278,7 +279,7 @@ def test_a_prompt_that_the_server_reads_otherwise_is_no_silent_success():
 def test_two_machines_trace_a_half_each_and_a_run_on_the_merged_store_asks_no_more(tmp_path):
     with CompletionsServer(SIZE, answer=served(load_model("bundled"))) as server:
         options = [
-            f'traces.engine={{name="openai", servers=["{server.url}"], model="bundled"}}',
+            f'traces.engine={{name="openai", servers=["{server.url}"], model="bundled", concurrency=8}}',
             "traces.sampling.max_new_tokens=32", "calibration.num_tokens=240", "calibration.held_out_tokens=60",
         ]  # fmt: skip
         sets = [part for option in options for part in ("--set", option)]
@@ -463,7 +464,7 @@ def test_text_by_chat_is_refused_unless_it_is_asked_for_and_then_it_is_marked(pa
 
 def test_the_trace_command_shows_how_surprised_the_model_was(tmp_path):
     with CompletionsServer(SIZE, answer=served(load_model("bundled"))) as server:
-        table = f'traces.engine={{name="openai", servers=["{server.url}"], model="bundled"}}'
+        table = f'traces.engine={{name="openai", servers=["{server.url}"], model="bundled", concurrency=8}}'
         words = ["trace", "demo", "--set", table, "--set", "traces.sampling.max_new_tokens=32", "--json"]
         words += ["--set", "calibration.num_tokens=100", "--set", "calibration.held_out_tokens=50"]
         words += ["--set", "sweep.seed=[0]", "--out", str(tmp_path)]
