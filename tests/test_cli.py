@@ -271,16 +271,29 @@ def interrupt_when(something) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_what_ends_a_run_while_seconds_are_written_stores_nothing_twice(tmp_path, monkeypatch, capsys):
-    def interrupted(self, seconds):
-        monkeypatch.undo()
-        os.kill(os.getpid(), signal.SIGINT)
+def test_an_error_on_the_way_out_of_ctrl_c_is_none(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            raise RuntimeError("closed while it ran")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(TraceStore, "add_seconds", interrupted)
-        words = arguments("trace", "demo", "--out", str(tmp_path / "out"))
-        assert call(patch, *words) == 130
+    monkeypatch.setattr(run, "trace", interrupted)
+    assert call(monkeypatch, *arguments("trace", "demo", "--out", str(tmp_path / "out"))) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted; run the same command again to go on"
+
+
+def test_what_ends_a_run_while_seconds_are_written_stores_nothing_twice(tmp_path, monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    def ended(self, seconds):
+        raise Ended
+
+    monkeypatch.setattr(TraceStore, "add_seconds", ended)
+    recipe = load_recipe("demo", SMALL)
+    with pytest.raises(Ended):
+        run.trace(recipe, tmp_path / "out", 0, run.Dense(recipe))
     (store,) = (tmp_path / "out" / "traces").iterdir()
     assert read_traces(store)
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from secateurs.engines.hf import hf_engine
 from secateurs.models import load_model, load_tokenizer
 from secateurs.packed import RECORD, PackedEmbedding, PackedLinear, load_packed
 from secateurs.page import templates
-from secateurs.parallel import MISTAKES, deaf, end, portable, settle
+from secateurs.parallel import MISTAKES, portable, settle, start
 from secateurs.recipe import Recipe, build_questions
 from secateurs.run import request_for, trace_of
 
@@ -140,15 +139,7 @@ def bench(
 
         rows = {}
         for name in models:
-            ours, theirs = get_context("spawn").Pipe()
-            worker = get_context("spawn").Process(
-                target=_serve, args=(theirs, name, device, threads, os.getpid()), daemon=True
-            )
-            with deaf():
-                worker.start()
-            theirs.close()
-            stack.callback(end, worker, ours)
-            workers[name] = ours
+            workers[name], _ = start(stack, _serve, name, device, threads)
             rows[name] = Row(model=name, **ask(name, "load"))
         taken: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
         for _ in range(rounds):

@@ -1,6 +1,7 @@
 """A pruned model as a plain Hugging Face folder that loads everywhere, with a card, a side file and a reload check."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from secateurs.artifacts import atomic_file, atomic_folder, write_json
 from secateurs.calibration import Batch
-from secateurs.checkpoint import Checkpoint
+from secateurs.checkpoint import INDEX, Checkpoint
 from secateurs.collect import Opened, Shell, Stream
 from secateurs.models import Matrix, decoder_blocks
 from secateurs.trim import Smaller
@@ -29,9 +30,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 worst = {}
-for folder in json.loads(sys.stdin.read()):
+for folder, probe_file in json.loads(sys.stdin.read()).items():
     AutoTokenizer.from_pretrained(folder)
-    with safe_open(folder + "/secateurs.probe", "pt") as file:
+    with safe_open(probe_file, "pt") as file:
         probe, exported_on = {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get("device")
     dtype = probe["computed"].dtype if "computed" in probe else "auto"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
@@ -112,6 +113,13 @@ def mask_hash(weight: torch.Tensor) -> str:
     return sha256(numpy.packbits((weight != 0).cpu().numpy()).tobytes()).hexdigest()
 
 
+def copy_beside(source: Path, out: Path) -> None:
+    """Copy what lies beside the weights of a folder (configuration, tokenizer, card), but not the probe of these."""
+    for file in source.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX, PROBE_FILE):
+            shutil.copyfile(file, out / file.name)
+
+
 def rename_probe(folder: Path) -> None:
     """Of a folder from before 26 November 2026, where its name made engines take it for weights."""
     if (old := folder / "secateurs_probe.safetensors").exists():
@@ -125,7 +133,7 @@ def verify(folders: Sequence[Path], tolerance: float = 1e-2, elsewhere: float = 
     differs by more than `tolerance`; by more than `elsewhere` on another kind of device than it was exported on, or
     where that one has no room for a whole model: bfloat16 is rounded otherwise there (by 1 % after 28 blocks).
     """
-    command, asked = [sys.executable, "-c", RELOAD], json.dumps([str(folder) for folder in folders])
+    command, asked = [sys.executable, "-c", RELOAD], json.dumps({str(one): str(one / PROBE_FILE) for one in folders})
     done = subprocess.run(command, input=asked, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(

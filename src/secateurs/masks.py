@@ -1,6 +1,5 @@
 """Masks that last: whether a pruned model's zeros outlived training or a merge, putting them back, keeping them."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import TrainerCallback
 from secateurs.artifacts import atomic_folder, read_json, write_json
 from secateurs.checkpoint import Checkpoint
 from secateurs.collect import matrices_of
-from secateurs.export import PROBE_FILE, SIDE_FILE, mask_hash
+from secateurs.export import SIDE_FILE, copy_beside, mask_hash
 from secateurs.models import Matrix
 
 
@@ -56,9 +55,7 @@ def apply(model: str, pruned: str, out: Path) -> list[Kept]:
     """
     side, found, hashes = side_file(pruned), [], {}
     with atomic_folder(out) as folder:
-        for file in Path(model).iterdir():
-            if file.is_file() and file.suffix != ".safetensors" and file.name != PROBE_FILE:
-                shutil.copyfile(file, folder / file.name)
+        copy_beside(Path(model), folder)
         target = Checkpoint(model)
         target.copy_to(folder)
         for index, pairs in _blocks(Checkpoint(pruned), target, _layers(side)):

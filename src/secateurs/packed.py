@@ -5,7 +5,6 @@ where that is less to read, else dense; as bfloat16, as int8 with a scale for ea
 scale for each 64 columns.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from secateurs import kernels
 from secateurs.artifacts import atomic_folder, read_json, write_json
 from secateurs.checkpoint import Checkpoint, Shards, compute_buffers, weight_files
-from secateurs.export import PROBE_FILE
+from secateurs.export import copy_beside
 from secateurs.models import cannot_be_loaded, linears, name_of
 
 Weights = Literal["bf16", "int8", "int4"]
@@ -270,10 +269,7 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
             if name != weight and not name.startswith(f"{checkpoint.prefix}."):
                 files.add(name, tensor.cpu().contiguous())
         files.close()
-        for file in checkpoint.folder.iterdir():
-            is_weights = file.name.startswith("model") or file.suffix == ".safetensors"
-            if file.is_file() and not is_weights and file.name != PROBE_FILE:
-                shutil.copyfile(file, folder / file.name)
+        copy_beside(checkpoint.folder, folder)
         write_json(folder / RECORD, {"schema": SCHEMA, "version": VERSION, "weights": weights, "matrices": names})
     return {"weights": weights, **counts, "density": 1 - counts["zeros"] / counts["weights"]}
 

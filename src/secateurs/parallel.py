@@ -40,20 +40,12 @@ def run_tasks(make: Callable[[Progress], Any], tasks: Sequence[Task], jobs: int,
         made = make(progress)
         return [function(made, *args) for function, args in tasks]
     jobs = min(jobs, len(tasks))
-    context = multiprocessing.get_context("spawn")
     results: dict[int, Any] = {}
     waiting = list(enumerate(tasks))
     with ExitStack() as stack:
         workers: dict[Connection, Any] = {}
         for _ in range(jobs):
-            ours, theirs = context.Pipe()
-            worker = context.Process(
-                target=_serve, args=(theirs, make, max(1, torch.get_num_threads() // jobs), os.getpid()), daemon=True
-            )
-            with deaf():
-                worker.start()
-            stack.callback(end, worker, ours)
-            theirs.close()
+            ours, worker = start(stack, _serve, make, max(1, torch.get_num_threads() // jobs))
             workers[ours] = worker
             ours.send(waiting.pop(0))
         while len(results) < len(tasks):
@@ -96,6 +88,18 @@ def _serve(pipe: Connection, make: Callable[[Progress], Any], threads: int, pare
         os._exit(1)  # nobody is left to tell
     except MISTAKES as error:
         pipe.send(("failed", portable(error)))
+
+
+def start(stack: ExitStack, serve: Callable[..., None], *args: Any) -> tuple[Connection, Any]:
+    """A process that runs serve(its end of a pipe, *args, our process id) and ends with `stack`; our end, and it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=serve, args=(theirs, *args, os.getpid()), daemon=True)
+    with deaf():
+        worker.start()
+    stack.callback(end, worker, ours)
+    theirs.close()
+    return ours, worker
 
 
 @contextmanager

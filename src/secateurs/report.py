@@ -417,7 +417,7 @@ def _row(cells: Sequence[Cell], dense: Sequence[Cell]) -> SummaryRow:
         looping=_average(cells, "looping"),
         unclosed_think=_average(cells, "unclosed_think"),
         tokens_per_correct=_over(math.fsum(c.evaluation.tokens for c in cells), correct),
-        held_out_error=mean_of(layer.error_held_out for cell in cells for layer in cell.layers),
+        held_out_error=mean_of(map(layer_error, cells)),
         hidden_error=mean_of(map(thinking_error, cells)),
     )
 
