@@ -80,7 +80,12 @@ def prune(folder: Path, out: Path, tokens: int, solver: str, where: Any) -> dict
             checkpoint = Checkpoint(str(folder))
             every = (*calibration.documents, *calibration.held_out)
             padded = sum(batch.ids.numel() for batch in batches(every, BATCH_TOKENS))
-            sizes = {"tokens": padded, "held_out_tokens": 1024, "batch_tokens": BATCH_TOKENS}
+            sizes: dict[str, Any] = {
+                "tokens": padded,
+                "held_out_tokens": 1024,
+                "batch_tokens": BATCH_TOKENS,
+                "in_file": checkpoint.in_file,
+            }
             wanted = needs(checkpoint.model, plan, solver, **sizes)
             print(f"planned: {wanted}", file=sys.stderr)
             with Shelf(where, out) as place:

@@ -1,6 +1,7 @@
 """Checkpoints read and written a block at a time: the same model to the bit, and no block more in memory."""
 
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from families import FAMILIES, make_model
 from secateurs import collect, pruner
-from secateurs.calibration import batches
-from secateurs.checkpoint import INDEX, Checkpoint, faster
-from secateurs.collect import final_states
+from secateurs.calibration import Batch, batches
+from secateurs.checkpoint import INDEX, Checkpoint, faster, give_back
+from secateurs.collect import final_states, logits_of
 from secateurs.evaluate import drift, reference_states
 from secateurs.export import PROBE_FILE, export, verify
 from secateurs.models import load_model
@@ -53,6 +54,54 @@ def test_a_block_read_alone_is_that_of_the_whole_model(family, dtype, tmp_path):
                     seen.add(name)
                 assert name not in inside or tensor.is_meta == (not name.startswith(f"{checkpoint.prefix}.{index}."))
     assert seen == inside and all(checkpoint.model.state_dict()[name].is_meta for name in inside)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_and_head_stay_in_their_files_and_compute_as_if_they_did_not(family, dtype, tmp_path):
+    """States and logits bit for bit those of the whole model in float32; scaled embeddings (Gemma) among them."""
+    folder = saved(family, tmp_path, dtype)
+    whole = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    checkpoint = Checkpoint(str(folder), compute_dtype="float32")
+    few = [Batch(ids, torch.ones_like(ids)) for ids in (torch.tensor([[5, 3, 5, 63], [0, 1, 2, 3]]),)]
+    for compute in (final_states, lambda *arguments: list(logits_of(*arguments))):
+        (found,), (expected,) = compute(checkpoint.model, few, checkpoint.opened), compute(whole, few)
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
+    tables = [checkpoint.model.get_input_embeddings(), checkpoint.model.get_output_embeddings()]
+    names = {name for name, p in checkpoint.model.named_parameters() if any(p is table.weight for table in tables)}
+    assert names and names <= checkpoint.in_file
+    for table in tables:
+        assert table.weight.dtype == checkpoint.stored and file_at(table.weight.data_ptr()).parent == folder
+
+
+def file_at(address: int) -> Path:
+    """The file that is mapped to an address of this process."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            return Path(line.split(maxsplit=5)[5]) if line.count("/") else Path()
+    return Path()
+
+
+def test_an_embedding_of_another_shape_is_named(tmp_path):
+    folder = saved("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 65}))
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is \(64, 32\) in the checkpoint, and \(65, 32\) in the"):
+        Checkpoint(str(folder))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc and /proc")
+def test_freed_memory_goes_back_to_the_system():
+    def own() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+
+    tensors = [torch.ones(2**14) for _ in range(2000)]  # of 64 kB: glibc takes them from its heap
+    tensors = tensors[::50]  # what stays, here and there, keeps the rest from being the heap's end
+    before = own()
+    give_back(torch.device("cpu"))
+    assert before - own() > 50e6 and len(tensors) == 40
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,7 +164,7 @@ def test_a_bfloat16_checkpoint_computed_in_float32_ends_in_bfloat16(family, plan
     errors = {}
     for compute in ("checkpoint", "float32"):
         checkpoint = Checkpoint(str(folder), compute_dtype=compute)
-        assert checkpoint.stored == torch.bfloat16 and checkpoint.model.dtype == getattr(torch, compute, torch.bfloat16)
+        assert checkpoint.stored == torch.bfloat16 and checkpoint.dtype == getattr(torch, compute, torch.bfloat16)
         out = tmp_path / compute / "pruned"
         results = exported(checkpoint, Tokenizer(), plan, out)
         assert all(result.zeros == result.zeros_asked for result in results)

@@ -82,10 +82,16 @@ def test_parts_that_can_be_counted_are_exact():
     wanda = needs(model, PLAN, "wanda", tokens=700, held_out_tokens=100, batch_tokens=200)
     assert wanda.solve == most and found.solve > most
     assert found.grams == sum(4 * d_in**2 for d_in in inputs)
-    assert found.held_out == 100 * 4 * sum(inputs)
+    assert found.held_out == 4 * sum(d_in * (d_in + 25) for d_in in inputs), "a Gram for three quarters of the tokens"
+    few = needs(model, PLAN, "wanda", tokens=700, held_out_tokens=24, batch_tokens=200)
+    assert few.held_out == 4 * sum(d_in * 24 for d_in in inputs)
     assert found.hidden == 700 * 32 * 4
+    tables = ["model.embed_tokens.weight", "lm_head.weight"]
+    mapped = needs(model, PLAN, "wanda", tokens=700, held_out_tokens=100, batch_tokens=200, in_file=tables)
+    assert found.around - mapped.around == 2 * 64 * 32 * 4
     more = needs(model, EVERYTHING, "sparsegpt", tokens=700, held_out_tokens=100, batch_tokens=200)
     assert more.hidden == 3 * found.hidden and more.grams == 2 * found.grams
+    assert more.held_out == 2 * 100 * 4 * sum(inputs)
     tuned = replace(PLAN, tune=Tune(steps=1))
     assert needs(model, tuned, "admm", tokens=700, held_out_tokens=1, batch_tokens=9).hidden == 2 * found.hidden
 

@@ -11,6 +11,8 @@ from torch import nn
 from families import make_model
 from secateurs import collect, pruner
 from secateurs.calibration import CODES, REGIONS, CalibrationSet, Document, region_weights
+from secateurs.collect import Held, Seen, held_out_energies
+from secateurs.layer import Gram
 from secateurs.models import decoder_blocks
 from secateurs.patterns import NM, Unstructured
 from secateurs.pruner import Plan
@@ -170,6 +172,24 @@ def test_what_a_block_adds_to_the_stream_is_found_by_watching(name, writers):
             found = collect.writers_of(blocks[0], 0, streams[0])
         names = {module: place.rsplit(".", 1)[-1] for place, module in blocks[0].named_modules()}
         assert [names[module] for module in found] == writers
+
+
+def test_held_out_errors_are_those_of_the_tokens_whether_kept_as_they_were_or_as_a_gram():
+    """Of regions with more tokens than inputs there is a Gram, of others the inputs; weighted tokens (experts') too."""
+    generator = torch.Generator().manual_seed(0)
+    weight, dense = (torch.randn(6, 8, generator=generator) for _ in range(2))
+    x, codes = torch.randn(60, 8, generator=generator), torch.tensor(([1] * 2 + [2] * 10 + [3] * 3) * 4)
+    for worth in (None, torch.rand(60, generator=generator)):
+        parts = [Seen(x[i::3], codes[i::3], None if worth is None else worth[i::3]) for i in range(3)]
+        held = Held()
+        for part in parts:
+            held.add(part)
+        assert set(held.grams) == {2, 3} and {int(code) for one in held.seen for code in one.codes} == {1}
+        found, expected = (held_out_energies(weight, dense, one) for one in (held, Held(parts)))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        like = Gram.zeros(8, "cpu")
+        torch.testing.assert_close(held.gram(like).xtx, Held(parts).gram(like).xtx)
+        assert held.gram(like).tokens == 60
 
 
 def test_drifts_equal_those_of_single_documents():

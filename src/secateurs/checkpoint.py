@@ -1,14 +1,18 @@
 """A checkpoint on disk whose decoder blocks are read when their turn comes, and written over in a copy of its files.
 
-Whatever the size of the model, what is held is what lies around the blocks (embeddings, norms, head) and one block.
-transformers' own loader maps names and packs experts, here as in `from_pretrained`, so that the two agree to the bit.
+Whatever the size of the model, what is held is one block and what lies around the blocks; on a CPU without embeddings
+and head, which stay in their files. transformers' own loader maps names and packs experts, here as in
+`from_pretrained`, so that the two agree to the bit.
 """
 
+import ctypes
 import json
 import shutil
 import struct
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +22,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -54,8 +59,9 @@ class Checkpoint:
     """The causal language model `name`, of which only one block at a time is held: `with checkpoint.opened(3): ...`.
 
     `compute_dtype` is what `model` computes in: "checkpoint", as it is stored; "float32"; or "auto", the faster one.
-    `stored` is the type of its weights on disk. ValueError in one sentence for a missing folder, a damaged checkpoint
-    or a quantised one.
+    `dtype` says which that is (`model.dtype` may be that of embeddings which are left in their file), and `stored` is
+    the type of its weights on disk. ValueError in one sentence for a missing folder, a damaged checkpoint or a
+    quantised one.
     """
 
     def __init__(
@@ -75,11 +81,18 @@ class Checkpoint:
             config: Any = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
             known = (DTYPES[place.dtype] for place in self.places.values() if place.dtype in DTYPES)
             self.stored: torch.dtype = config.dtype or next(known)
-            self.model = self._empty_model(config, faster(self.stored, self.device, compute_dtype))
+            self.dtype = faster(self.stored, self.device, compute_dtype)
+            self.model = self._empty_model(config, self.dtype)
             self.prefix, self.blocks = decoder_blocks(self.model)
             self._mapping: list[Any] = list(get_model_conversion_mapping(self.model))
             self.names = self._names_in_model()
-            self._fill([key for key, name in self.names.items() if not name.startswith(f"{self.prefix}.")])
+            tables = self._tables() if self.device.type == "cpu" else {}
+            self.in_file = frozenset(self.names[key] for key in tables)
+            """Names of parameters that stay in their files, and take no memory of their own."""
+            around = [key for key, name in self.names.items() if not name.startswith(f"{self.prefix}.")]
+            self._fill([key for key in around if key not in tables])
+            for key, module in tables.items():
+                self._leave_in_file(key, module)
             self._fill_buffers()
         except Exception as error:  # transformers, safetensors and the hub raise many types for the same user mistake
             raise cannot_be_loaded(f"model `{name}`", error) from error
@@ -101,6 +114,7 @@ class Checkpoint:
                 for name, buffer in module.named_buffers(recurse=False):
                     if name not in module._non_persistent_buffers_set:
                         setattr(module, name, buffer.to("meta"))
+            give_back(self.device)
 
     def copy_to(self, folder: Path) -> None:
         """Copy the files that hold weights as they are, and the configuration."""
@@ -181,7 +195,7 @@ class Checkpoint:
 
     def _fill(self, keys: Sequence[str]) -> None:
         """Read some tensors into the model. ValueError if one does not fit."""
-        dtype: Any = self.model.dtype
+        dtype: Any = self.dtype
         config = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=dtype,
@@ -201,11 +215,31 @@ class Checkpoint:
         if info.conversion_errors:
             raise ValueError("; ".join(f"{name}: {reason}" for name, reason in info.conversion_errors.items()))
 
+    def _tables(self) -> dict[str, Any]:
+        """Embeddings and head, as far as the checkpoint has a tensor for each."""
+        modules: list[Any] = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        by_name = {f"{name_of(self.model, module)}.weight": module for module in modules if module is not None}
+        return {key: by_name[name] for key, name in self.names.items() if name in by_name}
+
+    def _leave_in_file(self, key: str, module: nn.Module) -> None:
+        """Map a table's tensor from its file, as it is stored there. ValueError if it does not fit."""
+        with safe_open(self.folder / self.places[key].file, framework="pt") as file:
+            stored = file.get_tensor(key)
+        empty: Any = module.weight
+        if stored.shape != empty.shape:
+            raise ValueError(
+                f"{self.names[key]} is {tuple(stored.shape)} in the checkpoint, and {tuple(empty.shape)} in the model"
+            )
+        module.weight = nn.Parameter(stored, requires_grad=False)
+
     def _fill_buffers(self) -> None:
         """Compute what no checkpoint holds (rotary frequencies), tie what is tied, and check that nothing is left."""
         model = self.model
         compute_buffers(model, self.device)
         model.tie_weights()
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None and module.weight.dtype != self.dtype:
+                _compute_in(self.dtype, module)
         around = (item for item in model.state_dict().items() if not item[0].startswith(f"{self.prefix}."))
         if absent := [name for name, tensor in around if tensor.is_meta]:
             raise ValueError(f"the checkpoint has no {absent[0]}")
@@ -219,6 +253,31 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
     for tensor in (*model.parameters(), *(b for _, b in model.named_buffers() if b.is_meta)):
         tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue] # so buffers only are computed
     model.initialize_weights()
+
+
+def give_back(device: torch.device) -> None:
+    """Return memory that work on a CPU has freed to the system, where the C library keeps it otherwise (glibc)."""
+    if device.type != "cpu":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _compute_in(dtype: torch.dtype, table: nn.Module) -> None:
+    """Let embeddings or a head compute in `dtype` on a weight that is left as it is: of embeddings, the rows in use."""
+    inner: Any = copy(table)
+    if isinstance(inner, nn.Embedding):
+        inner.padding_idx = None  # it is for gradients, and numbers a row of the whole table
+
+    def forward(x: Tensor) -> Tensor:
+        weight: Any = table.weight
+        if isinstance(inner, nn.Embedding):
+            used, x = x.unique(return_inverse=True)
+            weight = weight[used]
+        return functional_call(inner, {"weight": weight.to(dtype)}, (x,))
+
+    table.forward = forward
 
 
 class Shards:

@@ -5,7 +5,7 @@ The only file with hooks. Matrices that receive the same tensor (q/k/v, gate/up)
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import combinations
 from operator import add
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from secateurs.calibration import CODES, REGIONS, Batch, CalibrationSet, batches, worth
 from secateurs.goals import Drift
-from secateurs.layer import Gram, token_energies
+from secateurs.layer import Gram, gram_energy, token_energies
 from secateurs.models import Matrix, decoder, decoder_blocks, linears, packed_experts
 from secateurs.ranks import ALONE, Ranks
 
@@ -229,7 +229,7 @@ def _through(model: PreTrainedModel, batches: Sequence[Batch], opened: Opened) -
 
 @dataclass
 class Seen:
-    """Inputs of held-out tokens as they were, to judge solutions on: fewer than d_in, so cheaper than their Gram.
+    """Inputs of some tokens as they were, and the codes of their regions.
 
     `off` and `stream_off` say how far from the dense model's they and the residual stream are, where a goal needs it.
     """
@@ -240,6 +240,45 @@ class Seen:
     off: Tensor | None = None
     stream_off: Tensor | None = None
 
+    def __getitem__(self, which: Tensor) -> "Seen":
+        """Some of the tokens; not where a goal needs more of them."""
+        assert self.off is None
+        if bool(which.all()):
+            return self
+        return Seen(self.x[which], self.codes[which], None if self.weight is None else self.weight[which])
+
+
+@dataclass
+class Held:
+    """Inputs of held-out tokens to a group, to judge solutions on: as they were, but of a region (by code) with more
+    tokens than inputs their Gram, which is smaller. Where a goal needs how far off they are, all as they were."""
+
+    seen: list[Seen] = field(default_factory=list)
+    grams: dict[int, Gram] = field(default_factory=dict)
+
+    def add(self, new: Seen) -> None:
+        """Some more tokens."""
+        self.seen.append(new)
+        if new.off is not None:
+            return
+        d_in = new.x.shape[1]
+        counts = reduce(add, (torch.bincount(seen.codes, minlength=len(REGIONS) + 1) for seen in self.seen)).tolist()
+        for code, count in enumerate(counts):
+            if count > d_in or (count and code in self.grams):
+                gram = self.grams.setdefault(code, Gram.zeros(d_in, new.x.device))
+                for seen in self.seen:
+                    of_region = seen[seen.codes == code]
+                    gram.update(of_region.x, of_region.weight)
+                rest = (seen[seen.codes != code] for seen in self.seen)
+                self.seen = [seen for seen in rest if len(seen.x)]
+
+    def gram(self, like: Gram) -> Gram:
+        """Of all of them, of the size and on the device of another one."""
+        total = reduce(Gram.__add__, self.grams.values(), Gram.zeros(like.d_in, like.xtx.device))
+        for seen in self.seen:
+            total.update(seen.x, seen.weight)
+        return total
+
 
 @dataclass
 class Sums:
@@ -247,7 +286,7 @@ class Sums:
 
     train: dict[str, Gram]
     train_drift: dict[str, Drift]
-    held: dict[str, list[Seen]]
+    held: dict[str, Held]
 
 
 @dataclass
@@ -286,8 +325,9 @@ def collect(
     `weights` are those of the regions; `dense` holds the weights from before the solve of what is pruned in this block
     already. What the dense block gives is kept as the streams' goals, or the streams `move` on to it.
     """
-    sums = Sums({}, {}, {group.name: [] for group in groups})
-    for stream in streams:
+    sums = Sums({}, {}, {group.name: Held() for group in groups})
+
+    def one(stream: Stream) -> None:  # what it makes goes when it returns, before the next one makes as much
         watch = _Watch(groups, writers, sums, stream, weights)
         wanted = None
         if imitate:
@@ -307,6 +347,9 @@ def collect(
         if move:
             assert wanted is not None
             (stream.dense if imitate and stream.dense is not None else stream.hidden).copy_(wanted)
+
+    for stream in streams:
+        one(stream)
     return sums
 
 
@@ -426,7 +469,7 @@ class _Watch:
         if not len(seen.x):
             return
         if self.held_out:
-            self.sums.held[name].append(seen)
+            self.sums.held[name].add(seen)
             return
         gram = self.sums.train.setdefault(name, Gram.zeros(seen.x.shape[-1], seen.x.device))
         gram.update(seen.x, seen.weight)
@@ -440,14 +483,6 @@ def drift_of(seen: Seen) -> Drift:
     assert seen.off is not None
     x = seen.x.float() if seen.weight is None else seen.x.float() * seen.weight[:, None]
     return Drift(seen.off.T @ x, None if seen.stream_off is None else seen.stream_off.float().T @ x)
-
-
-def gram_of(parts: Sequence[Seen], like: Gram) -> Gram:
-    """The Gram of held-out inputs, of the size and on the device of another one."""
-    gram = Gram.zeros(like.d_in, like.xtx.device)
-    for seen in parts:
-        gram.update(seen.x, seen.weight)
-    return gram
 
 
 def pools_of(groups: Sequence[Group], sums: Sums, ranks: Ranks = ALONE) -> dict[nn.Module, Gram]:
@@ -488,8 +523,8 @@ def inputs_of(
         return Inputs(gram if pool is None or to != ranks.index else shrunk(gram, pool))
     if not gram.tokens or not imitate:
         return Inputs(gram)
-    held = [seen for seen in sums.held[group.name] if seen.off is not None]
-    held_gram = _added(gram_of(held, gram), ranks, to)
+    held = [seen for seen in sums.held[group.name].seen if seen.off is not None]
+    held_gram = _added(Held(held).gram(gram), ranks, to)
     drift = sums.train_drift.pop(group.name, None) or _no_drift(group, writers)
     held_drift = reduce(add, map(drift_of, held)) if held else _no_drift(group, writers)
     for tensor in (drift.inputs, drift.stream, held_drift.inputs, held_drift.stream):
@@ -526,11 +561,15 @@ def _added(gram: Gram, ranks: Ranks, to: int | None = None) -> Gram:
     return Gram(gram.xtx, float(counts[0]), int(counts[1]))
 
 
-def held_out_energies(weight: Tensor, dense: Tensor, parts: Sequence[Seen]) -> Tensor:
+def held_out_energies(weight: Tensor, dense: Tensor, held: Held) -> Tensor:
     """Sums over held-out tokens, by region code [3, codes], float64: w |(W - What) x|^2, w |W x|^2, and the tokens."""
     sums = torch.zeros(3, len(REGIONS) + 1, dtype=torch.float64, device=weight.device)
     delta = dense.float() - weight.float()
-    for seen in parts:
+    for code, gram in held.grams.items():
+        for row, matrix in enumerate((delta, dense)):
+            sums[row, code] += gram_energy(matrix, gram)
+        sums[2, code] += gram.tokens
+    for seen in held.seen:
         sums[2] += torch.bincount(seen.codes, minlength=sums.shape[1])
         for row, matrix in enumerate((delta, dense)):
             energies = token_energies(matrix, seen.x)

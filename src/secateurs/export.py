@@ -93,7 +93,7 @@ def export(
                     checkpoint.write_block(index, folder)
                 probe.hidden = probe.run(block, index)
         logits = shell.leave(batch, probe.hidden, logits=True).float().cpu()
-        computed = torch.zeros(0, dtype=model.dtype)  # its type says what in
+        computed = torch.zeros(0, dtype=checkpoint.dtype)  # its type says what in
         with atomic_file(folder / PROBE_FILE) as file:
             save_file({"ids": ids, "logits": logits, "computed": computed}, file, {"device": model.device.type})
         side = {

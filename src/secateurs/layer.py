@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from jaxtyping import Bool, Float, Float32, Shaped
+from jaxtyping import Bool, Float, Float32, Float64, Shaped
 from torch import Tensor
 
 from secateurs.kernels import has_triton
@@ -207,6 +207,12 @@ def token_energies(weight: Float[Tensor, "d_out d_in"], x: Float[Tensor, "tokens
     weight, product = weight.float(), fast_product if weight.is_cuda else torch.mm
     parts = [product(part.float(), weight.T).square().sum(-1) for part in x.split(TOKENS_AT_ONCE)]
     return torch.cat(parts) if parts else weight.new_zeros(0)
+
+
+def gram_energy(weight: Float[Tensor, "d_out d_in"], gram: Gram) -> Float64[Tensor, ""]:
+    """tr(W G W^T), by float32 products: the sum of `token_energies` over the tokens of a Gram."""
+    parts = [((rows.float() @ gram.xtx) * rows.float()).sum(dtype=torch.float64) for rows in weight.split(ROWS_AT_ONCE)]
+    return torch.stack(parts).sum().clamp(min=0)
 
 
 def _energy(delta: Float[Tensor, "d_out d_in"], gram: Float[Tensor, "d_in d_in"]) -> float:

@@ -82,7 +82,7 @@ def narrow(
     basis = directions[:, : cut.kept(body)].to(dense.device)
     if not (folder / "projected").exists():
         _project(dense, body, basis, folder / "projected")
-    computes = "float32" if dense.model.dtype == torch.float32 else "checkpoint"
+    computes = "float32" if dense.dtype == torch.float32 else "checkpoint"
     small = Checkpoint(
         str(folder / "projected"), device=str(dense.device), compute_dtype=computes,
         trust_remote_code=dense.trust_remote_code,

@@ -1,6 +1,6 @@
 """What pruning a model will hold in memory, part by part, and where its hidden states should lie."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,17 +57,20 @@ def needs(
     held_out_tokens: int,
     batch_tokens: int,
     stored: torch.dtype | None = None,
+    in_file: Collection[str] = (),
 ) -> Needs:
-    """An estimate from shapes alone; `tokens` are all of them, padding and held-out ones included.
+    """An estimate from shapes alone; `tokens` are all of them, padding and held-out ones included, and `in_file` names
+    parameters that take no memory.
 
     Which matrices share an input is guessed: those of one module with as many inputs, but not the last, if it writes
     to the residual stream. An expert is taken to see its share of the tokens.
     """
     prefix, blocks = decoder_blocks(model)
     config: Any = model.config.get_text_config(decoder=True)
-    size, width = model.dtype.itemsize, config.hidden_size
+    size, width = next(blocks[0].parameters()).element_size(), config.hidden_size
     inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
-    around = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if not name.startswith(prefix))
+    outside = (p for name, p in model.named_parameters() if not name.startswith(prefix) and name not in in_file)
+    around = sum(p.numel() * p.element_size() for p in outside)
     dense = (stored or model.dtype).itemsize
     grams = held = solve = copies = 0
     widest = width
@@ -75,7 +78,9 @@ def needs(
         groups = _groups(matrices, width)
         drifts = 2 if plan.goal != "own" else 1
         grams = max(grams, sum(4 * drifts * d_in**2 for _, d_in, _ in groups))
-        held = max(held, sum(int(share * held_out_tokens) * d_in * size * drifts for _, d_in, share in groups))
+        held = max(
+            held, sum(_held(int(share * held_out_tokens), d_in, plan) * d_in * size for _, d_in, share in groups)
+        )
         a, b = WORK.get(solver, OTHER_WORK)
         there = 0
         for rows, d_in, _ in sorted(groups, key=lambda group: -solve_cost(group[0], group[1])):
@@ -95,6 +100,12 @@ def needs(
         forward=forward + (copies if plan.propagate != "dense" or plan.tune else 0),
         solve=solve,
     )
+
+
+def _held(tokens: int, d_in: int, plan: Plan) -> int:
+    """Rows of d_in numbers that are kept of so many held-out tokens (`collect.Held`): all, twice where a goal needs how
+    far off they are; else a Gram for those of the largest region, which is taken to be three quarters."""
+    return 2 * tokens if plan.goal != "own" else min(tokens, d_in + tokens // 4)
 
 
 def _groups(matrices: Sequence[Matrix], width: int) -> list[tuple[int, int, float]]:

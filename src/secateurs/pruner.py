@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 
 from secateurs.artifacts import Behind, atomic_file, read_json, write_json
 from secateurs.calibration import REGIONS, CalibrationSet, worth
+from secateurs.checkpoint import give_back
 from secateurs.collect import (
     Group,
+    Held,
     Inputs,
     Opened,
     Place,
-    Seen,
     Stream,
     Sums,
     capture,
@@ -168,9 +169,11 @@ def prune(
                     if plan.propagate != "dense":
                         stream.hidden.copy_(stream.run(block, index))
             else:
-                solved = _prune_block(
+                solved = _solve_block(
                     block, index, selected[index], streams, calibration.weights, plan, stored, so_far, ranks
                 )
+                give_back(next(block.parameters()).device)  # all that solving took
+                _move_on(block, index, streams, plan)
                 save_block(folder, index, selected[index], solved, stored, ranks, behind)
         results += solved
         progress(len(results), total, f"block {index + 1} of {len(blocks)}")
@@ -267,7 +270,7 @@ def results_in(folder: Path, selected: Sequence[Sequence[Matrix]], opened: Opene
     return with_results
 
 
-def _prune_block(
+def _solve_block(
     block: nn.Module,
     index: int,
     matrices: Sequence[Matrix],
@@ -278,7 +281,8 @@ def _prune_block(
     progress: Callable[[int, str], None],
     ranks: Ranks,
 ) -> list[LayerResult]:
-    """Collect, solve, fine-tune and write back one block, and move the streams behind it."""
+    """Collect, solve and fine-tune one block. The streams are moved behind it where that takes no pass of its own."""
+    device = next(block.parameters()).device
     groups = _groups(block, index, matrices, streams, ranks)
     writers = _writers(block, index, streams, ranks) if plan.goal == "residual" else ()
     solved: list[_Solved] = []
@@ -292,9 +296,16 @@ def _prune_block(
             keep_goal=batch is in_turn[0] and plan.tune is not None,
         )  # fmt: skip
         for turn in _turns(batch, sums, plan, writers, ranks):
+            give_back(device)  # what forward passes took, or the last solve
             solved += _solve(turn, sums, plan, stored, ranks)
             progress(len(solved), turn[0][0].name)
     errors = _tune_block(block, index, solved, streams, weights, plan.tune, stored, ranks) if plan.tune else None
+    give_back(device)
+    return _results(solved, index, matrices, plan, errors, ranks)
+
+
+def _move_on(block: nn.Module, index: int, streams: Sequence[Stream], plan: Plan) -> None:
+    """Move the streams behind a block that was solved."""
     for stream in streams:
         if plan.propagate != "dense":
             stream.hidden.copy_(stream.run(block, index))
@@ -304,7 +315,6 @@ def _prune_block(
             elif plan.propagate == "dense":
                 stream.hidden.copy_(stream.goal)
             stream.goal = None
-    return _results(solved, index, matrices, plan, errors, ranks)
 
 
 def _groups(
@@ -369,7 +379,7 @@ class _Solved:
     matrix: Matrix
     dense: Tensor
     mask: Tensor
-    held: Sequence[Seen]
+    held: Held
     found: tuple[_Aim, Inputs, LayerSolution] | None
     """What was aimed at, on which inputs, and the solution; only in the process that solved it."""
 
@@ -386,7 +396,7 @@ def _solve(turn: Turn, sums: Sums, plan: Plan, stored: torch.dtype, ranks: Ranks
             aims = _aims([dense[matrix] for matrix in group.matrices], group, inputs)
             for aim, solution in zip(aims, _solutions(aims, inputs.of_some_tokens(group), plan), strict=True):
                 aim.matrix.weight.copy_(solution.weight)
-                found[aim.matrix] = aim, inputs, solution
+                found[aim.matrix] = aim, inputs, replace(solution, weight=aim.matrix.weight)
 
     ranks.together(solve)
     solved = []

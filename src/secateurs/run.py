@@ -125,7 +125,7 @@ class Dense:
         """A whole model, this one or what became of it, to sample from on the same terms."""
         r = self.recipe.resources
         model: Any = load_model(name, device=r.device, trust_remote_code=r.trust_remote_code)
-        return model.to(self.checkpoint.model.dtype)
+        return model.to(self.checkpoint.dtype)
 
     @cached_property
     def key(self) -> dict[str, str]:
@@ -138,7 +138,7 @@ class Dense:
     @property
     def computed(self) -> dict[str, str]:
         """For a key: what the model computes in, where that is not what it is stored as."""
-        computed = self.checkpoint.model.dtype
+        computed = self.checkpoint.dtype
         return {} if computed == self.checkpoint.stored else {"computed": str(computed)}
 
     @cached_property
@@ -810,6 +810,7 @@ def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int
         held_out_tokens=-(-held_out_tokens // together),
         batch_tokens=recipe.calibration.batch_tokens,
         stored=dense.checkpoint.stored,
+        in_file=() if isinstance(pattern, Hidden) else dense.checkpoint.in_file,
     )
     if not isinstance(pattern, Hidden):
         return alone
@@ -1038,7 +1039,7 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
         "trace_tokens_per_seed": tokens if traced else recipe.calibration.held_out_tokens,
         "answers": recipe.evaluate.num_questions * recipe.evaluate.samples
         * len(recipe.seeds) * (1 + models),
-        "computes_in": str(model.dtype).removeprefix("torch."),
+        "computes_in": str(dense.checkpoint.dtype).removeprefix("torch."),
         "memory_bytes": asdict(wanted) | {"on_device": wanted.on_device},
         "hidden_states": choose(wanted, dense.checkpoint.device, dense.ranks.nearby),
     }  # fmt: skip

@@ -92,7 +92,7 @@ def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1,
         secateurs=version("secateurs"),
         versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
         hardware=hardware(recipe.resources.device)
-        | {"jobs": jobs, "processes": ranks.count, "computes in": str(model.dtype).removeprefix("torch.")},
+        | {"jobs": jobs, "processes": ranks.count, "computes in": str(dense.checkpoint.dtype).removeprefix("torch.")},
         model={"name": recipe.model, "parameters": model.num_parameters(), **dense.key},
         recipe=recipe.model_dump(),
         recipe_key=canonical_hash(recipe.model_dump(exclude={"resources", "title"})),

@@ -19,7 +19,6 @@ from secateurs.collect import (
     Stream,
     capture,
     collect,
-    gram_of,
     groups_of,
     inputs_of,
     pools_of,
@@ -88,7 +87,7 @@ def survey(
             grams = [inputs_of(group, sums, pools).of_some_tokens(group) for group in groups]
             outliers.append(_outliers(groups, grams))
             for group, gram in zip(groups, grams, strict=True):
-                held = gram_of(sums.held[group.name], gram) if curves and sums.held[group.name] else gram
+                held = sums.held[group.name].gram(gram) if curves and sums.held[group.name] else gram
                 for matrix in group.matrices:
                     found.append(_curve(matrix, index, group, gram, held, sparsity, curves))
                     progress(len(found), total, matrix.name)
