@@ -18,7 +18,7 @@ demo: $(STAMP)
 
 # Three processes with a thread each, for two cores: many tests wait for processes of their own, and torch's threads would wait for each other.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -1,4 +1,7 @@
-"""Train the bundled reasoner from nothing on the `tiny` questions and write it, with its model card, to the assets."""
+"""Train the bundled reasoner from nothing on the `tiny` questions and write it, with its model card, to the assets.
+
+With `--experts 8 --out FOLDER` a mixture of as many experts, of which two see a token, to try what there is for those.
+"""
 
 import argparse
 import logging
@@ -9,10 +12,18 @@ from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from secateurs.questions import Question
 from secateurs.questions.tiny import Tiny
@@ -28,6 +39,9 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
 )
 PROMPT_WEIGHT = 0.1  # prompts are random, so there is little in them to learn
+BALANCE_WEIGHT = 0.01  # of what keeps experts about equally busy
+
+Reasoner = Qwen3ForCausalLM | Qwen3MoeForCausalLM
 
 CARD = """\
 ---
@@ -36,13 +50,13 @@ library_name: transformers
 ---
 # The bundled reasoner
 
-A {parameters:,}-parameter Qwen3 ({layers} layers, width {width}, {size:.1f} MB) that thinks before it answers. It is
+A {parameters:,}-parameter {kind} ({layers} layers, width {width}, {size:.1f} MB) that thinks before it answers. It is
 here so that `secateurs` can be run and tested end to end on a CPU; it knows nothing but the `tiny` questions.
 
-Made by `python scripts/train_reasoner.py` (seed {seed}, {steps} steps of {batch} samples, {minutes:.0f} minutes on 2
-CPU cores), from random weights, on the `train` split of `secateurs.questions.tiny` and, for one sample in
-{corpus_every}, on plain English excerpts of C4 (see `questions/data/ATTRIBUTION.md`). One token is one byte; `<think>`,
-`</think>` and the role marks are one token each. Licence: Apache-2.0.
+Made by `python scripts/train_reasoner.py{options}` (seed {seed}, {steps} steps of {batch} samples, {minutes:.0f}
+minutes on {threads} CPU cores), from random weights, on the `train` split of `secateurs.questions.tiny` and, for one
+sample in {corpus_every}, on plain English excerpts of C4 (see `questions/data/ATTRIBUTION.md`). One token is one byte;
+`<think>`, `</think>` and the role marks are one token each. Licence: Apache-2.0.
 
 Measured on held-out `eval` questions, sampled at temperature 0.6, top-p 0.95, pass@1:
 
@@ -72,9 +86,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, width: int) -> Qwen3ForCausalLM:
-    """An untrained Qwen3 of the given depth and width."""
-    config = Qwen3Config(
+def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, width: int, experts: int) -> Reasoner:
+    """An untrained Qwen3 of the given depth and width; with experts, a Qwen3-MoE in which a token sees two, which have
+    as many neurons together."""
+    mixture = {"num_experts": experts, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    mixture |= {"moe_intermediate_size": 3 * width // 2}
+    config = (Qwen3MoeConfig if experts else Qwen3Config)(
         vocab_size=-(-len(tokenizer) // 8) * 8,
         hidden_size=width,
         intermediate_size=3 * width,
@@ -90,8 +107,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, width: int) -> Q
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **(mixture if experts else {}),
     )
-    model = Qwen3ForCausalLM(config)
+    model = (Qwen3MoeForCausalLM if experts else Qwen3ForCausalLM)(config)
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.6,
@@ -128,7 +146,7 @@ def batches(stream: Iterator[Sample], size: int, seed: int) -> Iterator[list[Sam
         yield from grouped
 
 
-def batch_loss(model: Qwen3ForCausalLM, batch: list[Sample], pad: int) -> torch.Tensor:
+def batch_loss(model: Reasoner, batch: list[Sample], pad: int) -> torch.Tensor:
     """Mean loss over the tokens of a batch, prompt tokens at a small weight."""
     longest = max(len(ids) for ids, _ in batch)
     # Padding is on the right here, behind everything that counts, so causal attention needs no mask.
@@ -136,18 +154,35 @@ def batch_loss(model: Qwen3ForCausalLM, batch: list[Sample], pad: int) -> torch.
     weight = torch.tensor(
         [[PROMPT_WEIGHT] * prompt + [1.0] * (len(ids) - prompt) + [0.0] * (longest - len(ids)) for ids, prompt in batch]
     )[:, 1:]
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return (losses * weight).sum() / weight.sum()
+    mixture = isinstance(model, Qwen3MoeForCausalLM)
+    out: Any = model(input_ids=ids, use_cache=False, **({"output_router_logits": True} if mixture else {}))
+    losses = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    loss = (losses * weight).sum() / weight.sum()
+    return loss + BALANCE_WEIGHT * out.aux_loss if mixture else loss
 
 
-def train(model: Qwen3ForCausalLM, stream: Iterator[list[Sample]], steps: int, rate: float, pad: int) -> None:
+class Slices:
+    """Parameters of one matrix an expert as matrices of their own, as Muon wants them: the same numbers."""
+
+    def __init__(self, packed: list[torch.nn.Parameter]) -> None:
+        self.packed = packed
+        self.matrices = [torch.nn.Parameter(matrix) for parameter in packed for matrix in parameter.data]
+
+    def take_gradients(self) -> None:
+        """Those of the packed parameters, after a backward pass."""
+        gradients = (gradient for parameter in self.packed if parameter.grad is not None for gradient in parameter.grad)
+        for matrix, gradient in zip(self.matrices, gradients, strict=True):
+            matrix.grad = gradient
+
+
+def train(model: Reasoner, stream: Iterator[list[Sample]], steps: int, rate: float, pad: int) -> None:
     """Muon for the matrices, AdamW for the rest, a short warm-up, then a cosine down to nothing."""
     # AdamW alone needs many times the steps before the heads that copy digits form.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01),
+    experts = Slices([p for p in model.parameters() if p.ndim == 3])
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices + experts.matrices, lr=rate, weight_decay=0.01),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     schedules = [
@@ -163,6 +198,7 @@ def train(model: Qwen3ForCausalLM, stream: Iterator[list[Sample]], steps: int, r
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        experts.take_gradients()
         for part in (*optimizers, *schedules):
             part.step()
         if step % 50 == 0:
@@ -171,7 +207,7 @@ def train(model: Qwen3ForCausalLM, stream: Iterator[list[Sample]], steps: int, r
 
 
 @torch.no_grad()
-def replies(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[Question]) -> list[str]:
+def replies(model: Reasoner, tokenizer: PreTrainedTokenizerFast, questions: list[Question]) -> list[str]:
     """One sampled reply to each question, special tokens kept."""
     texts = []
     for start in range(0, len(questions), 200):
@@ -179,12 +215,12 @@ def replies(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, questio
         prompts = tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
-        output = model.generate(**prompts)
+        output: Any = model.generate(**prompts)
         texts += tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :])
     return texts
 
 
-def table(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, number: int, seed: int) -> str:
+def table(model: Reasoner, tokenizer: PreTrainedTokenizerFast, number: int, seed: int) -> str:
     """Rows of the model card's table: pass@1 and lengths per family and over all."""
     tiny = Tiny()
     questions = list(islice(tiny.questions("eval", seed), number))
@@ -212,6 +248,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-2, help="Muon's learning rate")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--experts", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--corpus-every", type=int, default=16)
     parser.add_argument("--evaluate", type=int, default=900, help="eval questions to sample")
     parser.add_argument("--seed", type=int, default=0)
@@ -219,9 +257,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
     torch.manual_seed(options.seed)
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, options.layers, options.width)
+    model = make_model(tokenizer, options.layers, options.width, options.experts)
     stream = batches(samples(Tiny(), tokenizer, options.seed, options.corpus_every), options.batch, options.seed)
     start = time.monotonic()
     train(model, stream, options.steps, options.rate, tokenizer.pad_token_id)
@@ -233,6 +271,9 @@ def main() -> None:
     log.info("%.1f minutes\n%s", minutes, rows)
     card = CARD.format(
         parameters=model.num_parameters(),
+        kind="Qwen3-MoE" if options.experts else "Qwen3",
+        options=f" --experts {options.experts}" if options.experts else "",
+        threads=options.threads,
         layers=options.layers,
         width=options.width,
         size=(options.out / "model.safetensors").stat().st_size / 1e6,

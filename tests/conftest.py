@@ -25,6 +25,26 @@ settings.load_profile("secateurs")
 torch.set_num_threads(1)  # matrices this small lose more to a second thread, on a busy machine ten times more
 
 
+LONGEST = [
+    "study",
+    "cli",
+    "engine_openai",
+    "solvers",
+    "packed",
+    "checkpoint",
+    "benchmarks",
+    "calibration",
+    "cuts",
+    "traces",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest come first, so that processes which share out the files end together."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same random state, whatever ran before it."""

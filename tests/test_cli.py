@@ -95,6 +95,7 @@ def test_embeddings_and_norms_do_not_change_by_a_bit(finished):
                 assert torch.equal(dense[name], pruned[name]), name
 
 
+@pytest.mark.usefixtures("without_reload")
 def test_repeating_a_finished_run_does_nothing_twice(finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")}
     before |= {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}

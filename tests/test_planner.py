@@ -72,8 +72,12 @@ def test_parts_that_can_be_counted_are_exact():
     dense = needs(
         model, replace(PLAN, propagate="dense"), "sparsegpt", tokens=700, held_out_tokens=100, batch_tokens=200
     )
-    assert found.forward - dense.forward == pruned * (4 + 4 + 1), "dense weights, solutions and masks follow it through"
-    half = needs(model, PLAN, "sparsegpt", tokens=700, held_out_tokens=100, batch_tokens=200, stored=torch.bfloat16)
+    assert found.forward == dense.forward
+    group = replace(PLAN, propagate="group")
+    sizes = {"tokens": 700, "held_out_tokens": 100, "batch_tokens": 200}
+    more = needs(model, group, "sparsegpt", **sizes).forward - dense.forward
+    assert more == pruned * (4 + 4 + 1), "dense weights, solutions and masks stay for the next group's pass"
+    half = needs(model, group, "sparsegpt", **sizes, stored=torch.bfloat16)
     assert half.forward - dense.forward == pruned * (2 + 2 + 1)
     there, most = 0, 0  # the costliest first: down, gate and up, q and k and v, o
     for weights_of_group in (32 * 48, 96 * 32, 64 * 32, 32 * 32):
@@ -85,6 +89,9 @@ def test_parts_that_can_be_counted_are_exact():
     assert found.held_out == 4 * sum(d_in * (d_in + 25) for d_in in inputs), "a Gram for three quarters of the tokens"
     few = needs(model, PLAN, "wanda", tokens=700, held_out_tokens=24, batch_tokens=200)
     assert few.held_out == 4 * sum(d_in * 24 for d_in in inputs)
+    short = needs(model.bfloat16(), PLAN, "wanda", tokens=700, held_out_tokens=100, batch_tokens=200)
+    assert short.held_out == sum(d_in * min(2 * 100, 4 * d_in + 2 * 25) for d_in in inputs)
+    model.float()
     assert found.hidden == 700 * 32 * 4
     tables = ["model.embed_tokens.weight", "lm_head.weight"]
     mapped = needs(model, PLAN, "wanda", tokens=700, held_out_tokens=100, batch_tokens=200, in_file=tables)

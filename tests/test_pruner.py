@@ -184,6 +184,9 @@ def test_held_out_errors_are_those_of_the_tokens_whether_kept_as_they_were_or_as
         held = Held()
         for part in parts:
             held.add(part)
+        short = Held()
+        short.add(Seen(x.bfloat16(), codes, worth))
+        assert set(short.grams) == {2}, "12 tokens in 16 bits are smaller than 8 inputs squared in 32"
         assert set(held.grams) == {2, 3} and {int(code) for one in held.seen for code in one.codes} == {1}
         found, expected = (held_out_energies(weight, dense, one) for one in (held, Held(parts)))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)

@@ -65,6 +65,7 @@ def test_everything_at_once_meets_the_same_budget_and_is_measured_once(tmp_path,
     assert survey.stat().st_mtime_ns == before
 
 
+@pytest.mark.usefixtures("without_reload")
 def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path, monkeypatch, one_thread):
     """Grams shared between cells or not, in one process or two, killed or not: equal files."""
     sets = [

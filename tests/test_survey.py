@@ -7,6 +7,7 @@ import torch
 
 from families import make_model
 from secateurs import survey as surveys
+from secateurs.calibration import Document
 from secateurs.collect import swapped
 from secateurs.pruner import prunable, prune
 from secateurs.survey import survey
@@ -62,6 +63,14 @@ def test_experts_of_a_block_share_what_they_lose_together(monkeypatch):
     survey(model, CALIBRATION, prunable(model, PLAN), 0.5, curves=True)
     together = [len(matrices) for matrices in calls if ".experts." in matrices[0].name]
     assert together == [4, 4, 4, 4]  # gate_up and down, in two blocks
+
+
+def test_an_expert_that_no_held_out_token_reaches_is_judged_on_what_calibrates():
+    model = lively("mixtral")
+    (whole,) = documents(1)
+    calibration = replace(CALIBRATION, held_out=(Document(whole.ids[:3], whole.codes[:3]),))
+    layers = survey(model, calibration, prunable(model, PLAN), 0.5, curves=True)
+    assert all(layer.loss(0.5) > 0 for layer in layers), "three tokens cannot reach all"
 
 
 def test_without_curves_nothing_is_solved():

@@ -22,7 +22,6 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -88,7 +87,7 @@ class Checkpoint:
             self.names = self._names_in_model()
             tables = self._tables() if self.device.type == "cpu" else {}
             self.in_file = frozenset(self.names[key] for key in tables)
-            """Names of parameters that stay in their files, and take no memory of their own."""
+            """Names of parameters that stay in their files, and take no memory but for what is changed in them."""
             around = [key for key, name in self.names.items() if not name.startswith(f"{self.prefix}.")]
             self._fill([key for key in around if key not in tables])
             for key, module in tables.items():
@@ -216,10 +215,11 @@ class Checkpoint:
             raise ValueError("; ".join(f"{name}: {reason}" for name, reason in info.conversion_errors.items()))
 
     def _tables(self) -> dict[str, Any]:
-        """Embeddings and head, as far as the checkpoint has a tensor for each."""
+        """Embeddings and head, by key, as far as the checkpoint has a tensor of its type for each."""
         modules: list[Any] = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
         by_name = {f"{name_of(self.model, module)}.weight": module for module in modules if module is not None}
-        return {key: by_name[name] for key, name in self.names.items() if name in by_name}
+        found = {key: by_name[name] for key, name in self.names.items() if name in by_name}
+        return {key: found[key] for key in found if DTYPES.get(self.places[key].dtype) == self.stored}
 
     def _leave_in_file(self, key: str, module: nn.Module) -> None:
         """Map a table's tensor from its file, as it is stored there. ValueError if it does not fit."""
@@ -237,8 +237,9 @@ class Checkpoint:
         model = self.model
         compute_buffers(model, self.device)
         model.tie_weights()
+        mapped = {model.get_parameter(name) for name in self.in_file}
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if module is not None and module.weight.dtype != self.dtype:
+            if getattr(module, "weight", None) in mapped and self.stored != self.dtype:
                 _compute_in(self.dtype, module)
         around = (item for item in model.state_dict().items() if not item[0].startswith(f"{self.prefix}."))
         if absent := [name for name, tensor in around if tensor.is_meta]:
@@ -264,18 +265,19 @@ def give_back(device: torch.device) -> None:
         trim(0)
 
 
-def _compute_in(dtype: torch.dtype, table: nn.Module) -> None:
+def _compute_in(dtype: torch.dtype, table: Any) -> None:
     """Let embeddings or a head compute in `dtype` on a weight that is left as it is: of embeddings, the rows in use."""
-    inner: Any = copy(table)
-    if isinstance(inner, nn.Embedding):
-        inner.padding_idx = None  # it is for gradients, and numbers a row of the whole table
 
     def forward(x: Tensor) -> Tensor:
-        weight: Any = table.weight
-        if isinstance(inner, nn.Embedding):
+        inner, weight = copy(table), table.weight
+        if isinstance(table, nn.Embedding):
+            inner.padding_idx = None  # it is for gradients, and numbers a row of the whole table
             used, x = x.unique(return_inverse=True)
             weight = weight[used]
-        return functional_call(inner, {"weight": weight.to(dtype)}, (x,))
+        else:
+            x = x.to(dtype)  # some models hand states over in the type of the head
+        inner._parameters = table._parameters | {"weight": weight.to(dtype)}
+        return type(table).forward(inner, x)
 
     table.forward = forward
 

@@ -250,11 +250,12 @@ class Seen:
 
 @dataclass
 class Held:
-    """Inputs of held-out tokens to a group, to judge solutions on: as they were, but of a region (by code) with more
-    tokens than inputs their Gram, which is smaller. Where a goal needs how far off they are, all as they were."""
+    """Inputs of held-out tokens to a group, to judge solutions on: as they were, but of a region (by code) with so many
+    that their Gram is smaller, that. Where a goal needs how far off they are, all as they were."""
 
     seen: list[Seen] = field(default_factory=list)
     grams: dict[int, Gram] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
 
     def add(self, new: Seen) -> None:
         """Some more tokens."""
@@ -262,9 +263,9 @@ class Held:
         if new.off is not None:
             return
         d_in = new.x.shape[1]
-        counts = reduce(add, (torch.bincount(seen.codes, minlength=len(REGIONS) + 1) for seen in self.seen)).tolist()
-        for code, count in enumerate(counts):
-            if count > d_in or (count and code in self.grams):
+        for code, count in enumerate(torch.bincount(new.codes).tolist()):
+            self.counts[code] = self.counts.get(code, 0) + count
+            if count and self.counts[code] * new.x.element_size() > 4 * d_in:  # bytes of a row of either
                 gram = self.grams.setdefault(code, Gram.zeros(d_in, new.x.device))
                 for seen in self.seen:
                     of_region = seen[seen.codes == code]

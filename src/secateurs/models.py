@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -113,6 +114,11 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks; secateurs cannot prune it")
     return min(candidates, key=lambda item: item[0].count("."))  # type: ignore[return-value]
+
+
+def computes_in(model: PreTrainedModel) -> torch.dtype:
+    """The type of the blocks, which that of embeddings may differ from."""
+    return next(decoder_blocks(model)[1][0].parameters()).dtype
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:

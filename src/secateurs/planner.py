@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from secateurs.collect import Place, solve_cost
 from secateurs.layer import TOKENS_AT_ONCE
-from secateurs.models import Matrix, decoder_blocks
+from secateurs.models import Matrix, computes_in, decoder_blocks
 from secateurs.pruner import Plan, prunable
 
 Where = Literal["device", "cpu", "disk"]
@@ -27,7 +27,7 @@ class Needs:
     """Bytes. `hidden` is where `Where` says; the rest is on the device."""
 
     around: int
-    """Embeddings, norms, head."""
+    """Embeddings, norms, head, but for what stays in its file."""
     block: int
     """The weights of the largest block."""
     grams: int
@@ -67,20 +67,18 @@ def needs(
     """
     prefix, blocks = decoder_blocks(model)
     config: Any = model.config.get_text_config(decoder=True)
-    size, width = next(blocks[0].parameters()).element_size(), config.hidden_size
+    size, width = computes_in(model).itemsize, config.hidden_size
     inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
     outside = (p for name, p in model.named_parameters() if not name.startswith(prefix) and name not in in_file)
     around = sum(p.numel() * p.element_size() for p in outside)
-    dense = (stored or model.dtype).itemsize
+    dense = (stored or computes_in(model)).itemsize
     grams = held = solve = copies = 0
     widest = width
     for matrices in prunable(model, plan):
         groups = _groups(matrices, width)
         drifts = 2 if plan.goal != "own" else 1
         grams = max(grams, sum(4 * drifts * d_in**2 for _, d_in, _ in groups))
-        held = max(
-            held, sum(_held(int(share * held_out_tokens), d_in, plan) * d_in * size for _, d_in, share in groups)
-        )
+        held = max(held, sum(_held(int(share * held_out_tokens), d_in, size, plan) for _, d_in, share in groups))
         a, b = WORK.get(solver, OTHER_WORK)
         there = 0
         for rows, d_in, _ in sorted(groups, key=lambda group: -solve_cost(group[0], group[1])):
@@ -97,15 +95,17 @@ def needs(
         grams=grams,
         held_out=held,
         hidden=tokens * width * size * states,
-        forward=forward + (copies if plan.propagate != "dense" or plan.tune else 0),
+        forward=forward + (copies if plan.propagate == "group" or plan.tune else 0),
         solve=solve,
     )
 
 
-def _held(tokens: int, d_in: int, plan: Plan) -> int:
-    """Rows of d_in numbers that are kept of so many held-out tokens (`collect.Held`): all, twice where a goal needs how
-    far off they are; else a Gram for those of the largest region, which is taken to be three quarters."""
-    return 2 * tokens if plan.goal != "own" else min(tokens, d_in + tokens // 4)
+def _held(tokens: int, d_in: int, size: int, plan: Plan) -> int:
+    """Bytes that are kept of so many held-out tokens (`collect.Held`): all, twice where a goal needs how far off they
+    are; else a Gram for those of the largest region, which is taken to be three quarters."""
+    if plan.goal != "own":
+        return 2 * tokens * size * d_in
+    return min(tokens * size, 4 * d_in + tokens // 4 * size) * d_in
 
 
 def _groups(matrices: Sequence[Matrix], width: int) -> list[tuple[int, int, float]]:

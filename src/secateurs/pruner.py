@@ -42,7 +42,7 @@ from secateurs.collect import (
 )
 from secateurs.goals import Goal, Propagate, check_goal, imitate
 from secateurs.layer import Gram, LayerProblem, LayerSolution, Outcome, relative_error
-from secateurs.models import Matrix, chosen, decoder_blocks
+from secateurs.models import Matrix, chosen, computes_in, decoder_blocks
 from secateurs.patterns import Pattern, stack
 from secateurs.ranks import ALONE, Ranks
 from secateurs.solvers import Solver
@@ -143,7 +143,7 @@ def prune(
     weights need to be there only while `opened(index)` is. They end as numbers of type `stored`, in whatever `model`
     computes (its own type, if there is none).
     """
-    stored = stored or model.dtype
+    stored = stored or computes_in(model)
     selected = prunable(model, plan)
     total = sum(map(len, selected))
     _, blocks = decoder_blocks(model)
@@ -215,7 +215,7 @@ def solve_alike(
     The plans differ in pattern and solver only, and see the inputs of the dense model, which stays as it is: then a
     block's Grams are the same for all of them. ValueError for other plans. Blocks that are there are not solved again.
     """
-    stored = stored or model.dtype
+    stored = stored or computes_in(model)
     first, *others = plans.values()
     alike = all((p.propagate, p.goal, p.tune) == ("dense", "own", None) for p in plans.values())
     if not alike or any((p.targets, p.ignore) != (first.targets, first.ignore) for p in others):
@@ -396,7 +396,7 @@ def _solve(turn: Turn, sums: Sums, plan: Plan, stored: torch.dtype, ranks: Ranks
             aims = _aims([dense[matrix] for matrix in group.matrices], group, inputs)
             for aim, solution in zip(aims, _solutions(aims, inputs.of_some_tokens(group), plan), strict=True):
                 aim.matrix.weight.copy_(solution.weight)
-                found[aim.matrix] = aim, inputs, replace(solution, weight=aim.matrix.weight)
+                found[aim.matrix] = aim, inputs, replace(solution, weight=aim.matrix.weight)  # not twice
 
     ranks.together(solve)
     solved = []

@@ -87,7 +87,8 @@ def survey(
             grams = [inputs_of(group, sums, pools).of_some_tokens(group) for group in groups]
             outliers.append(_outliers(groups, grams))
             for group, gram in zip(groups, grams, strict=True):
-                held = sums.held[group.name].gram(gram) if curves and sums.held[group.name] else gram
+                held = sums.held[group.name].gram(gram) if curves else gram
+                held = held if held.tokens else gram
                 for matrix in group.matrices:
                     found.append(_curve(matrix, index, group, gram, held, sparsity, curves))
                     progress(len(found), total, matrix.name)
