@@ -161,28 +161,13 @@ def batch_loss(model: Reasoner, batch: list[Sample], pad: int) -> torch.Tensor:
     return loss + BALANCE_WEIGHT * out.aux_loss if mixture else loss
 
 
-class Slices:
-    """Parameters of one matrix an expert as matrices of their own, as Muon wants them: the same numbers."""
-
-    def __init__(self, packed: list[torch.nn.Parameter]) -> None:
-        self.packed = packed
-        self.matrices = [torch.nn.Parameter(matrix) for parameter in packed for matrix in parameter.data]
-
-    def take_gradients(self) -> None:
-        """Those of the packed parameters, after a backward pass."""
-        gradients = (gradient for parameter in self.packed if parameter.grad is not None for gradient in parameter.grad)
-        for matrix, gradient in zip(self.matrices, gradients, strict=True):
-            matrix.grad = gradient
-
-
 def train(model: Reasoner, stream: Iterator[list[Sample]], steps: int, rate: float, pad: int) -> None:
     """Muon for the matrices, AdamW for the rest, a short warm-up, then a cosine down to nothing."""
     # AdamW alone needs many times the steps before the heads that copy digits form.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
-    experts = Slices([p for p in model.parameters() if p.ndim == 3])
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]  # packed experts among them
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices + experts.matrices, lr=rate, weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     schedules = [
@@ -198,7 +183,6 @@ def train(model: Reasoner, stream: Iterator[list[Sample]], steps: int, rate: flo
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        experts.take_gradients()
         for part in (*optimizers, *schedules):
             part.step()
         if step % 50 == 0:

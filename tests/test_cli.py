@@ -64,7 +64,7 @@ def finished(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_reports_traces_and_models_that_load(finished):
     report = json.loads((finished / "report.json").read_text())
-    assert report["schema"] == "secateurs.report" and report["version"] == 3
+    assert report["schema"] == "secateurs.report" and report["version"] == 4 and report["reloaded"] == 0
     assert [cell["arm"] for cell in report["cells"]] == ["dense", "prompt", "rac"]
     for cell in report["cells"][1:]:
         assert cell["evaluation"]["questions"] == 6
@@ -82,7 +82,11 @@ def test_a_run_leaves_reports_traces_and_models_that_load(finished):
             zeros = int((weights[layer["name"] + ".weight"] == 0).sum())
             assert zeros == layer["zeros"] and len(layer["mask_sha256"]) == 64
     html = (finished / "report.html").read_text()
-    assert "<svg" in html and "prompt" in html and (finished / "report.md").exists()
+    assert "<svg" in html and "prompt" in html
+    assert (
+        "reloaded: 2 models, with transformers alone: logits are the same to the bit"
+        in (finished / "report.md").read_text()
+    )
 
 
 def test_embeddings_and_norms_do_not_change_by_a_bit(finished):

@@ -188,7 +188,7 @@ def test_the_files_read_back_and_the_schema_is_strict(tmp_path):
 
 def test_a_report_of_another_version_is_named(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"schema": "secateurs.report", "version": 7}))
-    with pytest.raises(ValueError, match=r"report version 7 found, this secateurs reads version 3"):
+    with pytest.raises(ValueError, match=r"report version 7 found, this secateurs reads version 4"):
         reports.read(tmp_path)
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a secateurs report"):
@@ -341,6 +341,9 @@ def test_what_was_asked_and_what_was_not_are_told_apart():
     merged = merge([report_of(HELPS), report_of([], unasked=unasked(HELPS[2:]))])
     assert len(merged.cells) == 6 and not merged.unasked, "the same models, asked in the other run"
     assert len(merge([mixed, mixed]).unasked) == 2
+    again = [mixed.model_copy(update={"reloaded": off}) for off in (0.0, 0.002, None)]
+    assert [merge(again[:count]).reloaded for count in (1, 2, 3)] == [0, 0.002, None]
+    assert "reloaded: 4 models, with transformers alone: logits are off by at most 0.002" in pages.to_markdown(again[1])
     assert "asked nothing" not in pages.to_html(report_of(HELPS)) + pages.to_markdown(report_of(HELPS))
 
 

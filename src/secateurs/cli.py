@@ -114,7 +114,8 @@ def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: boo
             page.write(report, out)
             try:
                 with _bars() as progress:
-                    reload(report, progress)
+                    report = reload(report, progress)
+                page.write(report, out)
             finally:  # a model that does not load loses nothing of what was measured
                 _show(report, out, as_json)
         else:

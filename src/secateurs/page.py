@@ -703,6 +703,10 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         facts.append(("seeds", str(len(seeds))))
     if report.leaks:
         facts.append(("leak check", _leak_sentence(report.leaks)))
+    if report.reloaded is not None:
+        models = "model" if len(pruned) == 1 else "models"
+        off = f"off by at most {report.reloaded:.1g} of the largest" if report.reloaded else "the same to the bit"
+        facts.append(("reloaded", f"{len(pruned)} {models}, with transformers alone: logits are {off}"))
     facts.append(("written", report.created))
     return facts
 

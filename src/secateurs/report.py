@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from secateurs.statistics import Z95, holm, mean_variance, sign_flip
 
 SCHEMA = "secateurs.report"
-VERSION = 3
+VERSION = 4
 ARMS = ("dense", "corpus", "prompt", "rac", "think")
 SAME_BUDGET = 1.25  # calibration token counts within this ratio are one budget: whole traces overshoot it a little
 
@@ -247,7 +247,7 @@ class Report(_Model):
     """The whole record of one run, or of several merged."""
 
     schema_: Literal["secateurs.report"] = Field(default=SCHEMA, alias="schema", description="Always this string.")
-    version: Literal[3] = Field(default=VERSION, description="Version of this schema.")
+    version: Literal[4] = Field(default=VERSION, description="Version of this schema.")
     title: str = Field(description="Shown on top.")
     created: str = Field(description="ISO 8601 time of writing.")
     secateurs: str = Field(description="Version of this package.")
@@ -261,6 +261,11 @@ class Report(_Model):
     leaks: LeakCheck | None = Field(default=None, description="The check for evaluation questions in calibration.")
     cells: list[Cell] = Field(description="Every model that was asked questions.")
     unasked: list[Model] = Field(default=[], description="Models that were pruned and asked none.")
+    reloaded: Fraction | None = Field(
+        default=None,
+        description="After all pruned models were loaded again in a clean process: the largest difference of their "
+        "logits from those at export, over the largest logit. null when they were not.",
+    )
     summary: list[SummaryRow] = Field(description="`summarise(cells)`.")
     comparisons: list[Comparison] = Field(description="`compare(cells)`.")
 
@@ -539,6 +544,7 @@ def merge(reports: Sequence[Report]) -> Report:
             )
     cells = _once(cell for report in reports for cell in report.cells)
     asked = {_identity(cell, without_answers=True) for cell in cells}
+    reloaded = [report.reloaded for report in reports]
     stages: dict[str, list[Stage]] = defaultdict(list)
     for report in reports:
         for stage in report.stages:
@@ -569,6 +575,7 @@ def merge(reports: Sequence[Report]) -> Report:
         unasked=[
             one for one in _once(one for report in reports for one in report.unasked) if _identity(one) not in asked
         ],
+        reloaded=None if None in reloaded else max(one for one in reloaded if one is not None),
         summary=summarise(cells),
         comparisons=compare(cells),
     )

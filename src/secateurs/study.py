@@ -106,11 +106,13 @@ def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1,
     )
 
 
-def reload(report: Report, progress: Progress = silent) -> None:
-    """Load every pruned model of a report again, in a clean process. RuntimeError if one does not, or says other."""
+def reload(report: Report, progress: Progress = silent) -> Report:
+    """The report, with how its pruned models did when loaded again, in a clean process. RuntimeError if one does
+    not load, or says other."""
     progress("reload models", 0, 0, "")
     made = [*report.unasked, *(cell for cell in report.cells if cell.arm != "dense")]
-    verify([Path(one.path) / "model" for one in made])
+    found = verify([Path(one.path) / "model" for one in made])
+    return report.model_copy(update={"reloaded": max(found.values(), default=None)})
 
 
 @dataclass
