@@ -196,7 +196,7 @@ def test_mistakes_are_one_sentence(tmp_path):
         dropped(model_of("grouped"), tmp_path, FewerExperts(0.75))
     pattern = "prune.pattern={name='experts', sparsity=0.5}"
     with pytest.raises(
-        ValueError, match="solver `admm` cannot solve for pattern `experts`; .* reap, output, frequency"
+        ValueError, match="solver `admm` cannot solve for pattern `experts`; .* output, reap, frequency"
     ):
         load_recipe("demo", [pattern, "sweep.solver=[{name='admm'}]"])
     with pytest.raises(ValueError, match="takes no goal and no tune"):

@@ -35,11 +35,11 @@ class ExpertScore:
     per_token: bool
 
 
-# "reap" is the mean of Lasby et al. 2025 (arXiv 2510.13999); "output" is the squared error of a block's output without
-# the expert, if nothing took its place; "frequency" is how many tokens it sees.
+# The best one first (docs/faster.md). "output" is the squared error of a block's output without the expert, if nothing
+# took its place; "reap" is the mean of Lasby et al. 2025 (arXiv 2510.13999); "frequency" is how many tokens it sees.
 EXPERT_SCORES: dict[str, Callable[..., ExpertScore]] = {
-    "reap": partial(ExpertScore, power=1, per_token=True),
     "output": partial(ExpertScore, power=2, per_token=False),
+    "reap": partial(ExpertScore, power=1, per_token=True),
     "frequency": partial(ExpertScore, power=0, per_token=False),
 }
 
