@@ -89,8 +89,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, width: int, experts: int) -> Reasoner:
     """An untrained Qwen3 of the given depth and width; with experts, a Qwen3-MoE in which a token sees two, which have
     as many neurons together."""
-    mixture = {"num_experts": experts, "num_experts_per_tok": 2, "norm_topk_prob": True}
-    mixture |= {"moe_intermediate_size": 3 * width // 2}
+    mixture = {
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 3 * width // 2,
+    }
     config = (Qwen3MoeConfig if experts else Qwen3Config)(
         vocab_size=-(-len(tokenizer) // 8) * 8,
         hidden_size=width,
@@ -238,6 +242,8 @@ def main() -> None:
     parser.add_argument("--evaluate", type=int, default=900, help="eval questions to sample")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.experts and options.out == ASSETS:
+        parser.error("--experts needs an --out of its own: the package ships no mixture")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
     torch.manual_seed(options.seed)

@@ -209,8 +209,7 @@ class Checkpoint:
             slices = {key: files[self.places[key].file].get_slice(key) for key in keys}
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
         if info.mismatched_keys:
-            name, found, wanted = min(info.mismatched_keys)
-            raise ValueError(f"{name} is {tuple(found)} in the checkpoint, and {tuple(wanted)} in the model")
+            raise _misfit(*min(info.mismatched_keys))
         if info.conversion_errors:
             raise ValueError("; ".join(f"{name}: {reason}" for name, reason in info.conversion_errors.items()))
 
@@ -227,9 +226,7 @@ class Checkpoint:
             stored = file.get_tensor(key)
         empty: Any = module.weight
         if stored.shape != empty.shape:
-            raise ValueError(
-                f"{self.names[key]} is {tuple(stored.shape)} in the checkpoint, and {tuple(empty.shape)} in the model"
-            )
+            raise _misfit(self.names[key], stored.shape, empty.shape)
         module.weight = nn.Parameter(stored, requires_grad=False)
 
     def _fill_buffers(self) -> None:
@@ -244,6 +241,10 @@ class Checkpoint:
         around = (item for item in model.state_dict().items() if not item[0].startswith(f"{self.prefix}."))
         if absent := [name for name, tensor in around if tensor.is_meta]:
             raise ValueError(f"the checkpoint has no {absent[0]}")
+
+
+def _misfit(name: str, found: Sequence[int], wanted: Sequence[int]) -> ValueError:
+    return ValueError(f"{name} is {tuple(found)} in the checkpoint, and {tuple(wanted)} in the model")
 
 
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:

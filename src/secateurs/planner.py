@@ -67,11 +67,11 @@ def needs(
     """
     prefix, blocks = decoder_blocks(model)
     config: Any = model.config.get_text_config(decoder=True)
-    size, width = computes_in(model).itemsize, config.hidden_size
+    computed, width = computes_in(model), config.hidden_size
+    size, dense = computed.itemsize, (stored or computed).itemsize
     inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
     outside = (p for name, p in model.named_parameters() if not name.startswith(prefix) and name not in in_file)
     around = sum(p.numel() * p.element_size() for p in outside)
-    dense = (stored or computes_in(model)).itemsize
     grams = held = solve = copies = 0
     widest = width
     for matrices in prunable(model, plan):
