@@ -1,11 +1,13 @@
 """A whole prune against a bare forward pass of its tokens and against llm-compressor: time, memory, what is lost.
 
     python benchmarks/peers.py MODEL OUT [--peer PYTHON] [--tokens 16384] [--solvers sparsegpt,sparsegpt+refit]
+                              [--how dense,block,lean]
 
 One model, the same token ids (C4 documents of 512 tokens, the text that ships), the same sparsity (50 %, unstructured),
 as many threads as torch takes. PYTHON is that of an environment with llm-compressor, which is left out without one.
 secateurs computes in what it takes for the fastest type (`compute_dtype = "auto"`), so the bare pass is shown in
-float32 and as the checkpoint is stored.
+float32 and as the checkpoint is stored. `lean` is `dense` with hidden states in files and a document a batch, which is
+how llm-compressor batches.
 
 Every line is a process of its own. Seconds are of the work without imports: for secateurs with reading the checkpoint
 and writing blocks, for llm-compressor without either. Memory is the peak of anonymous memory above that after imports,
@@ -103,20 +105,22 @@ def task(ids: dict[str, Any], solver: str, propagate: Any) -> tuple[Any, Any]:
     return calibration, Plan(pattern=pattern, solver=build_solver({"name": solver}), propagate=propagate)
 
 
-def secateurs(model: str, ids: dict[str, Any], out: Path, solver: str, propagate: Any) -> None:
+def secateurs(model: str, ids: dict[str, Any], out: Path, solver: str, how: Any) -> None:
     """A prune of the checkpoint, and its blocks on disk; then, not timed, the exported folder."""
     from transformers import AutoTokenizer
 
     from secateurs import pruner
     from secateurs.checkpoint import Checkpoint
+    from secateurs.planner import Shelf
 
-    calibration, plan = task(ids, solver, propagate)
-    with Meter() as meter:
+    lean = how == "lean"
+    calibration, plan = task(ids, solver, "dense" if lean else how)
+    with Meter() as meter, Shelf("disk" if lean else "device", out) as place:
         checkpoint = Checkpoint(model, compute_dtype="auto")
-        options: dict[str, Any] = {
-            "folder": out / "blocks", "opened": checkpoint.opened, "stored": checkpoint.stored
-        }  # fmt: skip
-        results = pruner.prune(checkpoint.model, calibration, plan, **options)
+        results = pruner.prune(
+            checkpoint.model, calibration, plan, folder=out / "blocks", opened=checkpoint.opened,
+            stored=checkpoint.stored, place=place, batch_tokens=LENGTH if lean else 2048,
+        )  # fmt: skip
     meter.show()
     write(checkpoint, AutoTokenizer.from_pretrained(model), plan, results, out, ids["held_out"][0][:64])
 
@@ -187,6 +191,7 @@ def main() -> None:
     parser.add_argument("--peer", help="the Python of an environment with llm-compressor")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--solvers", default="sparsegpt,sparsegpt+refit")
+    parser.add_argument("--how", default="dense,block,lean", help="propagate = dense or block, or lean")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -206,7 +211,7 @@ def main() -> None:
     lines += [
         (f"secateurs {solver} {how}", sys.executable)
         for solver in options.solvers.split(",")
-        for how in ("dense", "block")
+        for how in options.how.split(",")
     ]
     lines += [("llm-compressor", options.peer)] if options.peer else []
     print(f"{tokens:,} tokens, {torch.get_num_threads()} threads\n")
