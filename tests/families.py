@@ -79,6 +79,15 @@ def make_model(family: str):
     return FAMILIES[family]().eval()
 
 
+def lively(family: str):
+    """A tiny model whose blocks matter: with its first weights they add next to nothing."""
+    model = make_model(family)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(6)
+    return model
+
+
 def damaged(model):
     """The same model with noise in every matrix: another model, for whoever must tell the two apart."""
     generator = torch.Generator().manual_seed(0)

@@ -4,13 +4,20 @@ import multiprocessing
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import distributed
 
-from families import make_model
+from families import lively, make_model
 from secateurs import pruner
+from secateurs import survey as surveys
+from secateurs.checkpoint import Checkpoint
+from secateurs.cuts import Depth, FewerExperts, Hidden
+from secateurs.experts import EXPERT_SCORES, drop_experts
+from secateurs.narrow import NARROWINGS, narrow
 from secateurs.patterns import Unstructured
 from secateurs.ranks import Elsewhere, Ranks, joined
 from secateurs.solvers.masking import Masking
@@ -24,6 +31,8 @@ PLANS = {
     "experts": ("mixtral", replace(PLAN, goal="dense"), 100),
     "transposed experts": ("gpt_oss", PLAN, 100),
 }
+
+OUTPUT, REFIT = EXPERT_SCORES["output"](), NARROWINGS["pca+refit"]()
 
 
 def _enter(index: int, count: int, meeting: str, function, args, pipe) -> None:
@@ -105,6 +114,45 @@ def test_processes_end_with_what_one_would_end_with(tmp_path, alone, count):
             assert_equal(ended[kind], expected)
 
 
+def every_survey(ranks: Ranks, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What processes find of a model together, exactly and in numbers: surveys, what goes, a narrower stream."""
+    dense, exact, numbers = Checkpoint(str(folder / "dense")), {}, {}
+    names = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
+    some: dict[str, Any] = {"batch_tokens": 100, "ranks": ranks}
+    with patch.object(surveys, "PROBE_BATCH", 60):
+        for model in (lively("llama"), lively("mixtral")):
+            layers = surveys.survey(model, CALIBRATION, pruner.prunable(model, PLAN), 0.5, curves=True, **some)
+            exact[f"survey of {type(model)}"] = [(layer.name, layer.block, layer.size) for layer in layers]
+            numbers[f"outliers of {type(model)}"] = [layer.outliers for layer in layers]
+            numbers[f"curves of {type(model)}"] = [loss for layer in layers for _, loss in layer.curve]
+        model = lively("llama")
+        exact["blocks"] = surveys.blocks_to_drop(model, CALIBRATION, Depth(0.5), ranks=ranks)
+        roots = surveys.loss_roots(model, CALIBRATION, names, ranks=ranks)
+    if ranks.first:  # it alone is told
+        numbers["loss"] = torch.stack([roots[name].T @ roots[name] for name in names]).numpy()
+    mixture, record = make_model("mixtral"), folder / f"{ranks.count}.json"
+    verdicts = drop_experts(mixture, CALIBRATION, FewerExperts(0.5), OUTPUT, record, **some)
+    exact["experts"] = [verdict.kept for verdict in verdicts]
+    numbers["experts"] = [e for v in verdicts for one in v.results for e in (one.error_train, one.error_held_out)]
+    for time in ("at first", "read back"):
+        found = narrow(dense, CALIBRATION, Hidden(0.25, 4), REFIT, folder / f"narrow-{ranks.count}", **some)
+        exact[f"narrow {time}"] = [(one.name, one.zeros, one.tokens) for one in found.results]
+        rows = [(one.error_train, one.error_held_out, one.beta) for one in found.results]
+        numbers[f"narrow {time}"] = torch.tensor(rows).numpy()
+        numbers[f"head {time}"] = (found.lift @ found.lift.T).numpy()  # as directions have no sign
+    return exact, numbers
+
+
+def test_processes_find_together_what_one_would_find(tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    exact, numbers = every_survey(Ranks(), tmp_path)
+    for rank, (found_exact, found_numbers) in enumerate(in_processes(3, tmp_path, every_survey, tmp_path)):
+        assert found_exact == exact
+        assert numbers.keys() - found_numbers.keys() == ({"loss"} if rank else set())
+        for kind, found in found_numbers.items():
+            assert found == pytest.approx(numbers[kind], rel=1e-3, abs=1e-6), kind
+
+
 class Killed(BaseException):
     pass
 
@@ -164,20 +212,28 @@ def failing(ranks: Ranks, file: Path) -> list[str]:
             pruner.prune(model, CALIBRATION, plan, batch_tokens=100, folder=folder, ranks=ranks)
         except (RuntimeError, ValueError, OSError, Elsewhere) as error:
             heard.append(f"{type(error).__name__}: {error}")
+    try:
+        dense, seen = Checkpoint(str(file.parent / "dense")), file.parent / ("first" if ranks.first else "second")
+        narrow(dense, CALIBRATION, Hidden(0.25, 4), REFIT, seen, ranks=ranks)
+    except (RuntimeError, Elsewhere) as error:
+        heard.append(f"{type(error).__name__}: {error}")
     return [*heard, ranks.tell(f"{ranks.index} is well")]
 
 
 def test_what_fails_in_one_process_fails_in_all_of_them(tmp_path):
     file = tmp_path / "a file, and no folder"
     file.touch()
+    make_model("llama").save_pretrained(tmp_path / "dense")
     first, second = in_processes(2, tmp_path, failing, file)
-    for heard, kinds in ((first, ("RuntimeError", "ValueError", "FileExistsError")), (second, ("Elsewhere",) * 3)):
+    kinds_of_first = ("RuntimeError", "ValueError", "FileExistsError", "RuntimeError")
+    for heard, kinds in ((first, kinds_of_first), (second, ("Elsewhere",) * 4)):
         assert heard[0].startswith(f"{kinds[0]}: model.layers.0.") and heard[0].endswith(": not in here")
         assert heard[1] == (
             f"{kinds[1]}: model.layers.0.unused is never called by its block; leave it out with `prune.ignore`"
         )
         assert heard[2].startswith(f"{kinds[2]}: ") and "a file, and no folder" in heard[2]
-        assert heard[3] == "0 is well"
+        assert heard[3].startswith(f"{kinds[3]}: {tmp_path / 'second'} is not there on every machine")
+        assert heard[4] == "0 is well"
 
 
 def several(ranks: Ranks, folder: Path) -> None:

@@ -5,22 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from families import make_model
+from families import lively, make_model
 from secateurs import survey as surveys
 from secateurs.calibration import Document
 from secateurs.collect import swapped
 from secateurs.pruner import prunable, prune
 from secateurs.survey import survey
 from test_pruner import CALIBRATION, PLAN, documents
-
-
-def lively(name: str):
-    """A tiny model whose blocks matter: with its first weights they add next to nothing."""
-    model = make_model(name)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(6)
-    return model
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mixtral"])

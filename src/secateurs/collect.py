@@ -494,7 +494,7 @@ def pools_of(groups: Sequence[Group], sums: Sums, ranks: Ranks = ALONE) -> dict[
         if group.expert is not None and group.part == "up":
             pool, own = pools.get(group.module) or _empty(group), sums.train.get(group.name)
             pools[group.module] = pool + own if own else pool
-    return {module: _added(pool, ranks) for module, pool in pools.items()}
+    return {module: added(pool, ranks) for module, pool in pools.items()}
 
 
 def inputs_of(
@@ -512,7 +512,7 @@ def inputs_of(
     An expert's Gram gets a little of what its siblings saw together (`shrunk`), and all of it, with a note, where no
     token reached it; a `down_proj` that no token reached has all its inputs count alike.
     """
-    gram = _added(sums.train.pop(group.name, None) or _empty(group), ranks, to)
+    gram = added(sums.train.pop(group.name, None) or _empty(group), ranks, to)
     if group.expert is not None:
         pool = pools[group.module] if group.part == "up" else None
         if not gram.tokens and pool is not None and pool.tokens:
@@ -525,7 +525,7 @@ def inputs_of(
     if not gram.tokens or not imitate:
         return Inputs(gram)
     held = [seen for seen in sums.held[group.name].seen if seen.off is not None]
-    held_gram = _added(Held(held).gram(gram), ranks, to)
+    held_gram = added(Held(held).gram(gram), ranks, to)
     drift = sums.train_drift.pop(group.name, None) or _no_drift(group, writers)
     held_drift = reduce(add, map(drift_of, held)) if held else _no_drift(group, writers)
     for tensor in (drift.inputs, drift.stream, held_drift.inputs, held_drift.stream):
@@ -554,7 +554,7 @@ def _no_drift(group: Group, writers: Sequence[nn.Module]) -> Drift:
     return Drift(torch.zeros(group.d_in, group.d_in, device=weight.device), stream)
 
 
-def _added(gram: Gram, ranks: Ranks, to: int | None = None) -> Gram:
+def added(gram: Gram, ranks: Ranks, to: int | None = None) -> Gram:
     """A Gram of all processes' tokens: its matrix where `to` says, how many they are everywhere."""
     counts = torch.tensor([gram.weight_sum, gram.tokens], dtype=torch.float64, device=gram.xtx.device)
     ranks.add(counts)
@@ -673,3 +673,14 @@ def groups_of(block: nn.Module, index: int, matrices: Sequence[Matrix], stream: 
         else:
             alone |= {matrix: Group((matrix,)) for matrix in by_module[module]}
     return [*(Group(tuple(matrices)) for matrices in shared.values()), *alone.values()]
+
+
+def same_groups(
+    block: nn.Module, index: int, matrices: Sequence[Matrix], streams: Sequence[Stream], ranks: Ranks
+) -> list[Group]:
+    """The groups of a block, the same in every process: the first one finds them by watching (`groups_of`)."""
+    by_name = {matrix.name: matrix for matrix in matrices}
+    found = ranks.decide(
+        lambda: [[m.name for m in group.matrices] for group in groups_of(block, index, matrices, streams[0])]
+    )
+    return [Group(tuple(by_name[name] for name in names)) for names in found]

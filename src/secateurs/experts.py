@@ -24,6 +24,7 @@ from secateurs.goals import Propagate
 from secateurs.layer import Outcome
 from secateurs.models import Mixture, decoder_blocks, mixtures
 from secateurs.pruner import LayerResult
+from secateurs.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -94,33 +95,37 @@ def drop_experts(
     place: Place = lambda hidden: hidden,
     opened: Opened = nullcontext,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    ranks: Ranks = ALONE,
 ) -> list[Verdict]:
     """Which experts every block keeps: those worth most on the calibration tokens. The model is as it was afterwards.
 
     Written to `record` after every block; called again, it goes on from there. Errors are those of a mixture's output,
     relative, on the held-out tokens and on about as many that calibrate. A block's weights need to be there only while
-    `opened(index)` is. ValueError for a model without experts, or a router that is not known.
+    `opened(index)` is. ValueError for a model without experts, or a router that is not known. All `ranks` call this
+    together, each for its share of the tokens; only the first one needs to see the record.
     """
     prefix, blocks = decoder_blocks(model)
     cut.check(model)
-    found = _read(record)
-    streams = capture(model, calibration, batch_tokens, place=place) if len(found) < len(blocks) else []
-    for index, block in enumerate(blocks if streams else ()):
+    found = ranks.decide(lambda: _read(record))
+    if len(found) == len(blocks):
+        return found
+    streams = capture(model, calibration, batch_tokens, place=place, ranks=ranks)
+    judged = _judged(streams, ranks)
+    for index, block in enumerate(blocks):
         with opened(index):
             every = mixtures(block)
             if index == len(found):
                 clock = perf_counter()
-                meters = _score(block, index, every, streams, calibration.weights)
+                meters = _score(block, index, every, streams, calibration.weights, ranks)
                 kept = {meter.mixture.name: meter.best(cut, score) for meter in meters}
-                errors = _judge(block, index, every, kept, _judged(streams))
+                errors = _judge(block, index, every, kept, judged, ranks)
                 seconds = (perf_counter() - clock) / max(len(every), 1)
                 results = [
                     _result(f"{prefix}.{index}.{meter.mixture.name}", index, meter, kept, cut, error, seconds)
                     for meter, error in zip(meters, errors, strict=True)
                 ]
-                found.append(Verdict(kept, results))
-                record.parent.mkdir(parents=True, exist_ok=True)
-                write_json(record, [asdict(one) for one in found])
+                found.append(ranks.tell(Verdict(kept, results)))
+                ranks.decide(lambda: _write(record, found))
             with nullcontext() if propagate == "dense" else _only(every, found[index].kept):
                 for stream in streams:
                     stream.hidden.copy_(stream.run(block, index))
@@ -137,6 +142,11 @@ def _read(record: Path) -> list[Verdict]:
     ]
 
 
+def _write(record: Path, found: Sequence[Verdict]) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, [asdict(one) for one in found])
+
+
 @contextmanager
 def _only(every: Sequence[Mixture], kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
     with ExitStack() as stack:
@@ -150,7 +160,8 @@ class _Meter:
 
     def __init__(self, mixture: Mixture) -> None:
         self.mixture = mixture
-        self.tokens, self.norms, self.squares = torch.zeros(3, mixture.experts.count, dtype=torch.float64)
+        self.sums = torch.zeros(3, mixture.experts.count, dtype=torch.float64)
+        self.tokens, self.norms, self.squares = self.sums
         self.counts = torch.zeros(0)
         """What each token of the batch counts for that is on its way [tokens]."""
 
@@ -177,9 +188,14 @@ class _Meter:
 
 
 def _score(
-    block: nn.Module, index: int, every: Sequence[Mixture], streams: Sequence[Stream], weights: Mapping[str, float]
+    block: nn.Module,
+    index: int,
+    every: Sequence[Mixture],
+    streams: Sequence[Stream],
+    weights: Mapping[str, float],
+    ranks: Ranks,
 ) -> list[_Meter]:
-    """What the calibration tokens say of every expert of a block."""
+    """What the calibration tokens of all processes say of every expert of a block."""
     meters = [_Meter(mixture) for mixture in every]
     for stream in streams if meters else ():
         if stream.held_out:
@@ -191,35 +207,49 @@ def _score(
                 handle = meter.mixture.experts.module.register_forward_pre_hook(meter.hook, with_kwargs=True)
                 stack.callback(handle.remove)
             stream.run(block, index)
+    for meter in meters:
+        ranks.add(meter.sums)
     return meters
 
 
-def _judged(streams: Sequence[Stream]) -> list[Stream]:
-    """Those that are held out, and the first others, about as many tokens."""
-    held = [stream for stream in streams if stream.held_out]
-    wanted, some = sum(stream.batch.tokens for stream in held), []
-    for stream in streams:
-        if not stream.held_out and sum(one.batch.tokens for one in some) < max(wanted, 1):
-            some.append(stream)
-    return held + some
+def _judged(streams: Sequence[Stream], ranks: Ranks) -> list[Stream]:
+    """Those that are held out, and the first others of all processes, about as many tokens."""
+    here = [(stream.number, stream.held_out, stream.batch.tokens) for stream in streams]
+    everywhere = sorted(one for each in ranks.gather(here) for one in each)
+    wanted = max(sum(tokens for _, held_out, tokens in everywhere if held_out), 1)
+    chosen = set[int]()
+    for number, held_out, tokens in everywhere:
+        if held_out or wanted > 0:
+            chosen.add(number)
+            wanted -= 0 if held_out else tokens
+    return [stream for stream in streams if stream.number in chosen]
 
 
 def _judge(
-    block: nn.Module, index: int, every: Sequence[Mixture], kept: Mapping[str, Sequence[int]], streams: Sequence[Stream]
+    block: nn.Module,
+    index: int,
+    every: Sequence[Mixture],
+    kept: Mapping[str, Sequence[int]],
+    streams: Sequence[Stream],
+    ranks: Ranks,
 ) -> list[dict[bool, float]]:
     """How far off each mixture's output is with what it keeps, squared, relative; by whether tokens are held out."""
-    lost: list[dict[bool, float]] = [{} for _ in every]
-    size: list[dict[bool, float]] = [{} for _ in every]
+    sums = torch.zeros(2, len(every), 2, dtype=torch.float64)  # how far off, of how much; mixture; held out or not
     for stream in streams if every else ():
         real = stream.batch.regions.flatten().to(stream.shell.device) > 0
         before = _outputs(block, index, every, stream)
         with _only(every, kept):
             after = _outputs(block, index, every, stream)
         for place, (wanted, found) in enumerate(zip(before, after, strict=True)):
-            for sums, what in ((lost, found - wanted), (size, wanted)):
-                more = float(what.reshape(len(real), -1)[real].float().square().sum())
-                sums[place][stream.held_out] = sums[place].get(stream.held_out, 0.0) + more
-    return [{which: one[which] / all_[which] for which in one} for one, all_ in zip(lost, size, strict=True)]
+            for row, what in enumerate((found - wanted, wanted)):
+                size = what.reshape(len(real), -1)[real].float().square().sum()
+                sums[row, place, int(stream.held_out)] += size.cpu()
+    ranks.add(sums)
+    lost, size = sums.tolist()
+    return [
+        {bool(which): lost[place][which] / size[place][which] for which in (0, 1) if size[place][which]}
+        for place in range(len(every))
+    ]
 
 
 def _outputs(block: nn.Module, index: int, every: Sequence[Mixture], stream: Stream) -> list[Tensor]:
@@ -245,7 +275,7 @@ def _result(
     unseen = int((meter.tokens == 0).sum())
     return LayerResult(
         name=name, block=index, shape=(mixture.experts.count, mixture.size), pattern=str(cut), zeros_asked=zeros,
-        zeros=zeros, error_train=error[False], error_held_out=error.get(True), error_by_region={}, damp=0.0,
+        zeros=zeros, error_train=error.get(False, 0.0), error_held_out=error.get(True), error_by_region={}, damp=0.0,
         seconds=seconds, outcome=str(Outcome.OK), tokens=round(float(meter.tokens.sum())),
         note=f"{unseen} of {mixture.experts.count} experts saw no calibration token" if unseen else "",
     )  # fmt: skip

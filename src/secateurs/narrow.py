@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float32
@@ -24,12 +24,13 @@ from transformers import PreTrainedModel
 from secateurs.artifacts import atomic_folder, atomic_write
 from secateurs.calibration import CalibrationSet, worth
 from secateurs.checkpoint import Checkpoint, Shards
-from secateurs.collect import Enough, Place, Stream, capture, matrices_of
+from secateurs.collect import Enough, Place, Stream, added, capture, matrices_of
 from secateurs.cuts import STAGES, Anatomy, Hidden, anatomy
 from secateurs.goals import Drift, Imitation, imitate
 from secateurs.layer import Gram, Outcome
 from secateurs.models import Matrix, decoder, name_of
 from secateurs.pruner import LayerResult, is_saved, load_block, save_block
+from secateurs.ranks import ALONE, Ranks
 
 READERS = dict.fromkeys(STAGES[0], "input_layernorm") | dict.fromkeys(STAGES[2], "post_attention_layernorm")
 WRITERS = (*STAGES[1], *STAGES[3])
@@ -70,35 +71,39 @@ def narrow(
     batch_tokens: int = 2048,
     place: Place = lambda hidden: hidden,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    ranks: Ranks = ALONE,
 ) -> Narrowed:
     """Write the narrower model to `folder`: `projected`, a checkpoint, and `blocks`, the weights found for each block.
 
     Called again, it goes on after the last block. Memory: embeddings and heads, a block and the hidden states of both
     models, and what the block's matrices give for one batch. ValueError for a stream that cannot be narrowed
-    (`cuts.Hidden`).
+    (`cuts.Hidden`), and for a folder that not all `ranks` see: they call this together, each for its share of the
+    tokens, and read what the first one writes.
     """
-    body = anatomy(dense.model)
-    directions = _directions(dense, calibration, folder / "directions.safetensors", batch_tokens, place)
+    body, projected = anatomy(dense.model), folder / "projected"
+    ranks.decide(lambda: folder.mkdir(parents=True, exist_ok=True))
+    ranks.together(partial(_see, folder))
+    directions = _directions(dense, calibration, folder / "directions.safetensors", batch_tokens, place, ranks)
     basis = directions[:, : cut.kept(body)].to(dense.device)
-    if not (folder / "projected").exists():
-        _project(dense, body, basis, folder / "projected")
+    ranks.decide(lambda: projected.exists() or _project(dense, body, basis, projected))
     computes = "float32" if dense.dtype == torch.float32 else "checkpoint"
     small = Checkpoint(
-        str(folder / "projected"), device=str(dense.device), compute_dtype=computes,
+        str(projected), device=str(dense.device), compute_dtype=computes,
         trust_remote_code=dense.trust_remote_code,
     )  # fmt: skip
     selected = [list(matrices_of(block, f"{small.prefix}.{index}")) for index, block in enumerate(small.blocks)]
     saved, results = folder / "blocks", list[LayerResult]()
     last = folder / "lift.safetensors"
-    complete = last.exists() and all(is_saved(saved, index) for index in range(len(selected)))
-    pairs = [] if complete else _pairs(dense, small, calibration, batch_tokens, place)
-    fit = _Fit(basis, str(cut), how.refit, dense.stored, calibration.weights, pairs)
+    there = ranks.tell([is_saved(saved, index) for index in range(len(selected))])
+    complete = ranks.tell(last.exists()) and all(there)
+    pairs = [] if complete else _pairs(dense, small, calibration, batch_tokens, place, ranks)
+    fit = _Fit(basis, str(cut), how.refit, dense.stored, calibration.weights, pairs, ranks)
     for index, (old, new) in enumerate(zip(dense.blocks, small.blocks, strict=True)):
-        found = load_block(saved, index, selected[index])
+        found = load_block(saved, index, selected[index]) if there[index] else None
         with nullcontext() if complete else dense.opened(index), nullcontext() if complete else small.opened(index):
             if found is None:
                 done = fit.block(old, new, index, selected[index])
-                save_block(saved, index, selected[index], done, dense.stored)
+                save_block(saved, index, selected[index], done, dense.stored, ranks)
             else:
                 weights, done = found
                 for matrix in () if complete else selected[index]:
@@ -111,19 +116,26 @@ def narrow(
     if not complete:
         every = torch.eye(body.d_model, device=dense.device)
         lift = fit.lift(_folded(every, _last_norm(dense.model).weight, basis))
-        atomic_write(last, save({"lift": lift.cpu().contiguous()}))
+        ranks.decide(lambda: atomic_write(last, save({"lift": lift.cpu().contiguous()})))
     lift = load_file(last)["lift"]
     heads: Any = [one.model.get_output_embeddings() for one in (small, dense)]
     heads[0].weight.copy_((heads[1].weight.float() @ lift.to(dense.device)).to(dense.stored))
     return Narrowed(small, selected, results, lift)
 
 
+def _see(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not there on every machine: a narrower stream needs a folder that all processes see"
+        )
+
+
 def _directions(
-    dense: Checkpoint, calibration: CalibrationSet, file: Path, batch_tokens: int, place: Place
+    dense: Checkpoint, calibration: CalibrationSet, file: Path, batch_tokens: int, place: Place, ranks: Ranks
 ) -> Float32[Tensor, "d_model d_model"]:
     """The principal directions of what the norms of the dense model give without their weights, the largest first."""
-    if not file.exists():
-        streams = capture(dense.model, replace(calibration, held_out=()), batch_tokens, place=place)
+    if not ranks.tell(file.exists()):
+        streams = capture(dense.model, replace(calibration, held_out=()), batch_tokens, place=place, ranks=ranks)
         moments = Gram.zeros(len(_last_norm(dense.model).weight), dense.device)
 
         def add(stream: Stream, hidden: Tensor) -> None:
@@ -139,9 +151,13 @@ def _directions(
                     stream.hidden.copy_(watched.after)
         for stream in streams:
             add(stream, stream.hidden)
-        vectors = torch.linalg.eigh(moments.xtx.double())[1].flip(1)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, save({"directions": vectors.float().cpu().contiguous()}))
+        moments = added(moments, ranks, 0)
+
+        def write() -> None:
+            vectors = torch.linalg.eigh(moments.xtx.double())[1].flip(1)
+            atomic_write(file, save({"directions": vectors.float().cpu().contiguous()}))
+
+        ranks.decide(write)
     return load_file(file)["directions"]
 
 
@@ -195,9 +211,9 @@ class _Pair:
 
 
 def _pairs(
-    dense: Checkpoint, small: Checkpoint, calibration: CalibrationSet, batch_tokens: int, place: Place
+    dense: Checkpoint, small: Checkpoint, calibration: CalibrationSet, batch_tokens: int, place: Place, ranks: Ranks
 ) -> list[_Pair]:
-    streams = (capture(one.model, calibration, batch_tokens, place=place) for one in (dense, small))
+    streams = (capture(one.model, calibration, batch_tokens, place=place, ranks=ranks) for one in (dense, small))
     return [_Pair(*both) for both in zip(*streams, strict=True)]
 
 
@@ -241,27 +257,34 @@ def _watch(block: nn.Module, index: int, stream: Stream, stage: Sequence[str] = 
 class _Sums:
     """Over some tokens: the Gram of a stage's inputs, and for each matrix what its output lacks, as sums with them."""
 
-    def __init__(self, d_in: int, device: torch.device) -> None:
+    def __init__(self, rows: Mapping[str, int], d_in: int, device: torch.device) -> None:
         self.gram = Gram.zeros(d_in, device)
-        self.lacking: dict[str, Tensor] = {}
-        self.lost: dict[str, float] = {}
-        self.size: dict[str, float] = {}
+        self.lacking = {part: torch.zeros(d_out, d_in, device=device) for part, d_out in rows.items()}
+        self.energies = {part: torch.zeros(2, dtype=torch.float64) for part in rows}
+        """Of what is lacking, and of what is wanted."""
 
     def add(self, part: str, x: Tensor, off: Tensor, wanted: Tensor, counts: Tensor) -> None:
         """Tokens x [tokens, d_in], what is wanted of a matrix for them, and how far off that is [tokens, d_out]."""
         weighted = off * counts[:, None]
-        self.lacking[part] = self.lacking.get(part, 0) + weighted.T @ x
-        self.lost[part] = self.lost.get(part, 0.0) + float((weighted * off).sum(dtype=torch.float64))
-        more = (wanted.square().sum(1) * counts).sum(dtype=torch.float64)
-        self.size[part] = self.size.get(part, 0.0) + float(more)
+        self.lacking[part] += weighted.T @ x
+        self.energies[part][0] += (weighted * off).sum(dtype=torch.float64).cpu()
+        self.energies[part][1] += (wanted.square().sum(1) * counts).sum(dtype=torch.float64).cpu()
+
+    def of_all(self, ranks: Ranks) -> "_Sums":
+        """Over the tokens of all processes."""
+        self.gram = added(self.gram, ranks)
+        for tensor in (*self.lacking.values(), *self.energies.values()):
+            ranks.add(tensor)
+        return self
 
     def error(self, part: str, change: Tensor) -> float | None:
         """The relative error when a matrix has changed by so much; None without tokens."""
         if not self.gram.tokens:
             return None
         moved = ((change @ self.gram.xtx - 2 * self.lacking[part]) * change).sum(dtype=torch.float64)
-        lost = max(self.lost[part] + float(moved), 0.0)
-        return lost / self.size[part] if self.size[part] else float(lost > 0)
+        lost, size = (float(energy) for energy in self.energies[part])
+        lost = max(lost + float(moved), 0.0)
+        return lost / size if size else float(lost > 0)
 
 
 @dataclass(frozen=True)
@@ -274,28 +297,52 @@ class _Fit:
     stored: torch.dtype
     weights: Mapping[str, float]
     pairs: Sequence[_Pair]
+    ranks: Ranks
 
     def block(self, old: nn.Module, new: nn.Module, index: int, matrices: Sequence[Matrix]) -> list[LayerResult]:
-        """Fit its matrices, stage by stage, in place."""
-        results = {}
+        """Fit its matrices in place, stage by stage, those of a stage side by side."""
+        results: dict[str, LayerResult] = {}
         for stage in STAGES:
             parts = {part: matrix for matrix in matrices for part in stage if matrix.name.endswith(f".{part}")}
+            takers = self.ranks.shares([len(matrix.weight) for matrix in parts.values()])
             clock = perf_counter()
-            train, held = self._sums(old, new, index, stage)
-            for part, matrix in parts.items():
-                before, beta = matrix.weight.to(torch.float32, copy=True), 0.0
-                if self.refit:
-                    found = self._fitted(before, part, train, held)
-                    matrix.weight.copy_(found.target.to(self.stored))
-                    beta = found.beta
-                change, seconds = matrix.weight.float() - before, perf_counter() - clock
-                results[matrix.name] = self._result(part, matrix, index, old, train, held, change, beta, seconds)
-                clock = perf_counter()
+            sums = self._sums(old, new, index, stage)
+            each = (perf_counter() - clock) / len(parts)
+            here = partial(self._stage, parts, takers, old, index, *sums, each)
+            for found in self.ranks.gather(self.ranks.together(here)):
+                results |= found
+            for matrix, source in zip(parts.values(), takers, strict=True):
+                self.ranks.spread(matrix.weight, source)
         return [results[matrix.name] for matrix in matrices]
 
+    def _stage(
+        self, parts: Mapping[str, Matrix], takers: Sequence[int], old: nn.Module, index: int, train: _Sums,
+        held: _Sums, seconds: float,
+    ) -> dict[str, LayerResult]:  # fmt: skip
+        """Fit those of a stage's matrices that this process takes; `seconds` went for each of them before."""
+        results = {}
+        for (part, matrix), taker in zip(parts.items(), takers, strict=True):
+            if taker != self.ranks.index:
+                continue
+            clock, before, beta = perf_counter(), matrix.weight.to(torch.float32, copy=True), 0.0
+            if self.refit:
+                found = self._fitted(before, part, train, held)
+                matrix.weight.copy_(found.target.to(self.stored))
+                beta = found.beta
+            change, wide = matrix.weight.float() - before, cast(Tensor, old.get_submodule(part).weight)
+            zeros, (d_out, d_in) = wide.numel() - matrix.weight.numel(), wide.shape
+            results[matrix.name] = LayerResult(
+                name=matrix.name, block=index, shape=(d_out, d_in), pattern=self.pattern, zeros_asked=zeros,
+                zeros=zeros, error_train=train.error(part, change) or 0.0, error_held_out=held.error(part, change),
+                error_by_region={}, damp=0.0, seconds=seconds + perf_counter() - clock, outcome=str(Outcome.OK),
+                tokens=train.gram.tokens, beta=beta,
+            )  # fmt: skip
+        return results
+
     def _sums(self, old: nn.Module, new: nn.Module, index: int, stage: Sequence[str]) -> tuple[_Sums, _Sums]:
-        linear: Any = new.get_submodule(stage[0])
-        sums = [_Sums(linear.in_features, linear.weight.device) for _ in range(2)]
+        linears: list[Any] = [new.get_submodule(part) for part in stage]
+        linear, rows = linears[0], {part: one.out_features for part, one in zip(stage, linears, strict=True)}
+        sums = [_Sums(rows, linear.in_features, linear.weight.device) for _ in range(2)]
         for pair in self.pairs:
             wide, small = _watch(old, index, pair.dense, stage), _watch(new, index, pair.small, stage)
             counts = self._counts(pair, linear.weight.device)
@@ -308,7 +355,7 @@ class _Fit:
                 if part in WRITERS:
                     wanted = self._lacking(part, pair, wide, small, new)[real]
                 into.add(part, x, wanted - given, wanted, counts[real])
-        return sums[0], sums[1]
+        return sums[0].of_all(self.ranks), sums[1].of_all(self.ranks)
 
     def _lacking(self, part: str, pair: _Pair, wide: _Watched, small: _Watched, new: nn.Module) -> Tensor:
         """What a matrix must write to the narrower stream so that it is what the dense model's is in its directions."""
@@ -319,15 +366,17 @@ class _Fit:
 
     def lift(self, before: Tensor) -> Tensor:
         """What turns the final states of the narrower model into the dense model's [d_model, k]: `before`, fitted."""
-        train, held = (_Sums(before.shape[1], before.device) for _ in range(2))
-        for pair in self.pairs if self.refit else ():
+        if not self.refit:
+            return before
+        train, held = (_Sums({"": before.shape[0]}, before.shape[1], before.device) for _ in range(2))
+        for pair in self.pairs:
             x, wanted = (one.shell.leave(one.batch, one.hidden) for one in (pair.small, pair.dense))
             counts = self._counts(pair, x.device)
             real = counts > 0
             into, x, wanted = held if pair.dense.held_out else train, x[real].float(), wanted[real].float()
             into.gram.update(x, counts[real])
             into.add("", x, wanted - x @ before.T, wanted, counts[real])
-        return self._fitted(before, "", train, held).target if self.refit else before
+        return self._fitted(before, "", train.of_all(self.ranks), held.of_all(self.ranks)).target
 
     def _counts(self, pair: _Pair, device: torch.device) -> Tensor:
         """What each token of a batch counts for."""
@@ -339,19 +388,6 @@ class _Fit:
         judge = held if held.gram.tokens else train
         drift, held_drift = (Drift(None, sums.lacking[part]) for sums in (train, judge))
         return imitate(before, train.gram, drift, judge.gram, held_drift)
-
-    def _result(
-        self, part: str, matrix: Matrix, index: int, old: nn.Module, train: _Sums, held: _Sums, change: Tensor,
-        beta: float, seconds: float,
-    ) -> LayerResult:  # fmt: skip
-        weight: Any = old.get_submodule(part).weight
-        zeros = weight.numel() - matrix.weight.numel()
-        return LayerResult(
-            name=matrix.name, block=index, shape=tuple(weight.shape), pattern=self.pattern, zeros_asked=zeros,
-            zeros=zeros, error_train=train.error(part, change) or 0.0, error_held_out=held.error(part, change),
-            error_by_region={}, damp=0.0, seconds=seconds, outcome=str(Outcome.OK), tokens=train.gram.tokens,
-            beta=beta,
-        )  # fmt: skip
 
 
 def _last_norm(model: PreTrainedModel) -> Any:

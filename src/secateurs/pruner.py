@@ -32,12 +32,12 @@ from secateurs.collect import (
     Sums,
     capture,
     collect,
-    groups_of,
     held_out_energies,
     held_out_errors,
     inputs_of,
     matrices_of,
     pools_of,
+    same_groups,
     writers_of,
 )
 from secateurs.goals import Goal, Propagate, check_goal, imitate
@@ -239,7 +239,7 @@ def solve_alike(
                 for stream in streams:
                     stream.hidden.copy_(stream.run(block, index))
                 continue
-            groups = _groups(block, index, matrices, streams, ranks)
+            groups = same_groups(block, index, matrices, streams, ranks)
             sums = collect(block, index, groups, streams, calibration.weights, move=True)
             turns = list(_turns(groups, sums, first, (), ranks))
             for folder, plan in missing.items():
@@ -283,7 +283,7 @@ def _solve_block(
 ) -> list[LayerResult]:
     """Collect, solve and fine-tune one block. The streams are moved behind it where that takes no pass of its own."""
     device = next(block.parameters()).device
-    groups = _groups(block, index, matrices, streams, ranks)
+    groups = same_groups(block, index, matrices, streams, ranks)
     writers = _writers(block, index, streams, ranks) if plan.goal == "residual" else ()
     solved: list[_Solved] = []
     imitate = plan.goal != "own"
@@ -315,17 +315,6 @@ def _move_on(block: nn.Module, index: int, streams: Sequence[Stream], plan: Plan
             elif plan.propagate == "dense":
                 stream.hidden.copy_(stream.goal)
             stream.goal = None
-
-
-def _groups(
-    block: nn.Module, index: int, matrices: Sequence[Matrix], streams: Sequence[Stream], ranks: Ranks
-) -> list[Group]:
-    """The groups of a block, which the first process finds by watching."""
-    by_name = {matrix.name: matrix for matrix in matrices}
-    found = ranks.decide(
-        lambda: [[m.name for m in group.matrices] for group in groups_of(block, index, matrices, streams[0])]
-    )
-    return [Group(tuple(by_name[name] for name in names)) for names in found]
 
 
 def _one_after_the_other(groups: Sequence[Group]) -> list[list[Group]]:

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save
@@ -57,12 +57,12 @@ from secateurs.cuts import Cut, Depth, FewerExperts, Hidden, Width
 from secateurs.engines import Completion, Engine, Request, Sampling, default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
-from secateurs.experts import ExpertScore, drop_experts, keeping
+from secateurs.experts import ExpertScore, Verdict, drop_experts, keeping
 from secateurs.export import export, rename_probe
 from secateurs.hub import HUB
 from secateurs.layer import Gram, LayerProblem
 from secateurs.models import Matrix, load_model, load_tokenizer, model_path
-from secateurs.narrow import Narrowing, narrow
+from secateurs.narrow import Narrowed, Narrowing, narrow
 from secateurs.parallel import Progress, silent
 from secateurs.patterns import Pattern, Unstructured
 from secateurs.planner import Needs, Shelf, Where, choose, needs
@@ -89,6 +89,7 @@ from secateurs.survey import blocks_to_drop, loss_roots, survey
 from secateurs.traces import Trace, TraceStore, apply_filters, merge_stores, read_provenance, read_traces
 from secateurs.trim import ExpertTrimmer, Smaller, StreamTrimmer, Trimmer
 
+T = TypeVar("T")
 CHECKED_TRACES = 8  # of a server's, before it is believed
 CORPUS_ROWS = 20_000
 Asked = tuple[Question, int]  # and which sample of its answer
@@ -120,6 +121,10 @@ class Dense:
     def forget(self) -> None:
         """Let go of the whole model, if it was read; it is read again when something asks for it."""
         vars(self).pop("model", None)
+
+    def together(self, work: "Callable[[Dense, Progress], T]", progress: Progress = silent) -> T:
+        """What some work, that every process does now, returns here. It is sent to them: a function, or a `partial`."""
+        return self.ranks.tell(work)(self, progress)
 
     def load(self, name: str) -> Any:
         """A whole model, this one or what became of it, to sample from on the same terms."""
@@ -389,28 +394,24 @@ def _share_of_traces(
     trace(recipe, out.parent, seed, dense, progress, which)
 
 
-@dataclass(frozen=True)
-class _Together:
-    """Sampling that all processes do, each its share of the requests in a store of its own beside the `whole` one."""
+def _answer_share(share: Share, whole: Path, dense: Dense, progress: Progress) -> None:
+    """This process's share of the requests, in a store of its own beside the `whole` one.
 
-    share: Share
-    whole: Path
+    Nothing where not all see the first one's files.
+    """
+    ranks = dense.ranks
+    if not all(ranks.gather(whole.parent.is_dir())):
+        return
 
-    def do(self, dense: Dense, progress: Progress = silent) -> None:
-        """This process's share; nothing where not all see the first one's files."""
-        ranks = dense.ranks
-        if not all(ranks.gather(self.whole.parent.is_dir())):
-            return
+    def answer_share() -> None:
+        out = _parts(whole) / f"{ranks.index + 1}-of-{ranks.count}" / whole.parent.name
+        with TraceStore(out / whole.name, read_provenance(whole)) as part:  # what is there is not asked
+            part.append(one for one in read_traces(whole) if one.key not in part)
+        share(out, dense, (ranks.index, ranks.count), progress)
+        if not ranks.first:
+            dense.forget()
 
-        def answer_share() -> None:
-            out = _parts(self.whole) / f"{ranks.index + 1}-of-{ranks.count}" / self.whole.parent.name
-            with TraceStore(out / self.whole.name, read_provenance(self.whole)) as part:  # what is there is not asked
-                part.append(one for one in read_traces(self.whole) if one.key not in part)
-            self.share(out, dense, (ranks.index, ranks.count), progress)
-            if not ranks.first:
-                dense.forget()
-
-        ranks.together(answer_share)
+    ranks.together(answer_share)
 
 
 def ask_together(
@@ -432,7 +433,7 @@ def ask_together(
         with TraceStore(whole, provenance) as store:
             if complete(store):
                 return
-        dense.ranks.tell(_Together(share, whole)).do(dense, progress)
+        dense.together(partial(_answer_share, share, whole), progress)
         _gather_parts(whole)
 
 
@@ -598,8 +599,8 @@ def solve_alike(
         plans[folder / "blocks"] = replace(plan_of(recipe, dense), patterns=patterns)
     stage = f"prune {arm_label(recipes[0].calibration.arm)}, {len(missing)} models at once"
     where = _where(recipes[0], calibration, dense)
-    work = _Work(calibration, plans, recipes[0].calibration.batch_tokens, where, out, stage)
-    dense.ranks.tell(work).do(dense, progress)
+    batch_tokens = recipes[0].calibration.batch_tokens
+    dense.together(partial(_solve, calibration, plans, batch_tokens, where, out, stage), progress)
 
 
 def prune(
@@ -636,8 +637,9 @@ def prune(
         roots = _loss_roots(recipe, out, seed, traced, dense, calibration, progress)
         plan = replace(plan_of(recipe, dense), patterns=patterns, loss_roots=roots)
         where = _where(recipe, calibration, dense)
-        work = _Work(calibration, {folder / "blocks": plan}, recipe.calibration.batch_tokens, where, folder, stage)
-        results = dense.ranks.tell(work).do(dense, progress)
+        batch_tokens, plans = recipe.calibration.batch_tokens, {folder / "blocks": plan}
+        work = partial(_solve, calibration, plans, batch_tokens, where, folder, stage)
+        results = dense.together(work, progress)
         selected = pruner.prunable(dense.checkpoint.model, plan)
         pruned = pruner.results_in(folder / "blocks", selected, dense.checkpoint.opened)
         done = _Solved(dense.checkpoint, results, selected, pruned, Trimmer if isinstance(pattern, Cut) else None)
@@ -706,19 +708,27 @@ def _without_experts(
     stage: str,
     progress: Progress,
 ) -> _Solved:
-    """A cell whose blocks lose experts; the first process does it alone."""
-    score: Any = build_solver(recipe.prune.solver)
-    model, opened = dense.checkpoint.model, dense.checkpoint.opened
-    dense.forget()
-    with Shelf(_where(recipe, calibration, dense), folder) as place:
-        verdicts = drop_experts(
-            model, calibration, cut, score, folder / "experts.json", propagate=recipe.prune.propagate,
-            batch_tokens=recipe.calibration.batch_tokens, place=place, opened=opened,
-            progress=lambda done, total, what: progress(stage, done, total, "blocks"),
-        )  # fmt: skip
+    """A cell whose blocks lose experts."""
+    where = _where(recipe, calibration, dense)
+    verdicts = dense.together(partial(_choose_experts, cut, recipe, folder, calibration, where, stage), progress)
     results = [result for verdict in verdicts for result in verdict.results]
-    seen = keeping(verdicts, model, opened)
+    seen = keeping(verdicts, dense.checkpoint.model, dense.checkpoint.opened)
     return _Solved(dense.checkpoint, results, [[] for _ in verdicts], seen, ExpertTrimmer)
+
+
+def _choose_experts(
+    cut: FewerExperts, recipe: Recipe, folder: Path, calibration: CalibrationSet, where: Where, stage: str,
+    dense: Dense, progress: Progress,
+) -> list[Verdict]:  # fmt: skip
+    """This process's part in what becomes of every block."""
+    score: Any = build_solver(recipe.prune.solver)
+    dense.forget()
+    with Shelf(where, folder) as place:
+        return drop_experts(
+            dense.checkpoint.model, calibration, cut, score, folder / "experts.json", propagate=recipe.prune.propagate,
+            batch_tokens=recipe.calibration.batch_tokens, place=place, opened=dense.checkpoint.opened,
+            progress=lambda done, total, what: progress(stage, done, total, "blocks"), ranks=dense.ranks,
+        )  # fmt: skip
 
 
 def _narrower(
@@ -730,47 +740,53 @@ def _narrower(
     stage: str,
     progress: Progress,
 ) -> _Solved:
-    """A cell with a narrower residual stream; the first process does it alone."""
-    how: Any = build_solver(recipe.prune.solver)
-    dense.forget()
-    with Shelf(_where(recipe, calibration, dense), folder) as place:
-        found = narrow(
-            dense.checkpoint, calibration, cut, how, folder, batch_tokens=recipe.calibration.batch_tokens, place=place,
-            progress=lambda done, total, what: progress(stage, done, total, "blocks"),
-        )  # fmt: skip
+    """A cell with a narrower residual stream."""
+    where = _where(recipe, calibration, dense)
+    found = dense.together(partial(_narrow, cut, recipe, folder, calibration, where, stage), progress)
     seen = pruner.results_in(folder / "blocks", found.selected, found.checkpoint.opened)
     smaller = partial(StreamTrimmer, before=len(found.lift))
     return _Solved(found.checkpoint, found.results, found.selected, seen, smaller, found.lift)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """A prune that all processes do together: several plans at once on the same Grams, or one of any kind."""
+def _narrow(
+    cut: Hidden, recipe: Recipe, folder: Path, calibration: CalibrationSet, where: Where, stage: str,
+    dense: Dense, progress: Progress,
+) -> Narrowed:  # fmt: skip
+    """This process's part in the narrower model."""
+    how: Any = build_solver(recipe.prune.solver)
+    dense.forget()
+    with Shelf(where, folder) as place:
+        return narrow(
+            dense.checkpoint, calibration, cut, how, folder, batch_tokens=recipe.calibration.batch_tokens, place=place,
+            progress=lambda done, total, what: progress(stage, done, total, "blocks"), ranks=dense.ranks,
+        )  # fmt: skip
 
-    calibration: CalibrationSet
-    plans: dict[Path, pruner.Plan]
-    """By the folder of their blocks."""
-    batch_tokens: int
-    where: Where
-    shelf: Path
-    stage: str
 
-    def do(self, dense: Dense, progress: Progress = silent) -> list[pruner.LayerResult]:
-        """This process's part in it. The first one writes the blocks; results of one plan are returned."""
-        first = dense.ranks.first
-        dense.forget()  # blocks are read one at a time
-        with Shelf(self.where, self.shelf) as place:
-            options: dict[str, Any] = {
-                "opened": dense.checkpoint.opened, "place": place, "batch_tokens": self.batch_tokens,
-                "progress": lambda done, total, what: progress(self.stage, done, total, "layers"), "ranks": dense.ranks,
-                "stored": dense.checkpoint.stored,
-            }  # fmt: skip
-            if len(self.plans) > 1:
-                pruner.solve_alike(dense.checkpoint.model, self.calibration, self.plans, **options)
-                return []
-            ((folder, plan),) = self.plans.items()
-            options["folder"] = folder if first else None
-            return pruner.prune(dense.checkpoint.model, self.calibration, plan, **options)
+def _solve(
+    calibration: CalibrationSet,
+    plans: Mapping[Path, pruner.Plan],
+    batch_tokens: int,
+    where: Where,
+    shelf: Path,
+    stage: str,
+    dense: Dense,
+    progress: Progress,
+) -> list[pruner.LayerResult]:
+    """This process's part in a prune: several `plans`, by the folder of their blocks, at once on the same Grams, or one
+    of any kind. The first process writes the blocks; results of one plan are returned."""
+    dense.forget()  # blocks are read one at a time
+    with Shelf(where, shelf) as place:
+        options: dict[str, Any] = {
+            "opened": dense.checkpoint.opened, "place": place, "batch_tokens": batch_tokens,
+            "progress": lambda done, total, what: progress(stage, done, total, "layers"), "ranks": dense.ranks,
+            "stored": dense.checkpoint.stored,
+        }  # fmt: skip
+        if len(plans) > 1:
+            pruner.solve_alike(dense.checkpoint.model, calibration, plans, **options)
+            return []
+        ((folder, plan),) = plans.items()
+        options["folder"] = folder if dense.ranks.first else None
+        return pruner.prune(dense.checkpoint.model, calibration, plan, **options)
 
 
 def follow(dense: Dense) -> None:
@@ -783,7 +799,7 @@ def follow(dense: Dense) -> None:
         if work is None:
             return
         try:
-            work.do(dense)
+            work(dense, silent)
         except Elsewhere:  # the first process raises it
             continue
 
@@ -801,7 +817,7 @@ def _where(recipe: Recipe, calibration: CalibrationSet, dense: Dense) -> Where:
 def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int) -> Needs:
     """What each process will hold that prunes a cell, for so many tokens, padding and held-out ones included."""
     pattern = build_pattern(recipe.prune.pattern)
-    together = 1 if isinstance(pattern, (FewerExperts, Hidden)) else dense.ranks.count
+    together = dense.ranks.count
     alone = needs(
         dense.checkpoint.model,
         plan_of(recipe, dense),
@@ -854,8 +870,7 @@ def allocate(
     if not allocator.needs_survey:
         return dict(plan.patterns)
     label, sparsity = f"{arm_label(recipe.calibration.arm)} {plan.pattern}", recipe.prune.pattern["sparsity"]
-    model, opened = dense.checkpoint.model, dense.checkpoint.opened
-    selected = pruner.prunable(model, plan)
+    selected = pruner.prunable(dense.checkpoint.model, plan)
     key = canonical_hash(
         {
             **_calibrated_on(recipe, seed, traced, dense), "sparsity": sparsity, "curves": allocator.needs_curves,
@@ -867,18 +882,9 @@ def allocate(
         rows: Any = read_json(record)
         layers = [Layer(**(row | {"curve": tuple(map(tuple, row["curve"]))})) for row in rows]
     else:
-        if allocator.needs_curves:  # the whole model runs, once for every matrix
-            model, opened = dense.model, nullcontext
-        layers = survey(
-            model,
-            calibration,
-            pruner.prunable(model, plan),
-            sparsity,
-            curves=allocator.needs_curves,
-            opened=opened,
-            batch_tokens=recipe.calibration.batch_tokens,
-            progress=lambda done, total, what: progress(f"survey {label}", done, total, "layers"),
-        )
+        batch_tokens, curves = recipe.calibration.batch_tokens, allocator.needs_curves
+        work = partial(_survey, plan, calibration, sparsity, curves, batch_tokens, f"survey {label}")
+        layers = dense.together(work, progress)
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, [asdict(layer) for layer in layers])
     zeros = sum(plan.pattern_of(matrix).num_zeros(*matrix.weight.shape) for block in selected for matrix in block)
@@ -887,6 +893,37 @@ def allocate(
         layer.name: Unstructured(Fraction(count, layer.size), "layer")
         for layer, count in zip(layers, counts, strict=True)
     }
+
+
+def _survey(
+    plan: pruner.Plan, calibration: CalibrationSet, sparsity: float, curves: bool, batch_tokens: int, stage: str,
+    dense: Dense, progress: Progress,
+) -> list[Layer]:  # fmt: skip
+    """This process's part in what an allocator wants to know; with `curves` the whole model runs, for every matrix."""
+    model, opened = (dense.model, nullcontext) if curves else (dense.checkpoint.model, dense.checkpoint.opened)
+    return survey(
+        model, calibration, pruner.prunable(model, plan), sparsity, curves=curves, opened=opened,
+        batch_tokens=batch_tokens, progress=lambda done, total, what: progress(stage, done, total, "layers"),
+        ranks=dense.ranks,
+    )  # fmt: skip
+
+
+def _choose_blocks(calibration: CalibrationSet, cut: Depth, stage: str, dense: Dense, progress: Progress) -> list[int]:
+    """This process's part in which blocks go."""
+    return blocks_to_drop(
+        dense.model, calibration, cut, ranks=dense.ranks,
+        progress=lambda done, total, what: progress(stage, done, total, "blocks"),
+    )  # fmt: skip
+
+
+def _find_roots(
+    calibration: CalibrationSet, names: Sequence[str], stage: str, dense: Dense, progress: Progress
+) -> dict[str, Tensor]:
+    """This process's part in what errors cost the model."""
+    return loss_roots(
+        dense.model, calibration, names, ranks=dense.ranks,
+        progress=lambda done, total, what: progress(stage, done, total, "batches"),
+    )  # fmt: skip
 
 
 def _without_blocks(
@@ -904,12 +941,7 @@ def _without_blocks(
     record = out / "surveys" / f"{key}.json"
     if not record.exists():
         stage = f"survey {arm_label(recipe.calibration.arm)} {cut}"
-        dropped = blocks_to_drop(
-            dense.model,
-            calibration,
-            cut,
-            progress=lambda done, total, what: progress(stage, done, total, "blocks"),
-        )
+        dropped = dense.together(partial(_choose_blocks, calibration, cut, stage), progress)
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, {"dropped": dropped})
     found: Any = read_json(record)
@@ -934,9 +966,7 @@ def _loss_roots(
     record = out / "surveys" / f"{key}.safetensors"
     if not record.exists():
         stage = f"survey {arm_label(recipe.calibration.arm)} {cut}"
-        roots = loss_roots(
-            dense.model, calibration, names, progress=lambda done, total, what: progress(stage, done, total, "batches")
-        )
+        roots = dense.together(partial(_find_roots, calibration, names, stage), progress)
         record.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(record, save(roots))
     return load_file(record)

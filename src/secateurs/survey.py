@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,20 +15,23 @@ from secateurs.allocators import MOST, Layer
 from secateurs.calibration import Batch, CalibrationSet, Document, batches, worth
 from secateurs.collect import (
     Group,
+    Inputs,
     Opened,
     Shell,
     Stream,
+    added,
     capture,
     collect,
-    groups_of,
     inputs_of,
     pools_of,
+    same_groups,
     swapped,
 )
 from secateurs.cuts import Depth
 from secateurs.layer import Gram, LayerProblem, relative_error
 from secateurs.models import Matrix, decoder_blocks
 from secateurs.patterns import Unstructured
+from secateurs.ranks import ALONE, Ranks
 from secateurs.scores import wanda
 from secateurs.solvers.admm import ADMM
 
@@ -46,11 +50,15 @@ class _Found:
     """A matrix, its curve of relative errors, its output energy, and its weights at the middle of the curve."""
 
     matrix: Matrix
-    block: int
-    unit: Any
+    unit: str
     errors: tuple[tuple[float, float], ...]
     energy: float
     pruned: Tensor | None
+
+    @property
+    def facts(self) -> tuple[str, tuple[str, tuple[tuple[float, float], ...], float]]:
+        """What all processes are told."""
+        return self.matrix.name, (self.unit, self.errors, self.energy)
 
 
 @torch.no_grad()
@@ -64,6 +72,7 @@ def survey(
     opened: Opened = nullcontext,
     batch_tokens: int = 2048,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    ranks: Ranks = ALONE,
 ) -> list[Layer]:
     """One `Layer` for each of the `selected` matrices of every block. The model is as it was afterwards.
 
@@ -73,51 +82,97 @@ def survey(
     pruned together and share their KL by the output energy they lose.
     A block's weights need to be there while `opened(index)` is; with `curves`, all of them and always.
     Cost: about three solves, and a forward pass of the probe, for every matrix; memory: the weights once more.
+    All `ranks` call this together and share tokens, solves and what is pruned alone.
     """
     total = sum(map(len, selected)) * (2 if curves else 1)
     _, blocks = decoder_blocks(model)
-    streams = capture(model, calibration, batch_tokens)
-    found: list[_Found] = []
+    streams = capture(model, calibration, batch_tokens, ranks=ranks)
+    here: list[_Found] = []
+    order: list[str] = []
     outliers: list[float] = []
     for index, (block, matrices) in enumerate(zip(blocks, selected, strict=True)):
         with opened(index):
-            groups = groups_of(block, index, matrices, streams[0])
+            groups = same_groups(block, index, matrices, streams, ranks)
             sums = collect(block, index, groups, streams, calibration.weights, move=True)
-            pools = pools_of(groups, sums)
-            grams = [inputs_of(group, sums, pools).of_some_tokens(group) for group in groups]
-            outliers.append(_outliers(groups, grams))
-            for group, gram in zip(groups, grams, strict=True):
-                held = sums.held[group.name].gram(gram) if curves else gram
-                held = held if held.tokens else gram
-                for matrix in group.matrices:
-                    found.append(_curve(matrix, index, group, gram, held, sparsity, curves))
-                    progress(len(found), total, matrix.name)
-    losses = _sensitivities(model, found, calibration.held_out, progress, total) if curves else {}
-    lost: dict[Any, float] = {}
-    for one in found if curves else ():
-        lost[one.unit] = lost.get(one.unit, 0.0) + one.energy * _middle(one.errors, sparsity)
+            pools, mine = pools_of(groups, sums, ranks), list[tuple[Group, Inputs, Gram | None]]()
+            for group, taker in zip(groups, _takers(groups, index, ranks), strict=True):
+                inputs = inputs_of(group, sums, pools, ranks=ranks, to=taker)
+                held = added(sums.held[group.name].gram(inputs.gram), ranks, taker) if curves else None
+                if taker == ranks.index:
+                    mine.append((group, inputs, held))
+            found, scores = ranks.together(partial(_solved, mine, sparsity, curves, len(order), total, progress))
+            here += found
+            outliers.append(_outliers(scores, ranks))
+        order += [matrix.name for group in groups for matrix in group.matrices]
+    losses: dict[str, float] = {}
+    if curves:
+        losses = ranks.together(lambda: _sensitivities(model, here, calibration.held_out, progress, total))
+    losses = {unit: loss for each in ranks.gather(losses) for unit, loss in each.items()}
+    curve_of = {name: facts for each in ranks.gather([one.facts for one in here]) for name, facts in each}
+    lost: dict[str, float] = {}
+    for unit, errors, energy in curve_of.values() if curves else ():
+        lost[unit] = lost.get(unit, 0.0) + energy * _middle(errors, sparsity)
+    place = {matrix.name: (index, matrix) for index, matrices in enumerate(selected) for matrix in matrices}
     layers = []
-    for one in found:
-        scale = losses[one.unit] * one.energy / lost[one.unit] if lost.get(one.unit) else 0.0
-        curve = tuple((s, scale * error) for s, error in one.errors)
-        name, size = one.matrix.name, one.matrix.weight.numel()
-        layers.append(Layer(name=name, block=one.block, size=size, outliers=outliers[one.block], curve=curve))
+    for name in order:
+        (unit, errors, energy), (index, matrix) = curve_of[name], place[name]
+        scale = losses[unit] * energy / lost[unit] if lost.get(unit) else 0.0
+        curve = tuple((s, scale * error) for s, error in errors)
+        layers.append(Layer(name=name, block=index, size=matrix.weight.numel(), outliers=outliers[index], curve=curve))
     return layers
 
 
-def _outliers(groups: Sequence[Group], grams: Sequence[Gram]) -> float:
+def _solved(
+    mine: Sequence[tuple[Group, Inputs, Gram | None]],
+    sparsity: float,
+    curves: bool,
+    before: int,
+    total: int,
+    progress: Callable[[int, int, str], None],
+) -> tuple[list[_Found], list[Tensor]]:
+    """What is found of this process's groups, and the Wanda scores of their matrices."""
+    found, scores = list[_Found](), list[Tensor]()
+    for group, inputs, held in mine:
+        gram = inputs.of_some_tokens(group)
+        for matrix in group.matrices:
+            scores.append(wanda(matrix.weight, gram).flatten() / gram.weight_sum**0.5)
+            judge = held if held and held.tokens else gram
+            found.append(_curve(matrix, group, gram, judge, sparsity, curves))
+            progress(before + len(found), total, matrix.name)
+    return found, scores
+
+
+def _takers(groups: Sequence[Group], index: int, ranks: Ranks) -> list[int]:
+    """Which process solves each group of a block: the groups of a unit are in one; every block starts with another."""
+    units = [_unit(group, group.matrices[0]) for group in groups]
+    costs = dict.fromkeys(units, 0.0)
+    for unit, group in zip(units, groups, strict=True):
+        costs[unit] += group.cost
+    takers = dict(zip(costs, ranks.shares(list(costs.values())), strict=True))
+    return [(takers[unit] + index) % ranks.count for unit in units]
+
+
+def _unit(group: Group, matrix: Matrix) -> str:
+    """What is pruned together to see what it does for the model: a matrix, or what all experts do with one input."""
+    return matrix.name if group.expert is None else f"{matrix.name.rsplit('.', 2)[0]}: {group.part}"
+
+
+def _outliers(scores: Sequence[Tensor], ranks: Ranks) -> float:
     """The share of a block's Wanda scores above five times their mean; inputs per token, so that experts compare."""
-    scores = []
-    for group, gram in zip(groups, grams, strict=True):
-        scores += [wanda(matrix.weight, gram).flatten() / gram.weight_sum**0.5 for matrix in group.matrices]
-    together = torch.cat(scores) if scores else torch.zeros(1)
-    return float((together > OUTLYING * together.mean()).float().mean())
+    size = torch.zeros(2, dtype=torch.float64)  # sum and count
+    for one in scores:
+        size += torch.tensor([float(one.sum(dtype=torch.float64)), one.numel()])
+    ranks.add(size)
+    mean, count = float(size[0]) / max(float(size[1]), 1.0), max(float(size[1]), 1.0)
+    above = torch.tensor(float(sum(int((one > OUTLYING * mean).sum()) for one in scores)))
+    ranks.add(above)
+    return float(above) / count
 
 
-def _curve(matrix: Matrix, index: int, group: Group, gram: Gram, held: Gram, sparsity: float, curves: bool) -> _Found:
-    unit = matrix.name if group.expert is None else (index, group.module, group.part)
+def _curve(matrix: Matrix, group: Group, gram: Gram, held: Gram, sparsity: float, curves: bool) -> _Found:
+    unit = _unit(group, matrix)
     if not curves:
-        return _Found(matrix, index, unit, (), 0.0, None)
+        return _Found(matrix, unit, (), 0.0, None)
     dense = matrix.weight.clone()
     grid = [round(sparsity + STEP * step, 6) for step in range(REACH, -REACH - 1, -1)]
     grid = [point for point in grid if 0 < point < MOST]
@@ -129,7 +184,7 @@ def _curve(matrix: Matrix, index: int, group: Group, gram: Gram, held: Gram, spa
         if abs(point - sparsity) < STEP / 2:
             pruned = solution.weight
     weight = dense.float()
-    return _Found(matrix, index, unit, tuple(reversed(errors)), float(((weight @ held.xtx) * weight).sum()), pruned)
+    return _Found(matrix, unit, tuple(reversed(errors)), float(((weight @ held.xtx) * weight).sum()), pruned)
 
 
 def _middle(errors: Sequence[tuple[float, float]], sparsity: float) -> float:
@@ -143,7 +198,7 @@ def _sensitivities(
     held_out: Sequence[Document],
     progress: Callable[[int, int, str], None],
     total: int,
-) -> dict[Any, float]:
+) -> dict[str, float]:
     """KL(dense, pruned) in nats a token for every unit pruned alone. ValueError without held-out documents."""
     probe: list[Document] = []
     for document in held_out:
@@ -152,10 +207,10 @@ def _sensitivities(
     if not probe:
         raise ValueError("curves are measured on held-out documents, and there are none: raise held_out_tokens")
     dense = [(batch, _log_probabilities(model, batch)) for batch in batches(probe, PROBE_BATCH)]
-    units: dict[Any, list[_Found]] = {}
+    units: dict[str, list[_Found]] = {}
     for one in found:
         units.setdefault(one.unit, []).append(one)
-    losses, done = {}, len(found)
+    losses, done = {}, 0
     for unit, members in units.items():
         with swapped({one.matrix: one.pruned for one in members if one.pruned is not None}):
             divergence = tokens = 0.0
@@ -164,7 +219,7 @@ def _sensitivities(
                 divergence, tokens = divergence + float(kl), tokens + len(before)
         losses[unit] = max(divergence / tokens, 0.0)
         done += len(members)
-        progress(done, total, members[0].matrix.name)
+        progress((total + total * done // len(found)) // 2, total, members[0].matrix.name)
     return losses
 
 
@@ -181,12 +236,14 @@ def blocks_to_drop(
     cut: Depth,
     *,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    ranks: Ranks = ALONE,
 ) -> list[int]:
     """Which blocks a model misses least on the calibration documents, in order of their place.
 
     With "drop", one goes after the other: whichever leaves the final hidden states (after the last norm) nearest to the
     dense model's, over the first 1,000 tokens that count. With "angle", those that turn the residual stream least.
-    Cost: a forward pass of the probe and, for "drop", half of one for every block that is left, as often as one goes.
+    Cost: a forward pass of the probe and, for "drop", half of one for every block that is left, as often as one goes,
+    which all `ranks` share.
     """
     _, blocks = decoder_blocks(model)
     count, probe = cut.count(len(blocks)), _probe(calibration)
@@ -207,8 +264,10 @@ def blocks_to_drop(
     for _ in range(count):
         lost = {}
         for place, candidate in enumerate(left):
-            lost[candidate] = _lost_without(blocks, left[place + 1 :], entering[candidate], streams, aims)
+            if place % ranks.count == ranks.index:
+                lost[candidate] = _lost_without(blocks, left[place + 1 :], entering[candidate], streams, aims)
             progress(done := done + 1, total, f"block {candidate}")
+        lost = {index: loss for each in ranks.gather(lost) for index, loss in each.items()}
         gone = min(lost, key=lambda index: lost[index])
         place = left.index(gone)
         left.remove(gone)
@@ -227,6 +286,7 @@ def loss_roots(
     names: Sequence[str],
     *,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """R [rank, d_out] of some linears: an error e of an output costs about |R e|^2 / 2 nats a token.
 
@@ -234,9 +294,9 @@ def loss_roots(
     with respect to the output: the factor for outputs of the Fisher information as K-FAC splits it (Martens & Grosse
     2015, arXiv 1503.05671), taken at the documents' own next tokens. Over the first 20,000 tokens that count.
     Cost: three forward passes of them; memory: the whole model, the activations and logits of the longest document, and
-    a float32 d_out x d_out sum for every linear.
+    a float32 d_out x d_out sum for every linear. All `ranks` share the tokens; the first one is given what they say.
     """
-    probe = _probe(calibration, LOSS_TOKENS)
+    probe = _probe(calibration, LOSS_TOKENS)[ranks.index :: ranks.count]
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     grams = {name: Gram.zeros(linear.out_features, model.device) for name, linear in linears.items()}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -262,7 +322,8 @@ def loss_roots(
             surprise = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             (surprise * counts[:, 1:].flatten()).sum().backward()
             progress(done, len(probe), "gradients")
-    return {name: _root(gram) for name, gram in grams.items()}
+    grams = {name: added(gram, ranks, 0) for name, gram in grams.items()}
+    return {name: _root(gram) for name, gram in grams.items()} if ranks.first else {}
 
 
 def _root(gram: Gram) -> Float32[Tensor, "rank d"]:
