@@ -1,7 +1,7 @@
 """The benchmark scripts run and print what they promise; no figure of theirs is a test."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,11 +12,26 @@ from safetensors.torch import load_file
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def test_solvers_on_a_synthetic_layer(tmp_path):
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """What a script prints when it is run with some words; in this process, as a new one imports torch again."""
+
+    def run(name: str, *words: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+        capsys.readouterr()
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_solvers_on_a_synthetic_layer(tmp_path, script):
     out = tmp_path / "result.json"
-    command = [sys.executable, str(BENCHMARKS / "solvers.py"), "--synthetic", "64", "--patterns", "0.5,2:4"]
-    command += ["--solvers", "sparsegpt+refit(steps=3),alps,admm", "--threads", "1", "--json", str(out)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    solvers = "sparsegpt+refit(steps=3),alps,admm"
+    text = script(
+        "solvers.py", "--synthetic", 64, "--patterns", "0.5,2:4", "--solvers", solvers, "--threads", 1, "--json", out
+    )
     results = json.loads(out.read_text())["results"]
     assert [(row["pattern"], row["solver"]) for row in results] == [
         (pattern, solver)
@@ -32,21 +47,14 @@ def test_solvers_on_a_synthetic_layer(tmp_path):
         assert tests[pattern, "admm"] < 1.03 * tests[pattern, "alps"]
 
 
-def test_problems_hold_weights_and_three_grams_that_share_no_question(tmp_path):
+def test_problems_hold_weights_and_three_grams_that_share_no_question(tmp_path, script):
     out = tmp_path / "problems.safetensors"
-    command = [sys.executable, str(BENCHMARKS / "problems.py"), "demo", str(out)]
-    command += [
-        "--blocks",
-        "0",
-        "--matrices",
-        "o_proj",
-        "--set",
-        "calibration.num_tokens=200",
-        "--set",
-        "calibration.held_out_tokens=200",
-    ]
-    command += ["--set", "resources.batch_size=8", "--set", "traces.sampling.max_new_tokens=32"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    sets = [
+        "calibration.num_tokens=200", "calibration.held_out_tokens=200", "resources.batch_size=8",
+        "traces.sampling.max_new_tokens=32",
+    ]  # fmt: skip
+    changes = [word for change in sets for word in ("--set", change)]
+    printed = script("problems.py", "demo", out, "--blocks", 0, "--matrices", "o_proj", *changes)
     tensors = load_file(out)
     name = "model.layers.0.self_attn.o_proj"
     parts = {part: int(tensors[f"{name}.{part}.tokens"]) for part in ("train", "validation", "test")}
@@ -54,23 +62,13 @@ def test_problems_hold_weights_and_three_grams_that_share_no_question(tmp_path):
     assert printed.endswith(f"1 matrices, {parts} tokens\n")  # every token of every part once: none is in two of them
     traces = [trace for path in out.with_suffix("").rglob("*.parquet") for trace in pq.read_table(path).to_pylist()]
     assert sum(parts.values()) == sum(len(t["prompt_ids"]) + len(t["completion_ids"]) - 1 for t in traces)
-    command = [sys.executable, str(BENCHMARKS / "solvers.py"), str(out), "--patterns", "0.5", "--solvers", "admm"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = script("solvers.py", out, "--patterns", 0.5, "--solvers", "admm", "--threads", 1)
     assert text.startswith("1 matrices, scope layer") and "| 0.5 | admm |" in text
 
 
 @pytest.mark.slow
-def test_a_whole_prune_is_timed_part_by_part(tmp_path):
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "gpu_prune.py"),
-        str(tmp_path / "model"),
-        "--shape",
-        "tiny",
-        "--device",
-        "cpu",
-    ]
-    command += ["--layers", "2", "--tokens", "2048", "--solvers", "sparsegpt"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def test_a_whole_prune_is_timed_part_by_part(tmp_path, script):
+    small = ["--shape", "tiny", "--device", "cpu", "--layers", 2, "--tokens", 2048, "--solvers", "sparsegpt"]
+    printed = script("gpu_prune.py", tmp_path / "model", *small)
     row = next(line for line in printed.splitlines() if line.startswith("| sparsegpt |")).split(" | ")
     assert float(row[2].replace(",", "")) > 0 and sum(float(share.rstrip("%")) for share in row[5:11]) > 95

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from secateurs.parallel import MISTAKES
 
@@ -125,8 +127,12 @@ def joined(device: str) -> Iterator[Ranks]:
         raise ValueError(f"resources.device is {device}: several processes work together on cpu or cuda only")
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", timeout=PATIENCE)
-    index = distributed.get_rank()
+    store, index, count = next(iter(rendezvous("env://", timeout=PATIENCE)))
+    store.set_timeout(PATIENCE)
+    # What processes that torchrun started before these left in its store would be taken for theirs
+    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, store=store, rank=index, world_size=count, timeout=PATIENCE)
     try:
         yield Ranks(index, count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except Exception as error:
