@@ -93,7 +93,7 @@ def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path, monkeypa
 
 def test_mixtures_nm_and_the_other_solvers_run_too(tmp_path, monkeypatch, capsys):
     sets = [
-        *SMALL[2:5], "sweep.arm=[{corpus=0.5, prompt=1.0, think=2.0}]", "sweep.sparsity=[]",
+        *SMALL[2:5], SMALL[6], "sweep.arm=[{corpus=0.5, prompt=1.0, think=2.0}]", "sweep.sparsity=[]",
         "prune.pattern={name='nm', n=2, m=4}", "prune.solver={name='wanda'}", "prune.propagate='dense'",
     ]  # fmt: skip
     words = arguments("prune", "demo", "--out", str(tmp_path / "out"), sets=sets)
@@ -125,7 +125,7 @@ def test_cuts_leave_smaller_models_that_answer(tmp_path, monkeypatch, capsys):
     cuts = "[{name='width', sparsity=0.3, score='loss'}, {name='depth', sparsity=0.25}]"
     sets = [
         "sweep.arm=['rac']", "sweep.sparsity=[]", "sweep.seed=[0]", "prune.solver.name='obs'",
-        "calibration.num_tokens=600",
+        "calibration.num_tokens=600", SMALL[6],
         "calibration.held_out_tokens=200", "evaluate.num_questions=2", f"sweep.pattern={cuts}",
     ]  # fmt: skip
     words = arguments("run", "demo", "--out", str(tmp_path / "out"), sets=sets)
