@@ -136,16 +136,20 @@ def test_a_run_killed_again_and_again_ends_the_same(finished, tmp_path, monkeypa
         assert process.poll() != 2, "an interrupted run must never be an error"
         process.send_signal(signal.SIGKILL)
         process.wait()
+    if kills > 1:
+        assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     assert call(monkeypatch, *words) == 0
     assert results(out) == results(finished)
     assert not [path for path in out.rglob(".*tmp*")], "temporary files were left"
 
 
-def test_processes_of_torchrun_work_together_and_a_dead_one_loses_nothing(finished, tmp_path):
-    """One of two is killed in a prune: both end, torchrun starts two others, and traces and models are those of one."""
+@pytest.mark.parametrize("restarts", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_processes_of_torchrun_work_together_and_a_dead_one_loses_nothing(finished, tmp_path, restarts):
+    """One of two is killed in a prune: both end, torchrun starts two others, or who runs the command again, and traces
+    and models are those of one."""
     out, torchrun = tmp_path / "out", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = arguments("run", "demo", "--out", str(out))
-    command = [sys.executable, *torchrun, "--max-restarts=1", "-m", "secateurs.cli", *run]
+    command = [sys.executable, *torchrun, f"--max-restarts={restarts}", "-m", "secateurs.cli", *run]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait, shares = time.monotonic() + 120, set()
     while not list(out.glob("cells/*/blocks/*.json")) and time.monotonic() < wait:
@@ -161,7 +165,8 @@ def test_processes_of_torchrun_work_together_and_a_dead_one_loses_nothing(finish
         time.sleep(0.02)
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
     assert not (out / "report.json").exists()
-    assert process.wait(timeout=120) == 0
+    assert (process.wait(timeout=120) == 0) is bool(restarts)
+    assert restarts or subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     assert not list(out.rglob("*.parts"))
     for kind in ("traces", "dense"):
         (mine,), (theirs,) = ((at / kind).glob("*/") for at in (out, finished))

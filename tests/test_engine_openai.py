@@ -120,6 +120,12 @@ def test_two_thousand_requests_with_a_fifth_of_faults_are_stored_once_and_right(
         assert one.connections > 1 and two.connections > 1
 
 
+def anonymous() -> int:
+    """Bytes of this process that belong to no file."""
+    lines = Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
 def test_memory_does_not_grow_with_the_number_of_requests():
     def most(count):
         """Blocks of memory that Python holds when an answer arrives, above those that there were before the first."""
@@ -133,6 +139,9 @@ def test_memory_does_not_grow_with_the_number_of_requests():
             return held - before
 
     most(50)
+    before = anonymous()
+    most(1200)
+    assert anonymous() - before < 16e6, "13 kB an answer, which has less than 2"
     # How many answers lie in sockets at once is chance, on a busy machine a large one; growth would show every time.
     assert any(most(1200) < 1.5 * most(150) for _ in range(3))
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from time import perf_counter
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ from secateurs.models import Matrix, decoder, name_of
 from secateurs.pruner import LayerResult, is_saved, load_block, save_block
 from secateurs.ranks import ALONE, Ranks
 
+SIGN = "sign"
 READERS = dict.fromkeys(STAGES[0], "input_layernorm") | dict.fromkeys(STAGES[2], "post_attention_layernorm")
 WRITERS = (*STAGES[1], *STAGES[3])
 
@@ -77,15 +79,17 @@ def narrow(
 
     Called again, it goes on after the last block. Memory: embeddings and heads, a block and the hidden states of both
     models, and what the block's matrices give for one batch. ValueError for a stream that cannot be narrowed
-    (`cuts.Hidden`), and for a folder that not all `ranks` see: they call this together, each for its share of the
-    tokens, and read what the first one writes.
+    (`cuts.Hidden`). All `ranks` call this together, each for its share of the tokens, and read what the first one
+    writes: RuntimeError for a folder that not all of them see.
     """
     body, projected = anatomy(dense.model), folder / "projected"
-    ranks.decide(lambda: folder.mkdir(parents=True, exist_ok=True))
-    ranks.together(partial(_see, folder))
+    sign = ranks.decide(partial(_put_sign, folder))
+    ranks.together(partial(_see_sign, folder, sign))
+    ranks.decide((folder / SIGN).unlink)
     directions = _directions(dense, calibration, folder / "directions.safetensors", batch_tokens, place, ranks)
     basis = directions[:, : cut.kept(body)].to(dense.device)
     ranks.decide(lambda: projected.exists() or _project(dense, body, basis, projected))
+    ranks.together(partial(_must_be_there, projected))
     computes = "float32" if dense.dtype == torch.float32 else "checkpoint"
     small = Checkpoint(
         str(projected), device=str(dense.device), compute_dtype=computes,
@@ -95,11 +99,11 @@ def narrow(
     saved, results = folder / "blocks", list[LayerResult]()
     last = folder / "lift.safetensors"
     there = ranks.tell([is_saved(saved, index) for index in range(len(selected))])
-    complete = ranks.tell(last.exists()) and all(there)
+    complete = ranks.decide(last.exists) and all(there)
     pairs = [] if complete else _pairs(dense, small, calibration, batch_tokens, place, ranks)
     fit = _Fit(basis, str(cut), how.refit, dense.stored, calibration.weights, pairs, ranks)
     for index, (old, new) in enumerate(zip(dense.blocks, small.blocks, strict=True)):
-        found = load_block(saved, index, selected[index]) if there[index] else None
+        found = ranks.together(partial(_load, saved, index, selected[index])) if there[index] else None
         with nullcontext() if complete else dense.opened(index), nullcontext() if complete else small.opened(index):
             if found is None:
                 done = fit.block(old, new, index, selected[index])
@@ -115,26 +119,45 @@ def narrow(
         progress(index + 1, len(selected), f"block {index + 1} of {len(selected)}")
     if not complete:
         every = torch.eye(body.d_model, device=dense.device)
-        lift = fit.lift(_folded(every, _last_norm(dense.model).weight, basis))
-        ranks.decide(lambda: atomic_write(last, save({"lift": lift.cpu().contiguous()})))
-    lift = load_file(last)["lift"]
+        fit.lift(_folded(every, _last_norm(dense.model).weight, basis), last)
+    lift = ranks.together(lambda: load_file(last)["lift"])
     heads: Any = [one.model.get_output_embeddings() for one in (small, dense)]
     heads[0].weight.copy_((heads[1].weight.float() @ lift.to(dense.device)).to(dense.stored))
     return Narrowed(small, selected, results, lift)
 
 
-def _see(folder: Path) -> None:
-    if not folder.is_dir():
+def _put_sign(folder: Path) -> str:
+    """Something that was not in the folder before, for all processes to find there."""
+    sign = token_hex(8)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SIGN).write_text(sign)
+    return sign
+
+
+def _see_sign(folder: Path, sign: str) -> None:
+    if not (folder / SIGN).exists() or (folder / SIGN).read_text() != sign:
         raise ValueError(
             f"{folder} is not there on every machine: a narrower stream needs a folder that all processes see"
         )
+
+
+def _must_be_there(path: Path) -> None:
+    if not path.exists():
+        raise ValueError(f"{path} cannot be seen by every process")
+
+
+def _load(saved: Path, index: int, matrices: Sequence[Matrix]) -> tuple[dict[str, Tensor], list[LayerResult]]:
+    found = load_block(saved, index, matrices)
+    if found is None:
+        raise ValueError(f"block {index} in {saved} cannot be seen by every process")
+    return found
 
 
 def _directions(
     dense: Checkpoint, calibration: CalibrationSet, file: Path, batch_tokens: int, place: Place, ranks: Ranks
 ) -> Float32[Tensor, "d_model d_model"]:
     """The principal directions of what the norms of the dense model give without their weights, the largest first."""
-    if not ranks.tell(file.exists()):
+    if not ranks.decide(file.exists):
         streams = capture(dense.model, replace(calibration, held_out=()), batch_tokens, place=place, ranks=ranks)
         moments = Gram.zeros(len(_last_norm(dense.model).weight), dense.device)
 
@@ -158,7 +181,7 @@ def _directions(
             atomic_write(file, save({"directions": vectors.float().cpu().contiguous()}))
 
         ranks.decide(write)
-    return load_file(file)["directions"]
+    return ranks.together(lambda: load_file(file)["directions"])
 
 
 def _folded(weight: Tensor, norm: Tensor, basis: Tensor) -> Float32[Tensor, "d_out k"]:
@@ -364,19 +387,23 @@ class _Fit:
         wanted = goal.float() @ self.basis - now.to(goal.device).float()
         return wanted if bias is None else wanted - bias.float()
 
-    def lift(self, before: Tensor) -> Tensor:
-        """What turns the final states of the narrower model into the dense model's [d_model, k]: `before`, fitted."""
-        if not self.refit:
-            return before
+    def lift(self, before: Tensor, file: Path) -> None:
+        """Write what turns its final states into the dense model's [d_model, k]: `before`, fitted."""
         train, held = (_Sums({"": before.shape[0]}, before.shape[1], before.device) for _ in range(2))
-        for pair in self.pairs:
+        for pair in self.pairs if self.refit else ():
             x, wanted = (one.shell.leave(one.batch, one.hidden) for one in (pair.small, pair.dense))
             counts = self._counts(pair, x.device)
             real = counts > 0
             into, x, wanted = held if pair.dense.held_out else train, x[real].float(), wanted[real].float()
             into.gram.update(x, counts[real])
             into.add("", x, wanted - x @ before.T, wanted, counts[real])
-        return self._fitted(before, "", train.of_all(self.ranks), held.of_all(self.ranks)).target
+        train, held = train.of_all(self.ranks), held.of_all(self.ranks)
+
+        def write() -> None:
+            lift = self._fitted(before, "", train, held).target if self.refit else before
+            atomic_write(file, save({"lift": lift.cpu().contiguous()}))
+
+        self.ranks.decide(write)
 
     def _counts(self, pair: _Pair, device: torch.device) -> Tensor:
         """What each token of a batch counts for."""

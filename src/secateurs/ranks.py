@@ -129,8 +129,9 @@ def joined(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, index, count = next(iter(rendezvous("env://", timeout=PATIENCE)))
     store.set_timeout(PATIENCE)
-    # What processes that torchrun started before these left in its store would be taken for theirs
-    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # on several machines not all count the same restarts
+        # What processes that torchrun started before these left in its store would be taken for theirs
+        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, store=store, rank=index, world_size=count, timeout=PATIENCE)
     try:

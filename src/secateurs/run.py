@@ -817,13 +817,13 @@ def _where(recipe: Recipe, calibration: CalibrationSet, dense: Dense) -> Where:
 def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int) -> Needs:
     """What each process will hold that prunes a cell, for so many tokens, padding and held-out ones included."""
     pattern = build_pattern(recipe.prune.pattern)
-    together = dense.ranks.count
+    count = dense.ranks.count
     alone = needs(
         dense.checkpoint.model,
         plan_of(recipe, dense),
         recipe.prune.solver["name"],
-        tokens=-(-tokens // together),
-        held_out_tokens=-(-held_out_tokens // together),
+        tokens=-(-tokens // count),
+        held_out_tokens=-(-held_out_tokens // count),
         batch_tokens=recipe.calibration.batch_tokens,
         stored=dense.checkpoint.stored,
         in_file=() if isinstance(pattern, Hidden) else dense.checkpoint.in_file,
@@ -941,7 +941,8 @@ def _without_blocks(
     record = out / "surveys" / f"{key}.json"
     if not record.exists():
         stage = f"survey {arm_label(recipe.calibration.arm)} {cut}"
-        dropped = dense.together(partial(_choose_blocks, calibration, cut, stage), progress)
+        work = partial(_choose_blocks, calibration, cut, stage)  # angles need one pass: nothing to share
+        dropped = work(dense, progress) if cut.score == "angle" else dense.together(work, progress)
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, {"dropped": dropped})
     found: Any = read_json(record)

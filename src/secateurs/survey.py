@@ -94,10 +94,12 @@ def survey(
         with opened(index):
             groups = same_groups(block, index, matrices, streams, ranks)
             sums = collect(block, index, groups, streams, calibration.weights, move=True)
-            pools, mine = pools_of(groups, sums, ranks), list[tuple[Group, Inputs, Gram | None]]()
+            pools, mine = pools_of(groups, sums, ranks), list[tuple[Group, Inputs, Callable[[], Gram]]]()
             for group, taker in zip(groups, _takers(groups, index, ranks), strict=True):
                 inputs = inputs_of(group, sums, pools, ranks=ranks, to=taker)
-                held = added(sums.held[group.name].gram(inputs.gram), ranks, taker) if curves else None
+                held = partial(sums.held[group.name].gram, inputs.gram)  # of one process not before it is needed
+                if curves and ranks.count > 1:
+                    held = partial(_same, added(held(), ranks, taker))
                 if taker == ranks.index:
                     mine.append((group, inputs, held))
             found, scores = ranks.together(partial(_solved, mine, sparsity, curves, len(order), total, progress))
@@ -123,7 +125,7 @@ def survey(
 
 
 def _solved(
-    mine: Sequence[tuple[Group, Inputs, Gram | None]],
+    mine: Sequence[tuple[Group, Inputs, Callable[[], Gram]]],
     sparsity: float,
     curves: bool,
     before: int,
@@ -134,12 +136,17 @@ def _solved(
     found, scores = list[_Found](), list[Tensor]()
     for group, inputs, held in mine:
         gram = inputs.of_some_tokens(group)
+        judge = held() if curves else gram
+        judge = judge if judge.tokens else gram
         for matrix in group.matrices:
             scores.append(wanda(matrix.weight, gram).flatten() / gram.weight_sum**0.5)
-            judge = held if held and held.tokens else gram
             found.append(_curve(matrix, group, gram, judge, sparsity, curves))
             progress(before + len(found), total, matrix.name)
     return found, scores
+
+
+def _same(gram: Gram) -> Gram:
+    return gram
 
 
 def _takers(groups: Sequence[Group], index: int, ranks: Ranks) -> list[int]:
@@ -164,7 +171,7 @@ def _outliers(scores: Sequence[Tensor], ranks: Ranks) -> float:
         size += torch.tensor([float(one.sum(dtype=torch.float64)), one.numel()])
     ranks.add(size)
     mean, count = float(size[0]) / max(float(size[1]), 1.0), max(float(size[1]), 1.0)
-    above = torch.tensor(float(sum(int((one > OUTLYING * mean).sum()) for one in scores)))
+    above = torch.tensor(float(sum(int((one > OUTLYING * mean).sum()) for one in scores)), dtype=torch.float64)
     ranks.add(above)
     return float(above) / count
 
@@ -268,7 +275,7 @@ def blocks_to_drop(
                 lost[candidate] = _lost_without(blocks, left[place + 1 :], entering[candidate], streams, aims)
             progress(done := done + 1, total, f"block {candidate}")
         lost = {index: loss for each in ranks.gather(lost) for index, loss in each.items()}
-        gone = min(lost, key=lambda index: lost[index])
+        gone = min(left, key=lambda index: lost[index])
         place = left.index(gone)
         left.remove(gone)
         for stream, hidden in zip(streams, entering[gone], strict=True):
