@@ -18,7 +18,7 @@ gpu = pytest.importorskip("secateurs.kernels.gpu", reason="triton is not install
 from secateurs.kernels.gram import add_gram  # noqa: E402
 from secateurs.kernels.sweep import sweep  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there, as conftest.py says
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there, as surroundings.py says
 
 
 def product(matrix: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
