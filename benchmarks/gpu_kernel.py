@@ -28,7 +28,7 @@ def main() -> None:
     for rows, d_in in SHAPES:
         weight = torch.randn(rows, d_in) * (torch.rand(rows, d_in) < 0.5)
         dense = weight.to(device, torch.bfloat16)
-        packed = [PackedMatrix.of(weight, kind, packed=True).to(device) for kind in ("bf16", "int8")]
+        packed = [PackedMatrix.of(weight, kind, "packed").to(device) for kind in ("bf16", "int8")]
         for batch in BATCHES:
             x = torch.randn(batch, d_in, device=device, dtype=torch.bfloat16)
             wanted = x.double() @ dense.double().T

@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there, as
 
 
 def product(matrix: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
-    name = ("packed_" if matrix.packed else "dense_") + matrix.kind
+    name = matrix.format
     moved = matrix.to(torch.device(DEVICE))
     return gpu.multiply(name, moved._weights, x.to(DEVICE), matrix.rows).cpu()
 
@@ -31,7 +31,7 @@ def product(matrix: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64), (9, 65), (4, 256), (6, 577)], ids=str)
 def test_products_are_right_and_the_same_packed_or_dense_whatever_the_batch(shape, weights):
     weight = sparse(*shape)
-    packed, dense = (PackedMatrix.of(weight, weights, packed=which) for which in (True, False))
+    packed, dense = (PackedMatrix.of(weight, weights, layout) for layout in ("packed", "dense"))
     x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1))
     found = product(packed, x)
     wanted = x.double() @ packed.dense().double().T
@@ -42,7 +42,7 @@ def test_products_are_right_and_the_same_packed_or_dense_whatever_the_batch(shap
 
 
 def test_activations_of_a_gpu_stay_in_their_type():
-    matrix = PackedMatrix.of(sparse(6, 200), "bf16", packed=True)
+    matrix = PackedMatrix.of(sparse(6, 200), "bf16", "packed")
     x = torch.randn(3, 200, generator=torch.Generator().manual_seed(1)).bfloat16()
     found = product(matrix, x)
     assert found.dtype == torch.bfloat16

@@ -28,6 +28,14 @@ def sparse(rows: int, d_in: int, density: float = 0.5, seed: int = 0) -> torch.T
     return weight
 
 
+def halved(weight: torch.Tensor, m: int = 8) -> torch.Tensor:
+    """The larger half of each m weights of a row, as 4:8 or 2:4 keep them."""
+    rows, d_in = weight.shape
+    groups = torch.nn.functional.pad(weight, (0, -d_in % m)).view(rows, -1, m)
+    largest = groups.abs().argsort(2, descending=True).argsort(2) < m // 2
+    return (groups * largest).view(rows, -1)[:, :d_in].contiguous()
+
+
 def levels() -> list[int]:
     return sorted({0, kernels.best_level()} | ({1} if kernels.level_name(kernels.best_level()) == "avx512" else set()))
 
@@ -37,8 +45,8 @@ def levels() -> list[int]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_packed_products_are_those_of_the_dense_kernel_to_the_bit(shape, weights):
     weight = sparse(*shape)
-    packed, dense = (PackedMatrix.of(weight, weights, packed=which) for which in (True, False))
-    assert packed.packed and not dense.packed and torch.equal(packed.dense(), dense.dense())
+    packed, dense = (PackedMatrix.of(weight, weights, layout) for layout in ("packed", "dense"))
+    assert (packed.layout, dense.layout) == ("packed", "dense") and torch.equal(packed.dense(), dense.dense())
     x = torch.randn(9, shape[1], generator=torch.Generator().manual_seed(1))
     wanted = x.double() @ packed.dense().double().T
     for level in levels():
@@ -50,6 +58,76 @@ def test_packed_products_are_those_of_the_dense_kernel_to_the_bit(shape, weights
                 for matrix in (packed, dense):
                     found = matrix.multiply(x[:batch], level=level, threads=threads)
                     assert torch.equal(found, alone[:batch])
+
+
+@compiled
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_with_halves_are_right_whatever_the_batch_and_the_threads(shape, weights):
+    half = PackedMatrix.of(halved(sparse(*shape)), weights, "half")
+    x = torch.randn(9, shape[1], generator=torch.Generator().manual_seed(1))
+    wanted = x.double() @ half.dense().double().T
+    bound = 1e-5 * (x.abs().double() @ half.dense().abs().double().T) + 1e-12
+    for level in levels():
+        alone = torch.cat([half.multiply(row[None], level=level, threads=1) for row in x])
+        assert bool(((alone.double() - wanted).abs() <= bound).all())
+        for batch in (1, 2, 3, 4, 8, 9):
+            for threads in (1, 2):
+                assert torch.equal(half.multiply(x[:batch], level=level, threads=threads), alone[:batch])
+
+
+@compiled
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_of_whole_numbers_with_halves_are_those_of_the_dense_kernel_to_the_bit(shape, weights):
+    """Sums of small whole numbers are exact in any order, so nothing may differ where the order does."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randint(-100, 101, shape, generator=generator).float()
+    weight[:, 0] = 127  # int8 takes them as they are
+    weight = halved(weight)
+    half, dense = (PackedMatrix.of(weight, weights, layout) for layout in ("half", "dense"))
+    assert torch.equal(half.dense(), weight) and torch.equal(dense.dense(), weight)
+    x = torch.randint(-50, 51, (9, shape[1]), generator=generator).float()
+    for level in levels():
+        assert torch.equal(half.multiply(x, level=level), x @ weight.T)
+        assert torch.equal(dense.multiply(x, level=level), x @ weight.T)
+
+
+def test_a_matrix_is_stored_in_halves_where_no_eight_columns_keep_more_than_four():
+    weight = torch.randn(24, 160, generator=torch.Generator().manual_seed(0))
+    for m in (4, 8):
+        assert PackedMatrix.of(halved(weight, m), "bf16").layout == "half"
+    more = halved(weight)
+    more[7, 40:45] = 1.0
+    assert PackedMatrix.of(more, "int8").layout == "packed" and PackedMatrix.of(more, "int4").layout == "dense"
+    with pytest.raises(ValueError, match="at most four of each eight columns"):
+        PackedMatrix.of(more, "bf16", "half")
+    few = halved(weight) * (torch.arange(160) % 8 < 4)
+    assert 0 < float((few != 0).float().mean()) < 0.35 and PackedMatrix.of(few, "bf16").layout == "packed"
+    large = halved(torch.randn(512, 1024))
+    assert PackedMatrix.of(large, "bf16").nbytes == pytest.approx(512 * 1024 * 9.5 / 8, rel=0.001)
+    assert PackedMatrix.of(large, "int8").nbytes == pytest.approx(512 * 1024 * 5.5 / 8, rel=0.01)
+
+
+@pytest.mark.parametrize("part", ["kept", "places"])
+def test_halves_of_the_wrong_size_are_refused(part):
+    matrix = PackedMatrix.of(halved(sparse(5, 70)), "bf16", "half")
+    matrix.check("layer")
+    for wrong in (matrix.tensors[part][:-1].contiguous(), matrix.tensors[part].float()):
+        with pytest.raises(ValueError, match="its tensors are not those of a 5 x 70 matrix"):
+            PackedMatrix(5, 70, {**matrix.tensors, part: wrong}).check("layer")
+
+
+@compiled
+def test_whatever_places_say_a_kernel_stays_inside_its_vectors():
+    """Three bits stay in a group of eight; what a damaged file says of columns that are not there is worth nothing."""
+    matrix = PackedMatrix.of(halved(torch.ones(8, 65)), "bf16", "half")
+    places = torch.full_like(matrix.tensors["places"], 255)
+    damaged = PackedMatrix(8, 65, {**matrix.tensors, "places": places})
+    damaged.check("layer")
+    assert torch.equal(damaged.dense()[:, 7:64:8], torch.full((8, 8), 4.0)) and int(damaged.dense().sum()) == 8 * 32
+    for level in levels():
+        assert torch.equal(damaged.multiply(torch.ones(1, 65), level=level), torch.full((1, 8), 32.0))
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -88,9 +166,9 @@ def test_int4_loses_less_than_the_largest_weight_at_seven_would():
     plain = ((groups / scale).round() * scale - groups).square().sum()
     assert float((matrix.dense() - weight).square().sum() / plain) < 0.8
     assert bool((matrix.dense()[weight == 0] == 0).all())
-    assert matrix.nbytes == pytest.approx(64 * 1024 * 4.25 / 8) and not matrix.packed
+    assert matrix.nbytes == pytest.approx(64 * 1024 * 4.25 / 8) and matrix.layout == "dense"
     with pytest.raises(ValueError, match="int4 is stored dense"):
-        PackedMatrix.of(weight, "int4", packed=True)
+        PackedMatrix.of(weight, "int4", "packed")
 
 
 @pytest.mark.parametrize("part", ["weight", "scales"])
@@ -105,10 +183,13 @@ def test_int4_of_the_wrong_size_is_refused(part):
 
 
 @compiled
-@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("format", ["packed_bf16", "packed_int8", "half_bf16", "half_int8", "dense_int4"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_expanded_by_a_kernel_or_without_it_is_the_same(shape, weights, monkeypatch):
-    matrix = PackedMatrix.of(sparse(*shape), weights, packed=weights != "int4")
+def test_expanded_by_a_kernel_or_without_it_is_the_same(shape, format, monkeypatch):
+    layout, weights = format.split("_")
+    weight = sparse(*shape)
+    matrix = PackedMatrix.of(halved(weight) if layout == "half" else weight, weights, layout)
+    assert matrix.format == format
     expanded = matrix.dense()
     monkeypatch.setattr(kernels, "library", lambda: None)
     assert torch.equal(expanded, matrix.dense())
@@ -117,13 +198,14 @@ def test_expanded_by_a_kernel_or_without_it_is_the_same(shape, weights, monkeypa
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 def test_zeros_stay_and_the_rest_is_rounded_as_it_should_be(weights):
     weight = sparse(33, 200)
-    for packed in (True, False):
-        back = PackedMatrix.of(weight, weights, packed=packed).dense()
+    for layout in ("packed", "dense"):
+        back = PackedMatrix.of(weight, weights, layout).dense()
         assert bool((back[weight == 0] == 0).all())
         largest = weight.abs().amax(1, keepdim=True)
         bound = largest / 254 * 1.001 if weights == "int8" else weight.abs() / 256
         assert bool(((back - weight).abs() <= bound).all())
-    assert not PackedMatrix.of(sparse(33, 200, 0.9), weights).packed and PackedMatrix.of(weight, weights).packed
+    assert PackedMatrix.of(sparse(33, 200, 0.9), weights).layout == "dense"
+    assert PackedMatrix.of(weight, weights).layout == "packed"
 
 
 def test_what_one_product_reads_is_nine_sixteenths():
@@ -132,13 +214,15 @@ def test_what_one_product_reads_is_nine_sixteenths():
     assert PackedMatrix.of(sparse(512, 1024), "int8").nbytes == pytest.approx(512 * 1024 * 5 / 8, rel=0.02)
 
 
-def pruned(family: str, folder):
-    """A tiny model with half of its linears' weights at zero, and the same in float32 as it is stored."""
+def pruned(family: str, folder, groups: int | None = None):
+    """A tiny model with half of its linears' weights at zero (of each `groups`), and the same in float32 as stored."""
     model = make_model(family)
     with torch.no_grad():
         for block in model.get_decoder().layers:
             for linear in linears(block).values():
-                linear.weight *= torch.rand(linear.weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+                weight = linear.weight
+                kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+                weight.copy_(halved(weight, groups) if groups else weight * kept)
     model.to(torch.bfloat16).save_pretrained(folder)
     return load_model(str(folder)).float()
 
@@ -156,6 +240,23 @@ def test_a_packed_model_is_the_model(family, tmp_path):
     if family != "qwen3_next":  # its states are float32 here and rounded there
         options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_a_model_in_halves_is_the_model(weights, tmp_path):
+    dense = pruned("qwen3", tmp_path / "dense", groups=8)
+    found = pack(str(tmp_path / "dense"), tmp_path / "packed", weights)
+    model, exact = (load_packed(tmp_path / "packed", expand=expand) for expand in (None, True))
+    if kernels.library() is not None:
+        layouts = [module.matrix.layout for module in model.modules() if isinstance(module, PackedLinear)]
+        assert layouts.count("half") == found["packed"] == 14
+    for length in (5, FEW + 20):
+        ids = torch.randint(3, 60, (1, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits
+            torch.testing.assert_close(logits, exact(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+            if weights == "bf16":
+                torch.testing.assert_close(logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @compiled
@@ -187,7 +288,7 @@ def test_masks_are_the_ones_that_were_pruned(tmp_path):
         kept = module.matrix.dense() != 0
         weight = dense.get_submodule(name).weight
         assert bool((kept <= (weight != 0)).all())
-        if module.matrix.packed:  # what is kept and rounds to zero is still kept
+        if module.matrix.layout == "packed":  # what is kept and rounds to zero is still kept
             bits = PackedMatrix(module.matrix.rows, module.matrix.d_in, module.matrix.tensors | {
                 "values": torch.ones_like(module.matrix.tensors["values"])
             })  # fmt: skip

@@ -1,8 +1,8 @@
-"""Pruned models stored without their zeros, and run from there: a bitmap, the kept weights, a kernel that expands them.
+"""Pruned models stored without their zeros, and run from there by kernels of ours.
 
-One token of a small batch reads every weight once, so reading less can be being faster. A matrix is stored packed
-where that is less to read, else dense; as bfloat16, as int8 with a scale for each row, or (dense only) as int4 with a
-scale for each 64 columns.
+One token of a small batch reads every weight once, so reading less can be being faster. A matrix is stored in halves
+where no eight columns keep more than four (4:8, 2:4), packed with a bitmap where that is less to read, else dense; as
+bfloat16, as int8 with a scale for each row, or (dense only) as int4 with a scale for each 64 columns.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,10 +25,13 @@ from secateurs.models import cannot_be_loaded, linears, name_of
 
 Weights = Literal["bf16", "int8", "int4"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+Layout = Literal["dense", "packed", "half"]
 STEM = "packed"
 RECORD = "packed.json"
 SCHEMA, VERSION = "secateurs.packed", 1
 DENSE_FROM = 0.8  # of the weights: with so many kept a bitmap saves too little to be worth expanding
+HALF_FROM = 0.35  # with fewer kept a bitmap is so much less to read that halves are not worth it
+GROUP, KEPT, BLOCK, PLACES = 8, 4, 8, 3  # halves: columns in a group, kept of them, rows in a block, bytes for two rows
 FEW = 16  # vectors up to which a product reads packed weights; more are worth making the matrix dense for a while
 WORD = 64  # columns in a word of the bitmap, and with a scale of int4
 LARGEST_AT = (7.0, 7.5, 8.0, 8.5, 9.0, 10.0)  # where int4 may put the largest weight of a group; beyond 8 it is clipped
@@ -42,19 +45,20 @@ class PackedMatrix:
     rows: int
     d_in: int
     tensors: Mapping[str, Tensor]
-    """weight, or bits, values and starts; and scale with int8, scales with int4."""
+    """weight; or bits, values and starts (packed); or kept and places (half). And scale with int8, scales with int4."""
 
     @classmethod
-    def of(cls, weight: Float[Tensor, "rows d_in"], weights: Weights, packed: bool | None = None) -> "PackedMatrix":
-        """A weight, rounded to what it is stored as; packed or dense, or whichever is less (None). Zeros stay zero.
+    def of(cls, weight: Float[Tensor, "rows d_in"], weights: Weights, layout: Layout | None = None) -> "PackedMatrix":
+        """A weight, rounded to what it is stored as, in a layout or (None) the one that suits it. Zeros stay zero.
 
         int8 is symmetric, with the largest weight of a row at 127; int4 is -8 to 7 times what loses least of a group,
-        and always dense: a bitmap would save little of so few bits. ValueError for packed int4.
+        and always dense: a bitmap would save little of so few bits. ValueError for int4 in another layout, and for
+        halves of a matrix that keeps more than four of some eight columns.
         """
         rows, d_in = weight.shape
         if weights == "int4":
-            if packed:
-                raise ValueError("int4 is stored dense: there is no format with a bitmap for it")
+            if layout not in (None, "dense"):
+                raise ValueError("int4 is stored dense: there is no other layout for it")
             return cls(rows, d_in, _int4(weight.float()))
         kept = weight != 0
         tensors: dict[str, Tensor] = {}
@@ -63,7 +67,12 @@ class PackedMatrix:
             stored, tensors["scale"] = (weight.float() / scale[:, None]).round().to(torch.int8), scale
         else:
             stored = weight.to(torch.bfloat16)
-        if packed or (packed is None and float(kept.float().mean()) < DENSE_FROM):
+        if layout is None:
+            density = float(kept.float().mean())
+            layout = "dense" if density >= DENSE_FROM else "half" if density > HALF_FROM and _fits(kept) else "packed"
+        if layout == "half":
+            return cls(rows, d_in, _half(stored, kept) | tensors)
+        if layout == "packed":
             starts = torch.zeros(rows + 1, dtype=torch.int64)
             starts[1:] = kept.sum(1).cumsum(0)
             spare = torch.zeros(PADDING // stored.itemsize, dtype=stored.dtype)
@@ -82,7 +91,13 @@ class PackedMatrix:
         wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight": ((rows, self.d_in), kind)}
         if self.kind == "int4":
             wanted = {"weight": ((rows, words * WORD // 2), torch.uint8), "scales": ((rows, words), torch.bfloat16)}
-        elif self.packed:
+        elif self.layout == "half":
+            blocks, groups = -(-rows // BLOCK), -(-self.d_in // GROUP)
+            wanted = {
+                "kept": ((blocks, groups, BLOCK, KEPT), kind),
+                "places": ((blocks * groups * BLOCK // 2 * PLACES + PADDING,), torch.uint8),
+            }
+        elif self.layout == "packed":
             wanted = {
                 "bits": ((rows, words), torch.int64),
                 "starts": ((rows + 1,), torch.int64),
@@ -94,7 +109,7 @@ class PackedMatrix:
             parts[part].dtype == dtype and parts[part].is_contiguous() and shape in (tuple(parts[part].shape), (-1,))
             for part, (shape, dtype) in wanted.items()
         )
-        if sound and self.packed:
+        if sound and self.layout == "packed":  # halves need no more: whatever three bits say is inside a group
             counts = np.bitwise_count(parts["bits"].view(torch.uint8).numpy()).sum(1, dtype=np.int64)
             starts, last = parts["starts"].numpy(), self.d_in % WORD
             sound = starts[0] == 0 and np.array_equal(np.diff(starts), counts)
@@ -105,9 +120,9 @@ class PackedMatrix:
             raise ValueError(f"{name}: its tensors are not those of a {rows} x {self.d_in} matrix")
 
     @property
-    def packed(self) -> bool:
-        """Whether zeros are left out."""
-        return "bits" in self.tensors
+    def layout(self) -> Layout:
+        """How zeros are left out, if they are."""
+        return "packed" if "bits" in self.tensors else "half" if "places" in self.tensors else "dense"
 
     @property
     def kind(self) -> Weights:
@@ -117,7 +132,7 @@ class PackedMatrix:
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        return self.tensors["values" if self.packed else "weight"].device
+        return next(iter(self.tensors.values())).device
 
     @property
     def nbytes(self) -> int:
@@ -125,9 +140,14 @@ class PackedMatrix:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
+    def format(self) -> str:
+        """What packed.c calls it."""
+        return f"{self.layout}_{self.kind}"
+
+    @property
     def _weights(self) -> tuple[Tensor, ...]:
         """The tensors in the order of packed.c."""
-        order = ("bits", "values", "starts", "scale") if self.packed else ("weight", "scale", "scales")
+        order = ("weight", "bits", "values", "starts", "kept", "places", "scale", "scales")
         return tuple(self.tensors[part] for part in order if part in self.tensors)
 
     def to(self, device: torch.device) -> "PackedMatrix":
@@ -136,28 +156,29 @@ class PackedMatrix:
 
     def multiply(self, x: Float[Tensor, "batch d_in"], **options: int) -> Float[Tensor, "batch rows"]:
         """x W^T by a compiled kernel, in x's type: see `kernels.multiply`, which takes float32, and `kernels.gpu`."""
-        name = ("packed_" if self.packed else "dense_") + self.kind
         if x.device.type == "cpu":
-            return kernels.multiply(name, self._weights, x, self.rows, **options)
-        if name == "dense_bf16":
+            return kernels.multiply(self.format, self._weights, x, self.rows, **options)
+        if self.format == "dense_bf16":
             return nn.functional.linear(x, self.tensors["weight"].to(x.dtype))
-        if name == "dense_int4":
+        if self.kind == "int4" or self.layout == "half":
             return nn.functional.linear(x, self.dense().to(x.dtype))
         from secateurs.kernels import gpu
 
-        return gpu.multiply(name, self._weights, x, self.rows)
+        return gpu.multiply(self.format, self._weights, x, self.rows)
 
     def dense(self) -> Float32[Tensor, "rows d_in"]:
         """The weights that it stands for."""
         scale = self.tensors.get("scale")
-        if (self.packed or self.kind == "int4") and self.device.type == "cpu" and kernels.library() is not None:
-            return kernels.expand(self.kind, self._weights, self.rows, self.d_in)
+        if self.format in kernels.EXPANDED and self.device.type == "cpu" and kernels.library() is not None:
+            return kernels.expand(self.format, self._weights, self.rows, self.d_in)
         if self.kind == "int4":
             pairs = self.tensors["weight"].view(self.rows, -1, WORD // 2)
             numbers = torch.cat([pairs & 15, pairs >> 4], 2).float() - 8
             whole = numbers * self.tensors["scales"][:, :, None].float()
             return whole.view(self.rows, -1)[:, : self.d_in].contiguous()
-        if self.packed:
+        if self.layout == "half":
+            whole = _whole(self.tensors["kept"], self.tensors["places"])[: self.rows, : self.d_in].contiguous()
+        elif self.layout == "packed":
             bits = self.tensors["bits"].view(torch.uint8)[:, :, None]
             kept = (bits >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
             kept = kept.view(self.rows, -1)[:, : self.d_in].bool()
@@ -175,6 +196,44 @@ def _bits(kept: Tensor) -> Tensor:
     padded = np.zeros((len(packed), words * WORD // 8), dtype=np.uint8)
     padded[:, : packed.shape[1]] = packed
     return torch.from_numpy(padded).view(torch.int64)
+
+
+def _grouped(matrix: Tensor) -> Tensor:
+    """A matrix [rows, d_in] with zeros around it, as halves order it: [blocks, groups, 8 rows, 8 columns]."""
+    rows, d_in = matrix.shape
+    whole = nn.functional.pad(matrix, (0, -d_in % GROUP, 0, -rows % BLOCK))
+    return whole.view(-1, BLOCK, whole.shape[1] // GROUP, GROUP).transpose(1, 2)
+
+
+def _fits(kept: Tensor) -> bool:
+    """Whether no row keeps more than four of eight columns."""
+    return bool((_grouped(kept).sum(3) <= KEPT).all())
+
+
+def _half(stored: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    """Four weights for each eight columns [blocks, groups, 8, 4], and bytes with three bits each that say where."""
+    if not _fits(kept):
+        raise ValueError("a matrix in halves keeps at most four of each eight columns; this one keeps more somewhere")
+    weights, places = [], []
+    for values, where in zip(_grouped(stored).split(64), _grouped(kept).split(64), strict=True):  # numbers are int64
+        first = where.to(torch.int8).sort(dim=3, descending=True, stable=True).indices[..., :KEPT]
+        columns = first.sort(dim=3).values
+        weights.append(values.gather(3, columns))
+        words = (columns.reshape(*columns.shape[:2], BLOCK // 2, 2 * KEPT) << torch.arange(0, 6 * KEPT, 3)).sum(3)
+        places.append((words[..., None] >> torch.tensor([0, 8, 16]) & 255).to(torch.uint8).flatten())
+    spare = torch.zeros(PADDING, dtype=torch.uint8)
+    return {"kept": torch.cat(weights), "places": torch.cat([*places, spare])}
+
+
+def _whole(kept: Tensor, places: Tensor) -> Float32[Tensor, "rows d_in"]:
+    """The matrix that halves stand for, with the zeros around it."""
+    blocks, groups = kept.shape[:2]
+    spread = places[:-PADDING].view(blocks, groups, BLOCK // 2, PLACES).long()
+    words = (spread << torch.tensor([0, 8, 16], device=places.device)).sum(3)
+    columns = words[..., None] >> torch.arange(0, 6 * KEPT, 3, device=places.device) & 7
+    whole = torch.zeros(blocks, groups, BLOCK, GROUP, device=kept.device)
+    whole.scatter_add_(3, columns.view(kept.shape), kept.float())
+    return whole.transpose(1, 2).reshape(blocks * BLOCK, groups * GROUP)
 
 
 def _int4(weight: Float32[Tensor, "rows d_in"]) -> dict[str, Tensor]:
@@ -247,7 +306,7 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
             for part, tensor in matrix.tensors.items():
                 files.add(f"{name}.{part}", tensor.contiguous())
             zeros = int((weight == 0).count_nonzero())
-            found = (1, int(matrix.packed), weight.numel(), zeros, 2 * weight.numel(), matrix.nbytes)
+            found = (1, int(matrix.layout != "dense"), weight.numel(), zeros, 2 * weight.numel(), matrix.nbytes)
             for key, number in zip(counts, found, strict=True):
                 counts[key] += number
 

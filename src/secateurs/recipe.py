@@ -1,14 +1,24 @@
 """Recipes: strict TOML to frozen models. An unknown key, a wrong type, a bad value: one sentence that says where."""
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from secateurs.allocators import ALLOCATORS, Allocator
 from secateurs.calibration import region_weights
@@ -23,6 +33,16 @@ from secateurs.traces import apply_filters
 from secateurs.tune import Tune
 
 Arm = str | dict[str, float]
+
+
+def _spelled_out(pattern: Any) -> Any:
+    """ "4:8", or a table with that name, is short for {name = "nm", n = 4, m = 8}."""
+    table = pattern if isinstance(pattern, Mapping) else {"name": pattern}
+    short = re.fullmatch(r"(\d+):(\d+)", str(table.get("name")))
+    return {**table, "name": "nm", "n": int(short[1]), "m": int(short[2])} if short else pattern
+
+
+PatternTable = Annotated[dict[str, Any], BeforeValidator(_spelled_out)]
 
 
 class _Table(BaseModel):
@@ -131,7 +151,7 @@ class TuneTable(_Table):
 class Prune(_Table):
     """What is removed, by which solver, seeing which inputs, to reproduce what."""
 
-    pattern: dict[str, Any] = {"name": "unstructured", "sparsity": 0.5, "scope": "layer"}
+    pattern: PatternTable = {"name": "unstructured", "sparsity": 0.5, "scope": "layer"}
     solver: dict[str, Any] = {"name": "admm"}
     allocator: dict[str, Any] = {"name": "uniform"}
     propagate: Propagate = "block"
@@ -198,7 +218,7 @@ class Sweep(_Table):
 
     arm: list[Arm] = []
     solver: list[dict[str, Any]] = []
-    pattern: list[dict[str, Any]] = []
+    pattern: list[PatternTable] = []
     sparsity: list[float] = []
     seed: list[int] = []
 

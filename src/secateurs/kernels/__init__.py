@@ -22,8 +22,11 @@ ARGUMENTS = {  # after level and threads: pointers to the weights, then x, y, ba
     "dense_int8": 2,
     "packed_int8": 4,
     "dense_int4": 2,
+    "half_bf16": 2,
+    "half_int8": 3,
 }
-EXPANDED = {"bf16": 3, "int8": 4, "int4": 2}  # the same, of a matrix that is made dense
+EXPANDED = {name: weights for name, weights in ARGUMENTS.items() if name not in ("dense_bf16", "dense_int8")}
+"""The same, of a matrix that is made dense."""
 
 
 @cache
@@ -91,8 +94,8 @@ def multiply(
 ) -> Float32[Tensor, "batch rows"]:
     """x W^T for a matrix of `rows` rows in the format `name`: `weights` are its tensors in the order of packed.c.
 
-    Each result is the same whatever the batch and the threads, and the same bits as of the dense format with the same
-    weights. RuntimeError without a library.
+    Each result is the same whatever the batch and the threads; of a packed format, the same bits as of the dense one
+    with the same weights. RuntimeError without a library.
     """
     found = _loaded()
     x = x.contiguous()
@@ -114,7 +117,7 @@ def multiply(
 
 
 def expand(name: str, weights: tuple[Tensor, ...], rows: int, d_in: int) -> Float32[Tensor, "rows d_in"]:
-    """The weights of a packed matrix, or of an int4 one; `name` is in EXPANDED. RuntimeError without a library."""
+    """The weights of a matrix in the format `name`, which is in EXPANDED. RuntimeError without a library."""
     out = torch.empty(rows, d_in, dtype=torch.float32)
     pointers = (tensor.data_ptr() for tensor in (*weights, out))
     getattr(_loaded(), f"secateurs_expand_{name}")(torch.get_num_threads(), *pointers, rows, d_in)

@@ -4,9 +4,15 @@
  * is kept), the kept weights alone, row after row in order of j, and the element of that buffer where each row starts.
  * A kernel expands eight to sixty-four weights in registers, zeros in place, and multiplies them like dense ones.
  *
+ * Where no eight columns (8 i to 8 i + 7) keep more than four, as with 4:8 and 2:4, a matrix can be stored in halves
+ * instead: four weights for each eight columns of a row, and three bits each that say which columns these are. Nothing
+ * is counted or expanded: a kernel picks the four numbers of x that a row wants, for two rows at once, in one shuffle.
+ * Blocks of eight rows follow each other, in them the groups of eight columns, in those the four pairs of rows: eight
+ * weights, the second row's last, and three bytes of places in the same order. Rows of zeros fill up the last block.
+ *
  * Weights are bfloat16 (taken as they are) or int8 (one float scale a row, applied to the finished sum). At one level
  * the packed and the dense kernel run the same tile code and differ only in how they fetch weights, so their results
- * are equal to the last bit.
+ * are equal to the last bit. (Halves add in another order: four sums a row.)
  *
  * int4 is dense only: a bfloat16 scale for the 64 columns of a word, of which byte k holds columns k (low half) and
  * k + 32, as numbers from 0 that stand for those from -8. Vectors are rounded for it to int8 with a scale for each word,
@@ -36,8 +42,9 @@
 #endif
 
 enum { WORD = 64, HIGHEST_TILE = 8, WIDEST_TILE = 4 };
+enum { GROUP = 8, KEPT = 4, PAIRS = HIGHEST_TILE / 2, PLACES = 3 }; /* halves: columns, kept of them; bytes of places */
 enum level { PORTABLE, AVX2, AVX512, NEON, LEVELS };
-enum format { DENSE_BF16, PACKED_BF16, DENSE_INT8, PACKED_INT8, DENSE_INT4, FORMATS };
+enum format { DENSE_BF16, PACKED_BF16, DENSE_INT8, PACKED_INT8, DENSE_INT4, HALF_BF16, HALF_INT8, FORMATS };
 
 struct matrix {
     enum format format;
@@ -47,6 +54,7 @@ struct matrix {
     const int64_t *starts;
     const float *scale;
     const uint16_t *scales; /* int4: of every word */
+    const uint8_t *places; /* halves: columns of the kept weights in their group */
 };
 
 /* A word of a vector for int4, eight times the sum of each four columns k to k + 3 and k + 32 to k + 35, and its scale. */
@@ -68,7 +76,9 @@ INLINE int is_packed(enum format format) { return format == PACKED_BF16 || forma
 
 INLINE int is_bf16(enum format format) { return format == DENSE_BF16 || format == PACKED_BF16; }
 
-INLINE int is_int8(enum format format) { return format == DENSE_INT8 || format == PACKED_INT8; }
+INLINE int is_int8(enum format format) { return format == DENSE_INT8 || format == PACKED_INT8 || format == HALF_INT8; }
+
+INLINE int is_half(enum format format) { return format == HALF_BF16 || format == HALF_INT8; }
 
 INLINE int weight_size(enum format format) { return is_int8(format) ? 1 : 2; }
 
@@ -91,6 +101,36 @@ INLINE int is_partial(enum format format, const struct matrix *m, int64_t word) 
 
 INLINE void store(enum format format, const struct matrix *m, float *y, int64_t row, float sum) {
     y[row] = is_int8(format) ? sum * m->scale[row] : sum;
+}
+
+/* Both rows of a pair of halves from `row` on; of a tile of one row that row alone, which may be the second. */
+INLINE void store_pair(enum format format, const struct matrix *m, float *y, int64_t row, int height, float first,
+                       float second) {
+    if (height == 1) store(format, m, y, row, row % 2 ? second : first);
+    else {
+        store(format, m, y, row, first);
+        store(format, m, y, row + 1, second);
+    }
+}
+
+INLINE int64_t half_groups(const struct matrix *m) { return (m->columns + GROUP - 1) / GROUP; }
+
+/* Weights and places of the pair that a row is in, for the first group; the next group is PAIRS pairs further. */
+INLINE struct cursor half_cursor(enum format format, const struct matrix *m, int64_t row) {
+    int64_t pair = row / HIGHEST_TILE * half_groups(m) * PAIRS + row % HIGHEST_TILE / 2;
+    return (struct cursor){(const uint8_t *)m->weights + pair * GROUP * weight_size(format), m->places + pair * PLACES};
+}
+
+INLINE void next_group(enum format format, struct cursor *cursor) {
+    cursor->weights += PAIRS * GROUP * weight_size(format);
+    cursor->bits += PAIRS * PLACES;
+}
+
+/* Eight places of three bits, those of a pair's first row lowest. Reads a byte more, which means nothing. */
+INLINE uint32_t places_at(const uint8_t *from) {
+    uint32_t places;
+    memcpy(&places, from, sizeof places);
+    return places;
 }
 
 /* Portable: 64 weights are expanded to floats in memory; all formats then share one multiplication loop. */
@@ -132,6 +172,28 @@ static void portable(const struct matrix *m, int64_t row, const void *vector, fl
     float sum = 0;
     for (int lane = 0; lane < PORTABLE_LANES; lane++) sum += sums[lane];
     store(m->format, m, y, row, sum);
+}
+
+/* The k-th of the weights that a row keeps of a group, and where in the group it stands. */
+INLINE float half_weight(enum format format, const struct cursor *cursor, int64_t row, int k, int *place) {
+    int which = (int)(row % 2) * KEPT + k;
+    struct cursor weight = {cursor->weights + which * weight_size(format), NULL};
+    *place = places_at(cursor->bits) >> 3 * which & 7;
+    return next_weight(format, &weight);
+}
+
+static void portable_half(const struct matrix *m, int64_t row, const void *vector, float *y) {
+    const float *x = vector;
+    struct cursor cursor = half_cursor(m->format, m, row);
+    float sums[KEPT] = {0};
+    for (int64_t group = 0; group < half_groups(m); group++, x += GROUP) {
+        for (int k = 0, place; k < KEPT; k++) {
+            float weight = half_weight(m->format, &cursor, row, k, &place);
+            sums[k] += weight * x[place];
+        }
+        next_group(m->format, &cursor);
+    }
+    store(m->format, m, y, row, (sums[0] + sums[2]) + (sums[1] + sums[3]));
 }
 
 INLINE const uint8_t *int4_row(const struct matrix *m, int64_t row) {
@@ -196,6 +258,7 @@ INLINE void next_word(enum format format, struct cursor *cursor) {
  * cache and far enough ahead for main memory. A prefetch past the end of the matrix does nothing.
  */
 enum { LINE = 64, NEAREST = 32768 };
+enum { NEAR_WEIGHTS = 4096, NEAR_PLACES = 1024 }; /* halves are read in one stream: less is enough */
 
 struct ahead {
     const uint8_t *weights, *bits;
@@ -289,10 +352,50 @@ AVX2_CODE INLINE void avx2_int4(int height, int width, const struct matrix *m, i
         UNROLL for (int b = 0; b < width; b++) y[b * m->rows + row + r] = avx2_sum(sums[r][b]);
 }
 
+AVX2_CODE INLINE float avx2_half_sum(__m128 lanes) {
+    __m128 sum = _mm_add_ps(lanes, _mm_movehl_ps(lanes, lanes));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+AVX2_CODE INLINE void avx2_half(enum format format, int height, int width, const struct matrix *m, int64_t row,
+                                const void *vectors, float *y) {
+    const float *x = vectors;
+    const int pairs = (height + 1) / 2, size = weight_size(format);
+    const __m256i shifts = _mm256_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21);
+    struct cursor cursor = half_cursor(format, m, row);
+    __m256 sums[PAIRS][WIDEST_TILE];
+    UNROLL for (int p = 0; p < pairs; p++)
+        UNROLL for (int b = 0; b < width; b++) sums[p][b] = _mm256_setzero_ps();
+    for (int64_t group = 0; group < half_groups(m); group++, x += GROUP * width) {
+        __builtin_prefetch(cursor.weights + NEAR_WEIGHTS, 0, 3);
+        __builtin_prefetch(cursor.bits + NEAR_PLACES, 0, 3);
+        UNROLL for (int p = 0; p < pairs; p++) {
+            const void *from = cursor.weights + p * GROUP * size;
+            __m256 weights = is_int8(format) ? avx2_int8(_mm_loadl_epi64(from)) : avx2_bf16(_mm_loadu_si128(from));
+            __m256i places = _mm256_set1_epi32((int)places_at(cursor.bits + p * PLACES));
+            places = _mm256_srlv_epi32(places, shifts); /* a shuffle looks at the lowest three bits */
+            UNROLL for (int b = 0; b < width; b++) {
+                __m256 chosen = _mm256_permutevar8x32_ps(_mm256_load_ps(x + GROUP * b), places);
+                sums[p][b] = _mm256_fmadd_ps(weights, chosen, sums[p][b]);
+            }
+        }
+        next_group(format, &cursor);
+    }
+    UNROLL for (int p = 0; p < pairs; p++)
+        UNROLL for (int b = 0; b < width; b++)
+            store_pair(format, m, y + b * m->rows, row + 2 * p, height,
+                       avx2_half_sum(_mm256_castps256_ps128(sums[p][b])),
+                       avx2_half_sum(_mm256_extractf128_ps(sums[p][b], 1)));
+}
+
 AVX2_CODE INLINE void avx2(enum format format, int height, int width, const struct matrix *m, int64_t row,
                            const void *vectors, float *y) {
     if (format == DENSE_INT4) {
         avx2_int4(height, width, m, row, vectors, y);
+        return;
+    }
+    if (is_half(format)) {
+        avx2_half(format, height, width, m, row, vectors, y);
         return;
     }
     const float *x = vectors;
@@ -446,10 +549,50 @@ INLINE void neon_int4(int height, int width, const struct matrix *m, int64_t row
         UNROLL for (int b = 0; b < width; b++) y[b * m->rows + row + r] = vaddvq_f32(sums[r][b]);
 }
 
+INLINE void neon_half(enum format format, int height, int width, const struct matrix *m, int64_t row,
+                      const void *vectors, float *y) {
+    const float *x = vectors;
+    const int pairs = (height + 1) / 2, size = weight_size(format);
+    const int32_t shifts[GROUP] = {0, -3, -6, -9, -12, -15, -18, -21};
+    struct cursor cursor = half_cursor(format, m, row);
+    float32x4_t sums[PAIRS][WIDEST_TILE][2], weights[2];
+    UNROLL for (int p = 0; p < pairs; p++)
+        UNROLL for (int b = 0; b < width; b++) sums[p][b][0] = sums[p][b][1] = vdupq_n_f32(0);
+    for (int64_t group = 0; group < half_groups(m); group++, x += GROUP * width) {
+        __builtin_prefetch(cursor.weights + NEAR_WEIGHTS, 0, 3);
+        __builtin_prefetch(cursor.bits + NEAR_PLACES, 0, 3);
+        UNROLL for (int p = 0; p < pairs; p++) {
+            const uint8_t *from = cursor.weights + p * GROUP * size;
+            if (is_int8(format)) neon_int8(vreinterpret_s8_u8(vld1_u8(from)), weights);
+            else neon_bf16(vreinterpretq_u16_u8(vld1q_u8(from)), weights);
+            uint32x4_t both = vdupq_n_u32(places_at(cursor.bits + p * PLACES));
+            UNROLL for (int r = 0; r < 2; r++) {
+                uint32x4_t places = vandq_u32(vshlq_u32(both, vld1q_s32(shifts + 4 * r)), vdupq_n_u32(7));
+                places = vmlaq_n_u32(vdupq_n_u32(0x03020100), places, 0x04040404); /* the four bytes of a float */
+                UNROLL for (int b = 0; b < width; b++) {
+                    const uint8_t *vector = (const uint8_t *)(x + GROUP * b);
+                    uint8x16x2_t all = {{vld1q_u8(vector), vld1q_u8(vector + 16)}};
+                    uint8x16_t chosen = vqtbl2q_u8(all, vreinterpretq_u8_u32(places));
+                    sums[p][b][r] = vfmaq_f32(sums[p][b][r], weights[r], vreinterpretq_f32_u8(chosen));
+                }
+            }
+        }
+        next_group(format, &cursor);
+    }
+    UNROLL for (int p = 0; p < pairs; p++)
+        UNROLL for (int b = 0; b < width; b++)
+            store_pair(format, m, y + b * m->rows, row + 2 * p, height, vaddvq_f32(sums[p][b][0]),
+                       vaddvq_f32(sums[p][b][1]));
+}
+
 INLINE void neon(enum format format, int height, int width, const struct matrix *m, int64_t row, const void *vectors,
                  float *y) {
     if (format == DENSE_INT4) {
         neon_int4(height, width, m, row, vectors, y);
+        return;
+    }
+    if (is_half(format)) {
+        neon_half(format, height, width, m, row, vectors, y);
         return;
     }
     const float *x = vectors;
@@ -508,7 +651,8 @@ struct tile {
     };
 
 #define ALL_FORMATS(level, with) \
-    {level##_DENSE_BF16, level##_PACKED_BF16, level##_DENSE_INT8, level##_PACKED_INT8, with##_DENSE_INT4}
+    {level##_DENSE_BF16, level##_PACKED_BF16, level##_DENSE_INT8, level##_PACKED_INT8,                            \
+     with##_DENSE_INT4,  with##_HALF_BF16,    with##_HALF_INT8}
 
 struct kernels {
     int lanes, widest, bf16_stride; /* stride 2: even and odd columns of two lane groups part */
@@ -517,6 +661,7 @@ struct kernels {
 
 static const struct tile portable_tile = {1, portable, portable};
 static const struct tile portable_int4_tile = {1, portable_int4, portable_int4};
+static const struct tile portable_half_tile = {1, portable_half, portable_half};
 
 #ifdef ON_X86
 TILES(AVX2_CODE, avx2, DENSE_BF16, 8, 4, 2)
@@ -524,6 +669,8 @@ TILES(AVX2_CODE, avx2, PACKED_BF16, 4, 4, 2)
 TILES(AVX2_CODE, avx2, DENSE_INT8, 8, 4, 2)
 TILES(AVX2_CODE, avx2, PACKED_INT8, 4, 4, 2)
 TILES(AVX2_CODE, avx2, DENSE_INT4, 4, 4, 2)
+TILES(AVX2_CODE, avx2, HALF_BF16, 8, 8, 4)
+TILES(AVX2_CODE, avx2, HALF_INT8, 8, 8, 4)
 TILES(AVX512_CODE, avx512, DENSE_BF16, 4, 4, 4)
 TILES(AVX512_CODE, avx512, PACKED_BF16, 4, 4, 4)
 TILES(AVX512_CODE, avx512, DENSE_INT8, 4, 4, 4)
@@ -535,14 +682,17 @@ TILES(NEON_CODE, neon, PACKED_BF16, 4, 4, 2)
 TILES(NEON_CODE, neon, DENSE_INT8, 4, 4, 2)
 TILES(NEON_CODE, neon, PACKED_INT8, 4, 4, 2)
 TILES(NEON_CODE, neon, DENSE_INT4, 4, 4, 2)
+TILES(NEON_CODE, neon, HALF_BF16, 8, 4, 4)
+TILES(NEON_CODE, neon, HALF_INT8, 8, 4, 4)
 #endif
 
 static const struct kernels kernels[LEVELS] = {
     [PORTABLE] = {PORTABLE_LANES, 1, 1,
-                  {&portable_tile, &portable_tile, &portable_tile, &portable_tile, &portable_int4_tile}},
+                  {&portable_tile, &portable_tile, &portable_tile, &portable_tile, &portable_int4_tile,
+                   &portable_half_tile, &portable_half_tile}},
 #ifdef ON_X86
     [AVX2] = {8, 4, 1, ALL_FORMATS(avx2, avx2)},
-    [AVX512] = {16, 4, 2, ALL_FORMATS(avx512, avx2)}, /* AVX2 is enough for int4 to wait for memory */
+    [AVX512] = {16, 4, 2, ALL_FORMATS(avx512, avx2)}, /* AVX2 is enough for int4 and halves to wait for memory */
 #endif
 #ifdef ON_ARM
     [NEON] = {8, 4, 1, ALL_FORMATS(neon, neon)},
@@ -558,14 +708,15 @@ static int64_t block_width(const struct kernels *k, int64_t vectors) {
 /* Order x as the tiles read it, lane groups of the vectors of a block in turn, and pad it with zeros to whole words. */
 static void pack_vectors(const struct kernels *k, const struct matrix *m, const float *x, int64_t batch,
                          float *packed) {
-    const int64_t groups = m->words * WORD / k->lanes, stride = is_bf16(m->format) ? k->bf16_stride : 1;
+    const int lanes = is_half(m->format) ? GROUP : k->lanes;
+    const int64_t groups = m->words * WORD / lanes, stride = is_bf16(m->format) ? k->bf16_stride : 1;
     for (int64_t done = 0, width; done < batch; done += width, packed += width * m->words * WORD) {
         width = block_width(k, batch - done);
         for (int64_t b = 0; b < width; b++, x += m->columns)
             for (int64_t group = 0; group < groups; group++) {
-                float *to = packed + (group * width + b) * k->lanes;
-                int64_t column = (group - group % stride) * k->lanes + group % stride;
-                for (int lane = 0; lane < k->lanes; lane++, column += stride)
+                float *to = packed + (group * width + b) * lanes;
+                int64_t column = (group - group % stride) * lanes + group % stride;
+                for (int lane = 0; lane < lanes; lane++, column += stride)
                     to[lane] = column < m->columns ? x[column] : 0;
             }
     }
@@ -688,7 +839,7 @@ EXPORT void secateurs_dense_bf16(int level, int threads, const uint16_t *w, cons
 EXPORT void secateurs_packed_bf16(int level, int threads, const uint64_t *bits, const uint16_t *values,
                                   const int64_t *starts, const float *x, float *y, int64_t batch, int64_t rows,
                                   int64_t d_in) {
-    struct matrix m = {PACKED_BF16, rows, d_in, 0, values, bits, starts, NULL, NULL};
+    struct matrix m = {PACKED_BF16, rows, d_in, 0, values, bits, starts, NULL, NULL, NULL};
     multiply(level, threads, m, x, y, batch);
 }
 
@@ -701,13 +852,26 @@ EXPORT void secateurs_dense_int8(int level, int threads, const int8_t *w, const 
 EXPORT void secateurs_packed_int8(int level, int threads, const uint64_t *bits, const int8_t *values,
                                   const int64_t *starts, const float *scale, const float *x, float *y, int64_t batch,
                                   int64_t rows, int64_t d_in) {
-    struct matrix m = {PACKED_INT8, rows, d_in, 0, values, bits, starts, scale, NULL};
+    struct matrix m = {PACKED_INT8, rows, d_in, 0, values, bits, starts, scale, NULL, NULL};
     multiply(level, threads, m, x, y, batch);
 }
 
 EXPORT void secateurs_dense_int4(int level, int threads, const uint8_t *w, const uint16_t *scales, const float *x,
                                  float *y, int64_t batch, int64_t rows, int64_t d_in) {
     struct matrix m = {.format = DENSE_INT4, .rows = rows, .columns = d_in, .weights = w, .scales = scales};
+    multiply(level, threads, m, x, y, batch);
+}
+
+EXPORT void secateurs_half_bf16(int level, int threads, const uint16_t *kept, const uint8_t *places, const float *x,
+                                float *y, int64_t batch, int64_t rows, int64_t d_in) {
+    struct matrix m = {.format = HALF_BF16, .rows = rows, .columns = d_in, .weights = kept, .places = places};
+    multiply(level, threads, m, x, y, batch);
+}
+
+EXPORT void secateurs_half_int8(int level, int threads, const int8_t *kept, const uint8_t *places, const float *scale,
+                                const float *x, float *y, int64_t batch, int64_t rows, int64_t d_in) {
+    struct matrix m = {
+        .format = HALF_INT8, .rows = rows, .columns = d_in, .weights = kept, .places = places, .scale = scale};
     multiply(level, threads, m, x, y, batch);
 }
 
@@ -730,20 +894,21 @@ INLINE void expand(enum format format, int threads, struct matrix m, float *out)
     }
 }
 
-EXPORT void secateurs_expand_bf16(int threads, const uint64_t *bits, const uint16_t *values, const int64_t *starts,
-                                  float *out, int64_t rows, int64_t d_in) {
-    struct matrix m = {PACKED_BF16, rows, d_in, 0, values, bits, starts, NULL, NULL};
+EXPORT void secateurs_expand_packed_bf16(int threads, const uint64_t *bits, const uint16_t *values,
+                                         const int64_t *starts, float *out, int64_t rows, int64_t d_in) {
+    struct matrix m = {PACKED_BF16, rows, d_in, 0, values, bits, starts, NULL, NULL, NULL};
     expand(PACKED_BF16, threads, m, out);
 }
 
-EXPORT void secateurs_expand_int8(int threads, const uint64_t *bits, const int8_t *values, const int64_t *starts,
-                                  const float *scale, float *out, int64_t rows, int64_t d_in) {
-    struct matrix m = {PACKED_INT8, rows, d_in, 0, values, bits, starts, scale, NULL};
+EXPORT void secateurs_expand_packed_int8(int threads, const uint64_t *bits, const int8_t *values,
+                                         const int64_t *starts, const float *scale, float *out, int64_t rows,
+                                         int64_t d_in) {
+    struct matrix m = {PACKED_INT8, rows, d_in, 0, values, bits, starts, scale, NULL, NULL};
     expand(PACKED_INT8, threads, m, out);
 }
 
-EXPORT void secateurs_expand_int4(int threads, const uint8_t *w, const uint16_t *scales, float *out, int64_t rows,
-                                  int64_t d_in) {
+EXPORT void secateurs_expand_dense_int4(int threads, const uint8_t *w, const uint16_t *scales, float *out,
+                                        int64_t rows, int64_t d_in) {
     const struct matrix m = {.rows = rows, .columns = d_in, .words = (d_in + WORD - 1) / WORD, .weights = w};
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -754,4 +919,36 @@ EXPORT void secateurs_expand_int4(int threads, const uint8_t *w, const uint16_t 
         for (int64_t j = 0; j < d_in; j++)
             out[row * d_in + j] = (float)int4_at(int4_row(&m, row) + j / WORD * (WORD / 2), (int)(j % WORD)) *
                                   from_bf16(scales + row * m.words + j / WORD);
+}
+
+INLINE void expand_half(enum format format, int threads, struct matrix m, float *out) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#else
+    (void)threads;
+#endif
+    for (int64_t row = 0; row < m.rows; row++) {
+        struct cursor cursor = half_cursor(format, &m, row);
+        float *weights = out + row * m.columns, scale = is_int8(format) ? m.scale[row] : 1;
+        memset(weights, 0, (size_t)m.columns * sizeof(float));
+        for (int64_t column = 0; column < m.columns; column += GROUP) {
+            for (int k = 0, place; k < KEPT; k++) {
+                float weight = half_weight(format, &cursor, row, k, &place) * scale;
+                if (column + place < m.columns) weights[column + place] += weight;
+            }
+            next_group(format, &cursor);
+        }
+    }
+}
+
+EXPORT void secateurs_expand_half_bf16(int threads, const uint16_t *kept, const uint8_t *places, float *out,
+                                       int64_t rows, int64_t d_in) {
+    struct matrix m = {.rows = rows, .columns = d_in, .weights = kept, .places = places};
+    expand_half(HALF_BF16, threads, m, out);
+}
+
+EXPORT void secateurs_expand_half_int8(int threads, const int8_t *kept, const uint8_t *places, const float *scale,
+                                       float *out, int64_t rows, int64_t d_in) {
+    struct matrix m = {.rows = rows, .columns = d_in, .weights = kept, .places = places, .scale = scale};
+    expand_half(HALF_INT8, threads, m, out);
 }
