@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
+from secateurs.kernels import library
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -64,6 +66,15 @@ def test_problems_hold_weights_and_three_grams_that_share_no_question(tmp_path, 
     assert sum(parts.values()) == sum(len(t["prompt_ids"]) + len(t["completion_ids"]) - 1 for t in traces)
     text = script("solvers.py", out, "--patterns", 0.5, "--solvers", "admm", "--threads", 1)
     assert text.startswith("1 matrices, scope layer") and "| 0.5 | admm |" in text
+
+
+@pytest.mark.skipif(library() is None, reason="installed without a C compiler: no kernels to time")
+def test_kernels_of_every_layout_are_timed_side_by_side(script):
+    words = ["--shape", "2048x2048", "--threads", 1, "--batch", "1,3", "--rounds", 1]
+    rows = [line.split("│")[1:-1] for line in script("cpu_kernel.py", *words).splitlines() if "2048x2048" in line]
+    assert [row[2].strip() for row in rows] == ["1", "3"]
+    for row in rows:
+        assert all(float(cell.split()[0]) > 0 for cell in row[3:11]) and row[11].endswith(" int8 ")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Packed matrices and models: the same bits as dense kernels, the same answers as the model that was packed."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -295,6 +296,23 @@ def test_masks_are_the_ones_that_were_pruned(tmp_path):
             assert mask_hash(bits.dense()) == mask_hash(weight)
 
 
+@compiled
+def test_a_copy_of_a_packed_model_has_weights_of_its_own(tmp_path):
+    pruned("qwen2", tmp_path / "dense")
+    pack(str(tmp_path / "dense"), tmp_path / "packed")
+    model = load_packed(tmp_path / "packed")
+    ids = torch.arange(3, 10)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        copied = deepcopy(model)
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                for tensor in module.matrix.tensors.values():
+                    tensor.zero_()
+        assert torch.equal(copied(input_ids=ids).logits, wanted)
+        assert not torch.equal(model(input_ids=ids).logits, wanted)
+
+
 def test_without_kernels_the_answers_are_the_same(tmp_path, monkeypatch):
     dense = pruned("qwen2", tmp_path / "dense")
     pack(str(tmp_path / "dense"), tmp_path / "packed")
@@ -305,7 +323,7 @@ def test_without_kernels_the_answers_are_the_same(tmp_path, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match="installed without its compiled kernels"):
-        kernels.multiply("dense_bf16", (), torch.zeros(1, 1), 1)
+        kernels.Product("dense_bf16", (), 1)
 
 
 def test_damage_is_one_sentence(tmp_path):

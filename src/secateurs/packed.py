@@ -7,6 +7,7 @@ bfloat16, as int8 with a scale for each row, or (dense only) as int4 with a scal
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -154,10 +155,14 @@ class PackedMatrix:
         """The matrix on another device."""
         return replace(self, tensors={part: tensor.to(device) for part, tensor in self.tensors.items()})
 
+    @cached_property
+    def _product(self) -> kernels.Product:
+        return kernels.Product(self.format, self._weights, self.rows)
+
     def multiply(self, x: Float[Tensor, "batch d_in"], **options: int) -> Float[Tensor, "batch rows"]:
-        """x W^T by a compiled kernel, in x's type: see `kernels.multiply`, which takes float32, and `kernels.gpu`."""
+        """x W^T by a compiled kernel, in x's type: see `kernels.Product`, which takes float32, and `kernels.gpu`."""
         if x.device.type == "cpu":
-            return kernels.multiply(self.format, self._weights, x, self.rows, **options)
+            return self._product(x, **options)
         if self.format == "dense_bf16":
             return nn.functional.linear(x, self.tensors["weight"].to(x.dtype))
         if self.kind == "int4" or self.layout == "half":
@@ -270,7 +275,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
-        out = self.matrix.multiply(flat) if len(flat) <= FEW else flat @ self.matrix.dense().to(x.dtype).T
+        out = self.matrix.multiply(flat) if flat.shape[0] <= FEW else flat @ self.matrix.dense().to(x.dtype).T
         out = out if self.bias is None else out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
 

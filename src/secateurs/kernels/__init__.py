@@ -83,37 +83,44 @@ def level_name(level: int) -> str:
     return _loaded().secateurs_level_name(level).decode()
 
 
-def multiply(
-    name: str,
-    weights: tuple[Tensor, ...],
-    x: Float32[Tensor, "batch d_in"],
-    rows: int,
-    *,
-    level: int | None = None,
-    threads: int | None = None,
-) -> Float32[Tensor, "batch rows"]:
+class Product:
     """x W^T for a matrix of `rows` rows in the format `name`: `weights` are its tensors in the order of packed.c.
 
-    Each result is the same whatever the batch and the threads; of a packed format, the same bits as of the dense one
-    with the same weights. RuntimeError without a library.
+    What does not change from one product to the next is looked up once: a small one takes no longer than that.
+    RuntimeError without a library.
     """
-    found = _loaded()
-    x = x.contiguous()
-    batch, d_in = x.shape
-    if threads is None:
-        threads = 1 if batch * rows * d_in < ALONE_BELOW else torch.get_num_threads()
-    out = torch.empty(batch, rows, dtype=torch.float32)
-    getattr(found, f"secateurs_{name}")(
-        best_level() if level is None else level,
-        threads,
-        *(tensor.data_ptr() for tensor in weights),
-        x.data_ptr(),
-        out.data_ptr(),
-        batch,
-        rows,
-        d_in,
-    )
-    return out
+
+    def __init__(self, name: str, weights: tuple[Tensor, ...], rows: int) -> None:
+        self._function = getattr(_loaded(), f"secateurs_{name}")
+        self._name, self._weights, self._rows = name, weights, rows  # pointers alone would not hold the weights
+        self._pointers = [tensor.data_ptr() for tensor in weights]
+        self._level = best_level()
+
+    def __reduce__(self) -> tuple[type["Product"], tuple[str, tuple[Tensor, ...], int]]:
+        """A copy has its own weights, and points to those."""
+        return Product, (self._name, self._weights, self._rows)
+
+    def __call__(
+        self, x: Float32[Tensor, "batch d_in"], *, level: int | None = None, threads: int | None = None
+    ) -> Float32[Tensor, "batch rows"]:
+        """Each result is the same whatever the batch and the threads; of a packed format, the same bits as of the dense
+        one with the same weights."""
+        x = x.contiguous()
+        batch, d_in = x.shape
+        if threads is None:
+            threads = 1 if batch * self._rows * d_in < ALONE_BELOW else torch.get_num_threads()
+        out = torch.empty(batch, self._rows, dtype=torch.float32)
+        self._function(
+            self._level if level is None else level,
+            threads,
+            *self._pointers,
+            x.data_ptr(),
+            out.data_ptr(),
+            batch,
+            self._rows,
+            d_in,
+        )
+        return out
 
 
 def expand(name: str, weights: tuple[Tensor, ...], rows: int, d_in: int) -> Float32[Tensor, "rows d_in"]:

@@ -55,7 +55,7 @@ def _product(
 
 
 def multiply(name: str, weights: tuple[Tensor, ...], x: Float[Tensor, "batch d_in"], rows: int) -> Tensor:
-    """x W^T [batch, rows] in x's type, summed in float32, for a matrix in the format `name`; see `kernels.multiply`."""
+    """x W^T [batch, rows] in x's type, summed in float32, for a matrix in the format `name`; see `kernels.Product`."""
     batch, d_in = x.shape
     packed, scaled = name.startswith("packed"), name.endswith("int8")
     bits, values, starts = weights[:3] if packed else (weights[0],) * 3  # what is not packed reads only the second
