@@ -64,9 +64,9 @@ class Meter:
 
 def prepare(model: str, out: Path, tokens: int) -> None:
     """Token ids for everyone."""
+    from secateurs.corpus import corpus_texts
     from secateurs.models import load_tokenizer
     from secateurs.recipe import parse_recipe
-    from secateurs.run import corpus_texts
 
     tokenizer, ids = load_tokenizer(model), []
     for text in corpus_texts(parse_recipe({"model": model}, "benchmark"), 0):

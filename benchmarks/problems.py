@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from secateurs import run
+from secateurs import ask
 from secateurs.calibration import Document, batches, trace_document
+from secateurs.dense import Dense
 from secateurs.layer import Gram, LayerProblem
 from secateurs.models import decoder, decoder_blocks, linears
 from secateurs.patterns import Pattern
@@ -80,8 +81,8 @@ def main() -> None:
     parser.add_argument("--matrices", default="q_proj,o_proj,gate_proj,down_proj")
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, options.set)
-    dense = run.Dense(recipe)
-    traced = run.trace(recipe, options.out.with_suffix(""), recipe.seed, dense, lambda *done: print(*done, flush=True))
+    dense = Dense(recipe)
+    traced = ask.trace(recipe, options.out.with_suffix(""), recipe.seed, dense, lambda *done: print(*done, flush=True))
     print(traced.summary)
     parts = split(
         [trace_document(trace) for trace in (*traced.held_out, *traced.traces)], recipe.calibration.held_out_tokens

@@ -1,7 +1,8 @@
 """What of a trace calibrates, and what judges."""
 
-from secateurs import run
+from secateurs import ask, cell
 from secateurs.calibration import CODES, trace_document
+from secateurs.dense import Dense
 from secateurs.recipe import load_recipe
 from secateurs.report import TraceSummary
 from secateurs.traces import Trace
@@ -28,7 +29,7 @@ def test_the_first_tokens_calibrate_and_whole_traces_judge():
     summary = TraceSummary(traces=9, tokens=0, by_region={}, pass_at_1=None, mean_think_tokens=0.0, truncated=0.0,
                            dropped={}, seconds=0.0)  # fmt: skip
     traces = tuple(map(trace, range(9)))
-    found = run.calibration_set(recipe, 0, run.Traced(traces[:2], traces[2:], summary, ""), run.Dense(recipe))
+    found = cell.calibration_set(recipe, 0, ask.Traced(traces[:2], traces[2:], summary, ""), Dense(recipe))
     assert [len(d.ids) for d in found.held_out] == [42, 42] and [len(d.ids) for d in found.documents] == [11] * 5
 
 
@@ -38,8 +39,8 @@ def test_filters_choose_what_calibrates_and_not_what_judges(tmp_path):
     sets += ["traces.sampling.max_new_tokens=160"]
     plain = load_recipe("demo", sets)
     picky = load_recipe("demo", [*sets, "traces.filters={finished=true, max_tokens=150}"])
-    dense = run.Dense(plain)
-    whole, chosen = run.trace(plain, tmp_path, 0, dense), run.trace(picky, tmp_path, 0, dense)
+    dense = Dense(plain)
+    whole, chosen = ask.trace(plain, tmp_path, 0, dense), ask.trace(picky, tmp_path, 0, dense)
     assert whole.held_out == chosen.held_out and any(t.finish == "length" for t in whole.held_out)
     assert all(t.finish == "eos" for t in chosen.traces) and any(t.finish == "length" for t in whole.traces)
     assert not {t.question_id for t in whole.held_out} & {t.question_id for t in (*whole.traces, *chosen.traces)}

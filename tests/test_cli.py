@@ -19,8 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 from completions_server import CompletionsServer
-from secateurs import cli, evaluate, run
+from secateurs import ask, cli, evaluate
+from secateurs.dense import Dense
 from secateurs.export import PROBE_FILE
+from secateurs.parallel import silent
 from secateurs.ranks import Ranks
 from secateurs.recipe import load_recipe
 from secateurs.traces import TraceStore, read_traces
@@ -184,16 +186,16 @@ def test_processes_of_torchrun_work_together_and_a_dead_one_loses_nothing(finish
 
 def test_shares_that_a_killed_run_of_several_processes_left_are_not_asked_again(finished, tmp_path, monkeypatch):
     recipe = load_recipe("demo", SMALL)
-    dense, (sealed,) = run.Dense(recipe), (finished / "traces").iterdir()
+    dense, (sealed,) = Dense(recipe), (finished / "traces").iterdir()
     parts = tmp_path / "traces" / f".{sealed.name}.parts"
     for which in (0, 1):
-        run._share_of_traces(recipe, 0, parts / f"{which + 1}-of-2" / "traces", dense, (which, 2), lambda *args: None)
+        ask._share_of_traces(recipe, 0, parts / f"{which + 1}-of-2" / "traces", dense, (which, 2), lambda *args: None)
     with (parts / "2-of-2" / "traces" / sealed.name / "active.jsonl").open("ab") as journal:
         journal.write(b'{"torn')
     answered = {trace.key for part in parts.glob("*/traces/*") for trace in read_traces(part)}
     assert len(answered) > 5
     asked = []
-    engine = run.trace_engine
+    engine = ask.trace_engine
 
     class Counted:
         def generate(self, requests, sampling):
@@ -201,8 +203,8 @@ def test_shares_that_a_killed_run_of_several_processes_left_are_not_asked_again(
                 asked.append((request.question_id, request.sample))
                 yield from engine(recipe, dense).generate([request], sampling)
 
-    monkeypatch.setattr(run, "trace_engine", lambda recipe, dense: Counted())
-    traced = run.trace(recipe, tmp_path, 0, dense)
+    monkeypatch.setattr(ask, "trace_engine", lambda recipe, dense: Counted())
+    traced = ask.trace(recipe, tmp_path, 0, dense)
     assert [*traced.held_out, *traced.traces] == read_traces(sealed, sealed_only=True)
     assert not answered & set(asked) and not parts.exists()
 
@@ -214,9 +216,9 @@ def test_what_is_complete_is_asked_of_nobody_and_time_is_counted_once(finished, 
 
     recipe, (sealed,) = load_recipe("demo", SMALL), (finished / "traces").iterdir()
     shutil.copytree(finished, tmp_path / "out")
-    dense = run.Dense(recipe, Deaf(0, 2))
-    traced = run.trace(recipe, tmp_path / "out", 0, dense)
-    run.answer(recipe, tmp_path / "out" / "dense", None, "dense", 0, dense, "evaluate", lambda *args: None)
+    dense = Dense(recipe, Deaf(0, 2))
+    traced = ask.trace(recipe, tmp_path / "out", 0, dense)
+    ask.answer(recipe, tmp_path / "out" / "dense", None, "dense", 0, dense, "evaluate", lambda *args: None)
     assert [*traced.held_out, *traced.traces] == read_traces(sealed, sealed_only=True)
     before = json.loads((sealed / "timing.json").read_text())["seconds"]
     whole = tmp_path / "out" / "traces" / sealed.name
@@ -224,8 +226,8 @@ def test_what_is_complete_is_asked_of_nobody_and_time_is_counted_once(finished, 
         ranks = SimpleNamespace(
             index=number, count=2, first=False, gather=lambda value: [value], together=lambda work: work()
         )
-        run._answer_share(lambda *args: None, whole, SimpleNamespace(ranks=ranks, forget=lambda: None), run.silent)
-    run._gather_parts(whole)
+        ask._answer_share(lambda *args: None, whole, SimpleNamespace(ranks=ranks, forget=lambda: None), silent)
+    ask._gather_parts(whole)
     assert json.loads((whole / "timing.json").read_text())["seconds"] == before
 
 
@@ -263,7 +265,7 @@ class InterruptedWhileWriting(io.RawIOBase):
 def test_ctrl_c_in_the_middle_of_a_line_of_progress_is_no_error(tmp_path, monkeypatch):
     terminal = InterruptedWhileWriting()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(terminal), line_buffering=True))
-    monkeypatch.setattr(run, "trace", lambda *_, **__: print("a line of progress", file=sys.stderr))
+    monkeypatch.setattr(ask, "trace", lambda *_, **__: print("a line of progress", file=sys.stderr))
     assert call(monkeypatch, *arguments("trace", "demo", "--out", str(tmp_path / "out"))) == 130
     assert terminal.text.decode().splitlines()[-1] == "interrupted; run the same command again to go on"
 
@@ -291,7 +293,7 @@ def test_an_error_on_the_way_out_of_ctrl_c_is_none(tmp_path, monkeypatch, capsys
         finally:
             raise RuntimeError("closed while it ran")
 
-    monkeypatch.setattr(run, "trace", interrupted)
+    monkeypatch.setattr(ask, "trace", interrupted)
     assert call(monkeypatch, *arguments("trace", "demo", "--out", str(tmp_path / "out"))) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted; run the same command again to go on"
 
@@ -306,7 +308,7 @@ def test_what_ends_a_run_while_seconds_are_written_stores_nothing_twice(tmp_path
     monkeypatch.setattr(TraceStore, "add_seconds", ended)
     recipe = load_recipe("demo", SMALL)
     with pytest.raises(Ended):
-        run.trace(recipe, tmp_path / "out", 0, run.Dense(recipe))
+        ask.trace(recipe, tmp_path / "out", 0, Dense(recipe))
     (store,) = (tmp_path / "out" / "traces").iterdir()
     assert read_traces(store)
 

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from completions_server import FAULTS, CompletionsServer, answer_to
 from families import damaged
-from secateurs import cli, run
+from secateurs import ask, cli
+from secateurs.dense import Dense
 from secateurs.engines import Request, Sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.engines.openai import OpenAI
@@ -82,7 +83,7 @@ def test_every_kind_of_wrong_answer_is_asked_again(fault):
 
 
 def test_two_thousand_requests_with_a_fifth_of_faults_are_stored_once_and_right(tmp_path):
-    """Over run.sample, a store and two servers, one of which restarts in the middle; the store is opened twice."""
+    """Over ask.sample, a store and two servers, one of which restarts in the middle; the store is opened twice."""
     quick = [fault for fault in FAULTS if fault not in ("slow", "endless")]
 
     def faults(server):
@@ -106,7 +107,7 @@ def test_two_thousand_requests_with_a_fifth_of_faults_are_stored_once_and_right(
 
                 if stop == 2000:
                     one.restart(0.3)
-                run.sample(store, asked, lambda: servers, TOKENIZER, questions, SAMPLING, 0, 50, enough)
+                ask.sample(store, asked, lambda: servers, TOKENIZER, questions, SAMPLING, 0, 50, enough)
         with TraceStore(tmp_path / "store", {}) as store:
             assert len(store) == 2000
             for question in wanted:
@@ -207,7 +208,7 @@ def traced(server, folder, tokens=400, at_once=64, **engine_options):
             "calibration": {"num_tokens": tokens, "held_out_tokens": tokens // 4},
         }
     )
-    return run.trace(recipe, folder, 0, run.Dense(recipe))
+    return ask.trace(recipe, folder, 0, Dense(recipe))
 
 
 def test_a_run_traces_on_a_server_as_in_process_and_goes_on_where_it_stopped(tmp_path):
@@ -316,7 +317,7 @@ def test_two_machines_trace_a_half_each_and_a_run_on_the_merged_store_asks_no_mo
 def test_mistakes_in_the_table_teach(options, lesson, tmp_path):
     with pytest.raises(ValueError, match=lesson):
         recipe = load_recipe("demo", [f"traces.engine={toml(options)}"])
-        run.trace_engine(recipe, run.Dense(recipe))
+        ask.trace_engine(recipe, Dense(recipe))
 
 
 def chats(count):

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from secateurs import run
+from secateurs import corpus
+from secateurs.dense import Dense
 from secateurs.questions import question_set
 from secateurs.recipe import load_recipe
 from secateurs.rows import read_rows
@@ -72,11 +73,11 @@ def test_questions_and_a_corpus_come_from_the_hub_and_its_texts_are_in_the_key(h
     found = list(questions.questions("eval", 0))
     assert sorted(q.prompt for q in found) == sorted(row["problem"] for row in ROWS)
     recipe = load_recipe("demo", ['calibration.corpus="hub:owner/name"'])
-    assert sorted(run.corpus_texts(recipe, 0)) == sorted(row["text"] for row in ROWS)
-    before = run.Dense(recipe).corpus_hash
-    assert run.Dense(recipe).corpus_hash == before
+    assert sorted(corpus.corpus_texts(recipe, 0)) == sorted(row["text"] for row in ROWS)
+    before = Dense(recipe).corpus_hash
+    assert Dense(recipe).corpus_hash == before
     monkeypatch.setitem(ROWS[7], "text", "Changed.")
-    assert run.Dense(recipe).corpus_hash != before
+    assert Dense(recipe).corpus_hash != before
 
 
 def test_the_library_itself_reads_a_folder(tmp_path):

@@ -21,8 +21,12 @@ ORDER = [
     {"report", "masks", "packed"},
     {"page"},
     {"recipe", "gains"},
-    {"run"},
-    {"study", "bench"},
+    {"corpus"},
+    {"dense"},
+    {"ask"},
+    {"cell", "bench"},
+    {"preview"},
+    {"study"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -6,7 +6,8 @@ import json
 import pandas as pd
 import pytest
 
-from secateurs import run
+from secateurs import ask, cell, corpus, preview
+from secateurs.dense import Dense
 from secateurs.questions.jsonl import Jsonl
 from secateurs.recipe import load_recipe
 from secateurs.rows import read_rows
@@ -31,9 +32,9 @@ def test_every_kind_of_file_gives_its_rows_with_their_places(files, name):
     assert [" ".join(row["text"].split()) for _, row in found] == [row["text"].strip() for row in ROWS]
     assert found[1][0] == f"{files / name}" + {"a.csv": ":3", "a.parquet": ", row 2", "a.txt": ":6"}.get(name, ":2")
     recipe = load_recipe("demo", [f'calibration.corpus="{files / name}"'])
-    texts = list(run.corpus_texts(recipe, 0))
+    texts = list(corpus.corpus_texts(recipe, 0))
     assert sorted(" ".join(t.split()) for t in texts) == sorted(row["text"].strip() for row in ROWS)
-    assert texts != list(run.corpus_texts(recipe, 1)) and texts == list(run.corpus_texts(recipe, 0))
+    assert texts != list(corpus.corpus_texts(recipe, 1)) and texts == list(corpus.corpus_texts(recipe, 0))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_what_is_wrong_with_a_corpus_is_said_before_anything_runs(tmp_path, name
     (tmp_path / name).write_bytes(content)
     recipe = load_recipe("demo", [f'calibration.corpus="{tmp_path / name}"'])
     with pytest.raises(ValueError, match=lesson):
-        run.plan_check(recipe, run.Dense(recipe))
+        preview.plan_check(recipe, Dense(recipe))
 
 
 def test_a_corpus_calibrates_in_pieces_and_its_content_is_in_the_key(files):
@@ -67,15 +68,15 @@ def test_a_corpus_calibrates_in_pieces_and_its_content_is_in_the_key(files):
             "demo",
             [*options, "calibration.arm=corpus", "calibration.num_tokens=500", "calibration.held_out_tokens=100"],
         )
-        traced = run.Traced((), (), None, "")
-        return recipe, run.calibration_set(recipe, 0, traced, run.Dense(recipe)).documents
+        traced = ask.Traced((), (), None, "")
+        return recipe, cell.calibration_set(recipe, 0, traced, Dense(recipe)).documents
 
     recipe, small = documents(16)
     assert max(len(d.ids) for d in small) == 16 and 500 <= sum(len(d.ids) for d in small) < 516
     assert max(len(d.ids) for d in documents(2048)[1]) > 16
-    before = run.Dense(recipe).corpus_hash
+    before = Dense(recipe).corpus_hash
     (files / "a.jsonl").write_text(json.dumps({"text": "other"}))
-    assert run.Dense(recipe).corpus_hash != before
+    assert Dense(recipe).corpus_hash != before
 
 
 def test_questions_come_from_parquet_too(files):

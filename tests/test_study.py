@@ -59,7 +59,7 @@ def test_everything_at_once_meets_the_same_budget_and_is_measured_once(tmp_path,
     assert all(layer["block_error"][1] <= layer["block_error"][0] for layer in layers)
     (survey,) = (tmp_path / "out" / "surveys").iterdir()
     before = survey.stat().st_mtime_ns
-    monkeypatch.setattr("secateurs.run.survey", None)  # nothing is measured again
+    monkeypatch.setattr("secateurs.cell.survey", None)  # nothing is measured again
     assert call(monkeypatch, *words, "--set", "prune.allocator={name='atp', step=0.01}") == 0
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 2
     assert survey.stat().st_mtime_ns == before

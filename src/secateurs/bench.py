@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from secateurs import kernels
+from secateurs.ask import request_for, trace_of
 from secateurs.engines import default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.models import load_model, load_tokenizer
@@ -29,7 +30,6 @@ from secateurs.packed import RECORD, PackedEmbedding, PackedLinear, load_packed
 from secateurs.page import templates
 from secateurs.parallel import MISTAKES, portable, settle, start
 from secateurs.recipe import Recipe, build_questions
-from secateurs.run import request_for, trace_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -62,7 +62,7 @@ def _bars(lines: int = 1) -> Iterator[Bars]:
 
 
 def _plan(dense: Any, as_json: bool) -> None:
-    from secateurs.run import estimate, plan_check
+    from secateurs.preview import estimate, plan_check
 
     plan = plan_check(dense.recipe, dense)
     times = estimate(dense.recipe, dense, plan)
@@ -96,9 +96,9 @@ def _show(report: Any, out: Path, as_json: bool) -> None:
 
 def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: bool, jobs: int | None = 1) -> None:
     from secateurs import page
+    from secateurs.dense import Dense, follow
     from secateurs.ranks import joined
     from secateurs.recipe import load_recipe
-    from secateurs.run import Dense, follow
     from secateurs.study import reload, study
 
     recipe = load_recipe(name, overrides)
@@ -172,10 +172,10 @@ def trace(
     shard: Annotated[str, typer.Option(help="Which of how many machines this is, as in 2/4.")] = "1/1",
 ) -> None:
     """Only sample the dense model's chains of thought. With --shard 2/4, the second quarter of them: see `merge`."""
+    from secateurs.ask import trace as stage
+    from secateurs.dense import Dense, follow
     from secateurs.ranks import joined
     from secateurs.recipe import load_recipe
-    from secateurs.run import Dense, follow
-    from secateurs.run import trace as stage
 
     loaded = load_recipe(recipe, overrides)
     part = _shard(shard)

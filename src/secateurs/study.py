@@ -15,11 +15,16 @@ import torch
 
 from secateurs import evaluate
 from secateurs.artifacts import canonical_hash
+from secateurs.ask import Answers, Traced, answer, trace
 from secateurs.calibration import batches, region_weights, trace_document
+from secateurs.cell import Case, Pruned, prune, solve_alike
+from secateurs.corpus import corpus_texts
 from secateurs.cuts import Cut
+from secateurs.dense import Dense
 from secateurs.export import verify
 from secateurs.leaks import overlap
 from secateurs.parallel import Progress, Task, run_tasks, silent
+from secateurs.preview import plan_check
 from secateurs.prompts import render
 from secateurs.ranks import ALONE, Ranks
 from secateurs.recipe import Recipe, build_pattern, build_questions
@@ -35,26 +40,14 @@ from secateurs.report import (
     merge_traces,
     summarise,
 )
-from secateurs.run import (
-    Answers,
-    Dense,
-    Pruned,
-    Traced,
-    answer,
-    corpus_texts,
-    plan_check,
-    prune,
-    solve_alike,
-    trace,
-)
 
 
 def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1, ranks: Ranks = ALONE) -> Report:
     """Every stage, for every seed and every cell of the recipe's grid; then the report, built but not written.
 
     `jobs` processes share the work: first the seeds (traces, and the dense model's answers), then the cells. Or there
-    is one job, and other processes (`ranks`) that `run.follow`, to prune with it. What is on disk is not done again, so
-    a study that was stopped goes on. ValueError if `jobs` is below 1, or above with other ranks.
+    is one job, and other processes (`ranks`) that `dense.follow`, to prune with it. What is on disk is not done again,
+    so a study that was stopped goes on. ValueError if `jobs` is below 1, or above with other ranks.
     """
     if jobs < 1 or (jobs > 1 and ranks.count > 1):
         raise ValueError(f"--jobs is {jobs}; it must be {'1 or more' if jobs < 1 else '1 under torchrun'}")
@@ -179,10 +172,10 @@ def _do_cells(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe],
     """Prune, export and evaluate some cells of a seed."""
     out, dense, progress = bench.out, bench.dense, bench.progress
     if len(cells) > 1:
-        solve_alike(cells, out, seed, traced, dense, progress)
+        solve_alike([Case(recipe, out, seed, traced, dense) for recipe in cells], progress)
     done = []
     for number, recipe in enumerate(cells, start=first):
-        pruned = prune(recipe, out, seed, traced, dense, partial(bench.reference, traced), progress)
+        pruned = prune(Case(recipe, out, seed, traced, dense), partial(bench.reference, traced), progress)
         answers = None
         if recipe.evaluate.num_questions:
             pattern = build_pattern(recipe.prune.pattern)

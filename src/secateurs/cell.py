@@ -1,0 +1,477 @@
+"""The stage that prunes: one cell of the grid, from traces to an exported model.
+
+    out/surveys/KEY.json     what an allocator or a cut wanted to know of the dense model
+    out/cells/NAME-KEY/      one pruned model: model/, answers/, prune.json; until it is done blocks/, to go on from;
+                             for a narrower stream directions and lift, and until it is done projected/
+
+KEY is the hash of everything that can change what is in the folder, as in `ask`.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from secateurs import evaluate, pruner
+from secateurs.allocators import Layer
+from secateurs.artifacts import (
+    atomic_write,
+    canonical_hash,
+    read_json,
+    write_json,
+)
+from secateurs.ask import Traced
+from secateurs.calibration import (
+    CalibrationSet,
+    Document,
+    batches,
+    plain_document,
+    region_weights,
+    take,
+    trace_document,
+)
+from secateurs.checkpoint import Checkpoint
+from secateurs.collect import Opened
+from secateurs.corpus import corpus_documents
+from secateurs.cuts import Cut, Depth, FewerExperts, Hidden, Width
+from secateurs.dense import Dense
+from secateurs.experts import ExpertScore, Verdict, drop_experts, keeping
+from secateurs.export import export, rename_probe
+from secateurs.models import Matrix
+from secateurs.narrow import Narrowed, Narrowing, narrow
+from secateurs.parallel import Progress, silent
+from secateurs.patterns import Pattern, Unstructured
+from secateurs.planner import Needs, Shelf, Where, choose, needs
+from secateurs.prompts import render
+from secateurs.recipe import (
+    Arm,
+    Recipe,
+    build_allocator,
+    build_pattern,
+    build_questions,
+    build_solver,
+    build_tune,
+    solver_label,
+)
+from secateurs.solvers.masking import Masking
+from secateurs.survey import blocks_to_drop, loss_roots, survey
+from secateurs.trim import ExpertTrimmer, Smaller, StreamTrimmer, Trimmer
+
+
+def calibration_set(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> CalibrationSet:
+    """The documents of the recipe's arm, all arms with the same token budget and the same held-out traces.
+
+    Prompts come from the traces' own question stream, distinct and never a held-out one; a corpus comes in the pieces
+    it is stored in. A mixture with a corpus gives it half of the budget.
+    """
+    weights = region_weights(recipe.calibration.arm)
+    budget = recipe.calibration.num_tokens
+    documents: list[Document] = []
+    if weights.get("corpus"):
+        share, documents = corpus_documents(recipe, seed, dense.tokenizer)
+        budget -= share
+    if weights.get("think") or weights.get("answer"):
+        pool = (trace_document(t, recipe.calibration.first_tokens) for t in traced.traces)
+        documents += take(pool, budget, weights, "traces")
+    elif weights.get("prompt"):
+        held_ids = {t.question_id for t in traced.held_out}
+        questions = build_questions(recipe.traces.questions)
+        fresh = (q for q in questions.questions("calibration", seed) if q.id not in held_ids)
+        prompts = (plain_document(render(dense.tokenizer, questions.format, q), "prompt") for q in fresh)
+        documents += take(prompts, budget, weights, "prompts")
+    return CalibrationSet(tuple(documents), tuple(map(trace_document, traced.held_out)), weights)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """One pruned model on disk and what is known about it."""
+
+    folder: Path
+    arm: str
+    pattern: str
+    sparsity: float
+    solver: str
+    seed: int
+    calibration_tokens: int
+    layers: list[dict[str, Any]]
+    hidden_error: dict[str, Any]
+    seconds: dict[str, float]
+
+
+def arm_label(arm: Arm) -> str:
+    """An arm's name, or a mixture spelled out."""
+    return arm if isinstance(arm, str) else "+".join(f"{weight:g}{region}" for region, weight in arm.items() if weight)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cell of the grid before it is pruned: a recipe without a sweep, a seed, and what they start from."""
+
+    recipe: Recipe
+    out: Path
+    seed: int
+    traced: Traced
+    dense: Dense
+
+    @property
+    def label(self) -> str:
+        """Its arm."""
+        return arm_label(self.recipe.calibration.arm)
+
+    @property
+    def calibrated_on(self) -> dict[str, Any]:
+        """For a key: the model, and every token that it is calibrated and judged on, and how exactly."""
+        filters, dense = self.recipe.traces.filters, self.dense
+        return {
+            **dense.computed, "traces": self.traced.key, "filters": {"of calibration": filters} if filters else {},
+            "calibration": self.recipe.calibration.model_dump(), "seed": self.seed, **dense.key,
+            "corpus": dense.corpus_hash,
+        }  # fmt: skip
+
+    @property
+    def folder(self) -> Path:
+        """Where its model, blocks and answers are kept."""
+        table = self.recipe.prune
+        built = build_pattern(table.pattern)
+        resolved = [  # defaults may change
+            repr(build_solver(table.solver)), repr(build_allocator(table.allocator)),
+            *([repr(built)] if isinstance(built, Cut) else []),
+        ]  # fmt: skip
+        key = canonical_hash({**self.calibrated_on, "prune": table.model_dump(), "resolved": resolved})[:12]
+        pattern = str(built).replace("%", "pct").replace(":", "of").replace(" ", "-")
+        return self.out / "cells" / f"{self.label}-{pattern}-s{self.seed}-{key}"
+
+    def survey(self, suffix: str, **wanted: Any) -> Path:
+        """Where something that is wanted to know of the dense model is kept."""
+        return self.out / "surveys" / f"{canonical_hash({**self.calibrated_on, **wanted})[:12]}{suffix}"
+
+
+def solve_alike(cases: Sequence[Case], progress: Progress = silent) -> None:
+    """Solve the blocks of several cells on the same Grams, where `prune` finds them.
+
+    The cases differ in pattern and solver only, and their layers see what they see in the dense model.
+    """
+    folders = {case.folder: case for case in cases}
+    missing = {folder: case for folder, case in folders.items() if not (folder / "prune.json").exists()}
+    if len(missing) < 2:
+        return
+    first = cases[0]
+    calibration = calibration_set(first.recipe, first.seed, first.traced, first.dense)
+    plans = {}
+    for folder, case in missing.items():
+        patterns = allocate(case, calibration, progress)
+        plans[folder / "blocks"] = replace(plan_of(case.recipe, case.dense), patterns=patterns)
+    stage = f"prune {first.label}, {len(missing)} models at once"
+    where = _where(first.recipe, calibration, first.dense)
+    batch_tokens = first.recipe.calibration.batch_tokens
+    first.dense.together(partial(_solve, calibration, plans, batch_tokens, where, first.out, stage), progress)
+
+
+def prune(case: Case, reference: Callable[[], evaluate.Reference], progress: Progress = silent) -> Pruned:
+    """Prune one cell and export it; a finished cell is read back, an unfinished one goes on after its last block."""
+    recipe, dense, folder = case.recipe, case.dense, case.folder
+    pattern_spec = recipe.prune.pattern
+    record = folder / "prune.json"
+    if record.exists() and (folder / "model" / "secateurs.json").exists():
+        _forget_the_way(folder)  # if it was killed before it could
+        rename_probe(folder / "model")
+        data: dict[str, Any] = read_json(record)
+        return Pruned(folder, **data)
+    states = reference()
+    clock = time.perf_counter()
+    calibration = calibration_set(recipe, case.seed, case.traced, dense)
+    seconds = {"calibrate": time.perf_counter() - clock}
+    clock = time.perf_counter()
+    pattern = build_pattern(pattern_spec)
+    stage = f"prune {case.label} {pattern}"
+    if isinstance(pattern, FewerExperts):
+        done = _without_experts(pattern, case, calibration, stage, progress)
+    elif isinstance(pattern, Hidden):
+        done = _narrower(pattern, case, calibration, stage, progress)
+    else:
+        patterns = allocate(case, calibration, progress)
+        roots = _loss_roots(case, calibration, progress)
+        plan = replace(plan_of(recipe, dense), patterns=patterns, loss_roots=roots)
+        where = _where(recipe, calibration, dense)
+        batch_tokens, plans = recipe.calibration.batch_tokens, {folder / "blocks": plan}
+        work = partial(_solve, calibration, plans, batch_tokens, where, folder, stage)
+        results = dense.together(work, progress)
+        selected = pruner.prunable(dense.checkpoint.model, plan)
+        pruned = pruner.results_in(folder / "blocks", selected, dense.checkpoint.opened)
+        done = _Solved(dense.checkpoint, results, selected, pruned, Trimmer if isinstance(pattern, Cut) else None)
+    seconds["prune"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    hidden = evaluate.drift(done.checkpoint.model, states, done.opened, done.lift)
+    seconds["hidden error"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    layers = [asdict(result) | {"shape": list(result.shape)} for result in done.results]
+    shapes = [result.shape for result in done.results]
+    sparsity = sum(result.zeros for result in done.results) / sum(d_out * d_in for d_out, d_in in shapes)
+    facts = {
+        "arm": case.label,
+        "pattern": "unstructured" if pattern_spec["name"] == "unstructured" else str(pattern),
+        "sparsity": pattern_spec.get("sparsity", sparsity),
+        "solver": solver_label(recipe.prune.solver),
+        "seed": case.seed,
+        "calibration_tokens": calibration.tokens,
+    }
+    export(
+        done.checkpoint,
+        dense.tokenizer,
+        done.selected,
+        done.opened,
+        folder / "model",
+        provenance={
+            **facts, "model": recipe.model, "hashes": dense.key, "key": folder.name.rsplit("-", 1)[1],
+            "secateurs": version("secateurs"),
+            "recipe": recipe.model_dump(exclude={"resources"}), "held_out": hidden,
+        },
+        layers=layers,
+        probe_ids=(calibration.held_out or calibration.documents)[0].ids[:64],
+        smaller=done.smaller,
+    )  # fmt: skip
+    seconds["export"] = time.perf_counter() - clock
+    data = {**facts, "layers": layers, "hidden_error": hidden, "seconds": seconds}
+    write_json(record, data)
+    _forget_the_way(folder)
+    return Pruned(folder, **data)
+
+
+def _forget_the_way(folder: Path) -> None:
+    """Remove what an unfinished cell would have gone on from."""
+    for temporary in ("blocks", "projected"):
+        shutil.rmtree(folder / temporary, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """What a prune found, and how its blocks are seen and written."""
+
+    checkpoint: Checkpoint
+    results: list[pruner.LayerResult]
+    selected: Sequence[Sequence[Matrix]]
+    opened: Opened
+    smaller: Callable[[Checkpoint, Path], Smaller] | None
+    lift: Tensor | None = None
+
+
+def _without_experts(
+    cut: FewerExperts, case: Case, calibration: CalibrationSet, stage: str, progress: Progress
+) -> _Solved:
+    """A cell whose blocks lose experts."""
+    dense, where = case.dense, _where(case.recipe, calibration, case.dense)
+    work = partial(_choose_experts, cut, case.recipe, case.folder, calibration, where, stage)
+    verdicts = dense.together(work, progress)
+    results = [result for verdict in verdicts for result in verdict.results]
+    seen = keeping(verdicts, dense.checkpoint.model, dense.checkpoint.opened)
+    return _Solved(dense.checkpoint, results, [[] for _ in verdicts], seen, ExpertTrimmer)
+
+
+def _choose_experts(
+    cut: FewerExperts, recipe: Recipe, folder: Path, calibration: CalibrationSet, where: Where, stage: str,
+    dense: Dense, progress: Progress,
+) -> list[Verdict]:  # fmt: skip
+    """This process's part in what becomes of every block."""
+    score: Any = build_solver(recipe.prune.solver)
+    dense.forget()
+    with Shelf(where, folder) as place:
+        return drop_experts(
+            dense.checkpoint.model, calibration, cut, score, folder / "experts.json", propagate=recipe.prune.propagate,
+            batch_tokens=recipe.calibration.batch_tokens, place=place, opened=dense.checkpoint.opened,
+            progress=lambda done, total, what: progress(stage, done, total, "blocks"), ranks=dense.ranks,
+        )  # fmt: skip
+
+
+def _narrower(cut: Hidden, case: Case, calibration: CalibrationSet, stage: str, progress: Progress) -> _Solved:
+    """A cell with a narrower residual stream."""
+    folder, where = case.folder, _where(case.recipe, calibration, case.dense)
+    found = case.dense.together(partial(_narrow, cut, case.recipe, folder, calibration, where, stage), progress)
+    seen = pruner.results_in(folder / "blocks", found.selected, found.checkpoint.opened)
+    smaller = partial(StreamTrimmer, before=len(found.lift))
+    return _Solved(found.checkpoint, found.results, found.selected, seen, smaller, found.lift)
+
+
+def _narrow(
+    cut: Hidden, recipe: Recipe, folder: Path, calibration: CalibrationSet, where: Where, stage: str,
+    dense: Dense, progress: Progress,
+) -> Narrowed:  # fmt: skip
+    """This process's part in the narrower model."""
+    how: Any = build_solver(recipe.prune.solver)
+    dense.forget()
+    with Shelf(where, folder) as place:
+        return narrow(
+            dense.checkpoint, calibration, cut, how, folder, batch_tokens=recipe.calibration.batch_tokens, place=place,
+            progress=lambda done, total, what: progress(stage, done, total, "blocks"), ranks=dense.ranks,
+        )  # fmt: skip
+
+
+def _solve(
+    calibration: CalibrationSet,
+    plans: Mapping[Path, pruner.Plan],
+    batch_tokens: int,
+    where: Where,
+    shelf: Path,
+    stage: str,
+    dense: Dense,
+    progress: Progress,
+) -> list[pruner.LayerResult]:
+    """This process's part in a prune: several `plans`, by the folder of their blocks, at once on the same Grams, or one
+    of any kind. The first process writes the blocks; results of one plan are returned."""
+    dense.forget()  # blocks are read one at a time
+    with Shelf(where, shelf) as place:
+        options: dict[str, Any] = {
+            "opened": dense.checkpoint.opened, "place": place, "batch_tokens": batch_tokens,
+            "progress": lambda done, total, what: progress(stage, done, total, "layers"), "ranks": dense.ranks,
+            "stored": dense.checkpoint.stored,
+        }  # fmt: skip
+        if len(plans) > 1:
+            pruner.solve_alike(dense.checkpoint.model, calibration, plans, **options)
+            return []
+        ((folder, plan),) = plans.items()
+        options["folder"] = folder if dense.ranks.first else None
+        return pruner.prune(dense.checkpoint.model, calibration, plan, **options)
+
+
+def _where(recipe: Recipe, calibration: CalibrationSet, dense: Dense) -> Where:
+    """Where hidden states are to be kept while a cell is pruned."""
+    if (where := recipe.resources.hidden_states) != "auto":
+        return where
+    documents = (*calibration.documents, *calibration.held_out)
+    padded = sum(batch.ids.numel() for batch in batches(documents, recipe.calibration.batch_tokens))
+    wanted = memory_needs(recipe, dense, padded, sum(len(document.ids) for document in calibration.held_out))
+    return choose(wanted, dense.checkpoint.device, dense.ranks.nearby)
+
+
+def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int) -> Needs:
+    """What each process will hold that prunes a cell, for so many tokens, padding and held-out ones included."""
+    pattern = build_pattern(recipe.prune.pattern)
+    count = dense.ranks.count
+    alone = needs(
+        dense.checkpoint.model,
+        plan_of(recipe, dense),
+        recipe.prune.solver["name"],
+        tokens=-(-tokens // count),
+        held_out_tokens=-(-held_out_tokens // count),
+        batch_tokens=recipe.calibration.batch_tokens,
+        stored=dense.checkpoint.stored,
+        in_file=() if isinstance(pattern, Hidden) else dense.checkpoint.in_file,
+    )
+    if not isinstance(pattern, Hidden):
+        return alone
+    return replace(alone, around=3 * alone.around, block=2 * alone.block, hidden=2 * alone.hidden)  # a second model
+
+
+def plan_of(recipe: Recipe, dense: Dense) -> pruner.Plan:
+    """What the recipe says to do to the model, before anything is known of it but its shapes."""
+    pattern = build_pattern(recipe.prune.pattern)
+    patterns = pattern.patterns(dense.checkpoint.model) if isinstance(pattern, Cut) else {}
+    solver = build_solver(recipe.prune.solver)
+    return pruner.Plan(
+        pattern=next(iter(patterns.values())) if isinstance(pattern, Cut) else pattern,
+        patterns=patterns,
+        solver=Masking(score="magnitude") if isinstance(solver, (ExpertScore, Narrowing)) else solver,  # not used
+        propagate=recipe.prune.propagate,
+        goal=recipe.prune.goal,
+        tune=build_tune(recipe.prune.tune),
+        targets=tuple(patterns or recipe.prune.targets),
+        ignore=tuple(recipe.prune.ignore),
+    )
+
+
+def allocate(case: Case, calibration: CalibrationSet, progress: Progress = silent) -> dict[str, Pattern]:
+    """The pattern of every matrix under the allocator's plan, with as many zeros as the uniform one; none for uniform.
+
+    What the allocator, or a cut of blocks, wants to know of the dense model is measured once and kept in out/surveys.
+    """
+    table, dense = case.recipe.prune, case.dense
+    allocator, plan, cut = build_allocator(table.allocator), plan_of(case.recipe, dense), build_pattern(table.pattern)
+    if isinstance(cut, Depth):
+        return _without_blocks(cut, case, calibration, progress)
+    if not allocator.needs_survey:
+        return dict(plan.patterns)
+    sparsity, curves = table.pattern["sparsity"], allocator.needs_curves
+    selected = pruner.prunable(dense.checkpoint.model, plan)
+    names = [matrix.name for block in selected for matrix in block]
+    record = case.survey(".json", sparsity=sparsity, curves=curves, matrices=names)
+    if record.exists():
+        rows: Any = read_json(record)
+        layers = [Layer(**(row | {"curve": tuple(map(tuple, row["curve"]))})) for row in rows]
+    else:
+        stage = f"survey {case.label} {plan.pattern}"
+        work = partial(_survey, plan, calibration, sparsity, curves, case.recipe.calibration.batch_tokens, stage)
+        layers = dense.together(work, progress)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, [asdict(layer) for layer in layers])
+    zeros = sum(plan.pattern_of(matrix).num_zeros(*matrix.weight.shape) for block in selected for matrix in block)
+    counts = allocator.allocate(layers, zeros)
+    return {
+        layer.name: Unstructured(Fraction(count, layer.size), "layer")
+        for layer, count in zip(layers, counts, strict=True)
+    }
+
+
+def _survey(
+    plan: pruner.Plan, calibration: CalibrationSet, sparsity: float, curves: bool, batch_tokens: int, stage: str,
+    dense: Dense, progress: Progress,
+) -> list[Layer]:  # fmt: skip
+    """This process's part in what an allocator wants to know; with `curves` the whole model runs, for every matrix."""
+    model, opened = (dense.model, nullcontext) if curves else (dense.checkpoint.model, dense.checkpoint.opened)
+    return survey(
+        model, calibration, pruner.prunable(model, plan), sparsity, curves=curves, opened=opened,
+        batch_tokens=batch_tokens, progress=lambda done, total, what: progress(stage, done, total, "layers"),
+        ranks=dense.ranks,
+    )  # fmt: skip
+
+
+def _choose_blocks(calibration: CalibrationSet, cut: Depth, stage: str, dense: Dense, progress: Progress) -> list[int]:
+    """This process's part in which blocks go."""
+    return blocks_to_drop(
+        dense.model, calibration, cut, ranks=dense.ranks,
+        progress=lambda done, total, what: progress(stage, done, total, "blocks"),
+    )  # fmt: skip
+
+
+def _find_roots(
+    calibration: CalibrationSet, names: Sequence[str], stage: str, dense: Dense, progress: Progress
+) -> dict[str, Tensor]:
+    """This process's part in what errors cost the model."""
+    return loss_roots(
+        dense.model, calibration, names, ranks=dense.ranks,
+        progress=lambda done, total, what: progress(stage, done, total, "batches"),
+    )  # fmt: skip
+
+
+def _without_blocks(cut: Depth, case: Case, calibration: CalibrationSet, progress: Progress) -> dict[str, Pattern]:
+    """Which blocks go, which a survey of the dense model says, as the patterns of every block's matrices."""
+    record = case.survey(".json", blocks=repr(cut))
+    if not record.exists():
+        work = partial(_choose_blocks, calibration, cut, f"survey {case.label} {cut}")
+        alone = cut.score == "angle"  # one pass: nothing to share
+        dropped = work(case.dense, progress) if alone else case.dense.together(work, progress)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"dropped": dropped})
+    found: Any = read_json(record)
+    return {**cut.patterns(case.dense.checkpoint.model, found["dropped"])}
+
+
+def _loss_roots(case: Case, calibration: CalibrationSet, progress: Progress) -> dict[str, Tensor]:
+    """What errors of the matrices that a cut prunes cost the model, if the cut goes by that; kept in out/surveys."""
+    cut = build_pattern(case.recipe.prune.pattern)
+    if not isinstance(cut, Width) or cut.score != "loss":
+        return {}
+    names = list(cut.patterns(case.dense.checkpoint.model))
+    record = case.survey(".safetensors", **{"loss roots": names})
+    if not record.exists():
+        roots = case.dense.together(partial(_find_roots, calibration, names, f"survey {case.label} {cut}"), progress)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(record, save(roots))
+    return load_file(record)
