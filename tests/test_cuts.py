@@ -244,6 +244,7 @@ def test_who_gains_depends_on_what_is_left():
     assert "a smaller KV cache" in dict(gains(Depth(0.25)))["llama.cpp"]
     assert "no faster" in dict(gains(Unstructured(0.5)))["vLLM"] and "removed" in dict(gains(NM(2, 4)))["vLLM"]
     assert all("pack" in gains(pattern)[-1][0] for pattern in (Unstructured(0.5), NM(2, 4)))
+    assert "twice" in gains(NM(4, 8))[-1][1] and "4:8 is faster" in gains(Unstructured(0.5))[-1][1]
 
 
 def test_what_errors_cost_is_the_spread_of_the_gradients():

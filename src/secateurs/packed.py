@@ -7,7 +7,7 @@ bfloat16, as int8 with a scale for each row, or (dense only) as int4 with a scal
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -196,11 +196,8 @@ class PackedMatrix:
 
 def _bits(kept: Tensor) -> Tensor:
     """One bit a weight, the first in the lowest, rows of whole words [rows, words] int64."""
-    packed = np.packbits(kept.numpy(), axis=1, bitorder="little")
-    words = -(-kept.shape[1] // WORD)
-    padded = np.zeros((len(packed), words * WORD // 8), dtype=np.uint8)
-    padded[:, : packed.shape[1]] = packed
-    return torch.from_numpy(padded).view(torch.int64)
+    packed = _kept_bytes(kept)
+    return nn.functional.pad(packed, (0, -packed.shape[1] % (WORD // 8))).view(torch.int64)
 
 
 def _grouped(matrix: Tensor) -> Tensor:
@@ -210,22 +207,36 @@ def _grouped(matrix: Tensor) -> Tensor:
     return whole.view(-1, BLOCK, whole.shape[1] // GROUP, GROUP).transpose(1, 2)
 
 
+def _kept_bytes(kept: Tensor) -> Tensor:
+    """A byte for each eight columns of a row, whose bits say which are kept [rows, groups]."""
+    return torch.from_numpy(np.packbits(kept.numpy(), axis=1, bitorder="little"))
+
+
 def _fits(kept: Tensor) -> bool:
     """Whether no row keeps more than four of eight columns."""
-    return bool((_grouped(kept).sum(3) <= KEPT).all())
+    return int(np.bitwise_count(_kept_bytes(kept).numpy()).max(initial=0)) <= KEPT
+
+
+@cache
+def _places() -> Tensor:
+    """The four columns that a byte with as many bits keeps; with fewer others too, whose weights are zero [256, 4]."""
+    bits = torch.arange(256)[:, None] >> torch.arange(GROUP) & 1
+    return bits.sort(dim=1, descending=True, stable=True).indices[:, :KEPT].sort(dim=1).values
 
 
 def _half(stored: Tensor, kept: Tensor) -> dict[str, Tensor]:
     """Four weights for each eight columns [blocks, groups, 8, 4], and bytes with three bits each that say where."""
     if not _fits(kept):
         raise ValueError("a matrix in halves keeps at most four of each eight columns; this one keeps more somewhere")
+    which = nn.functional.pad(_kept_bytes(kept), (0, 0, 0, -len(kept) % BLOCK))
+    which = which.view(-1, BLOCK, which.shape[1]).transpose(1, 2)
+    codes = (_places() << torch.arange(0, 3 * KEPT, 3)).sum(1).int()
     weights, places = [], []
-    for values, where in zip(_grouped(stored).split(64), _grouped(kept).split(64), strict=True):  # numbers are int64
-        first = where.to(torch.int8).sort(dim=3, descending=True, stable=True).indices[..., :KEPT]
-        columns = first.sort(dim=3).values
-        weights.append(values.gather(3, columns))
-        words = (columns.reshape(*columns.shape[:2], BLOCK // 2, 2 * KEPT) << torch.arange(0, 6 * KEPT, 3)).sum(3)
-        places.append((words[..., None] >> torch.tensor([0, 8, 16]) & 255).to(torch.uint8).flatten())
+    for values, byte in zip(_grouped(stored).split(64), which.split(64), strict=True):  # what is looked up is int64
+        weights.append(values.gather(3, _places()[byte.long()]))
+        first, second = codes[byte.long()].unflatten(2, (-1, 2)).unbind(3)
+        words = first | second << 3 * KEPT
+        places.append(words.view(torch.uint8).view(-1, 4)[:, :PLACES].flatten())
     spare = torch.zeros(PADDING, dtype=torch.uint8)
     return {"kept": torch.cat(weights), "places": torch.cat([*places, spare])}
 
