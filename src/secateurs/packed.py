@@ -236,7 +236,7 @@ def _half(stored: Tensor, kept: Tensor) -> dict[str, Tensor]:
         weights.append(values.gather(3, _places()[byte.long()]))
         first, second = codes[byte.long()].unflatten(2, (-1, 2)).unbind(3)
         words = first | second << 3 * KEPT
-        places.append(words.view(torch.uint8).view(-1, 4)[:, :PLACES].flatten())
+        places.append(words.contiguous().view(torch.uint8).view(-1, 4)[:, :PLACES].flatten())
     spare = torch.zeros(PADDING, dtype=torch.uint8)
     return {"kept": torch.cat(weights), "places": torch.cat([*places, spare])}
 
