@@ -2,8 +2,8 @@
 
     python benchmarks/cpu_kernel.py [--shape 14336x4096] [--threads 1,2] [--batch 1,4,8] [--rounds 20]
 
-Rows x inputs of an 8B and of a 0.5B, half of the weights zero (four of each eight, so that all layouts can hold them),
-in more copies than a cache holds. Turns go round and the least time of each is kept, in one run, so that ratios are of
+Rows x inputs of an 8B and of a 0.5B, for packed and half with four of each eight weights at zero, in more copies than
+a cache holds. Turns go round and the least time of each is kept, in one run, so that ratios are of
 one machine. The first column is torch's own product in bfloat16. What is read is shown as GB/s: memory is the limit.
 """
 

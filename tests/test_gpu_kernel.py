@@ -55,7 +55,7 @@ def test_a_packed_model_runs_on_it(tmp_path, monkeypatch):
     dense = pruned("qwen3", tmp_path / "dense")
     pack(str(tmp_path / "dense"), tmp_path / "packed")
     monkeypatch.setattr("secateurs.packed.has_kernels", lambda device: True)
-    monkeypatch.setattr(kernels, "multiply", gpu.multiply)
+    monkeypatch.setattr(kernels, "Product", lambda name, weights, rows: lambda x: gpu.multiply(name, weights, x, rows))
     model = load_packed(tmp_path / "packed", expand=False)
     ids = torch.arange(3, 8)[None]
     with torch.no_grad():
@@ -64,8 +64,9 @@ def test_a_packed_model_runs_on_it(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-def test_a_packed_model_on_a_gpu(tmp_path):
-    dense = pruned("qwen3", tmp_path / "dense").to("cuda", torch.bfloat16)
+@pytest.mark.parametrize("groups", [None, 8])
+def test_a_packed_model_on_a_gpu(groups, tmp_path):
+    dense = pruned("qwen3", tmp_path / "dense", groups).to("cuda", torch.bfloat16)
     pack(str(tmp_path / "dense"), tmp_path / "packed")
     model = load_packed(tmp_path / "packed", "cuda", expand=False)
     for length in (5, 40):

@@ -1,6 +1,7 @@
 """Packed matrices and models: the same bits as dense kernels, the same answers as the model that was packed."""
 
 import json
+import pickle
 from copy import deepcopy
 
 import pytest
@@ -105,9 +106,20 @@ def test_a_matrix_is_stored_in_halves_where_no_eight_columns_keep_more_than_four
         PackedMatrix.of(more, "bf16", "half")
     few = halved(weight) * (torch.arange(160) % 8 < 4)
     assert 0 < float((few != 0).float().mean()) < 0.35 and PackedMatrix.of(few, "bf16").layout == "packed"
+    long = halved(torch.randn(1030, 64))  # more rows than are packed at a time
+    assert torch.equal(PackedMatrix.of(long.bfloat16(), "bf16").dense(), long.bfloat16().float())
+    nothing = PackedMatrix.of(torch.zeros(0, 8), "bf16")
+    assert nothing.layout == "dense" and nothing.dense().shape == (0, 8)
     large = halved(torch.randn(512, 1024))
     assert PackedMatrix.of(large, "bf16").nbytes == pytest.approx(512 * 1024 * 9.5 / 8, rel=0.001)
     assert PackedMatrix.of(large, "int8").nbytes == pytest.approx(512 * 1024 * 5.5 / 8, rel=0.01)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_halves_and_a_bitmap_are_one_matrix(weights):
+    half = PackedMatrix.of(halved(sparse(33, 200)), weights, "half")
+    packed = half.with_bitmap()
+    assert packed.layout == "packed" and packed.kind == weights and torch.equal(packed.dense(), half.dense())
 
 
 @pytest.mark.parametrize("part", ["kept", "places"])
@@ -294,6 +306,22 @@ def test_masks_are_the_ones_that_were_pruned(tmp_path):
                 "values": torch.ones_like(module.matrix.tensors["values"])
             })  # fmt: skip
             assert mask_hash(bits.dense()) == mask_hash(weight)
+
+
+@compiled
+def test_a_matrix_that_was_used_can_be_sent_away_and_used_again(monkeypatch):
+    """What shares a tensor with another process moves it; and there may be no kernels there."""
+    x = torch.randn(2, 70, generator=torch.Generator().manual_seed(1))
+    for layout in ("packed", "half", "dense"):
+        matrix = PackedMatrix.of(halved(sparse(5, 70)), "bf16", layout)
+        wanted = matrix.multiply(x)
+        for tensor in matrix.tensors.values():
+            tensor.share_memory_()
+        assert torch.equal(matrix.multiply(x), wanted)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(kernels, "library", lambda: None)
+            sent = pickle.loads(pickle.dumps(matrix))
+        assert torch.equal(sent.multiply(x), wanted) and sent._product._weights[0] is not matrix._product._weights[0]
 
 
 @compiled

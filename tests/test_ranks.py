@@ -48,7 +48,7 @@ def _enter(index: int, count: int, meeting: str, function, args, pipe) -> None:
 def in_processes(count: int, folder: Path, function, *args) -> list:
     """What `function(ranks, *args)` returns in each of some processes that talk to each other."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["secateurs.run"])
+    context.set_forkserver_preload(["secateurs.cell"])
     pipes, workers = [], []
     for index in range(count):
         ours, theirs = context.Pipe()

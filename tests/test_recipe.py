@@ -97,12 +97,14 @@ def test_tables_become_objects():
 
 
 def test_n_of_m_has_a_short_name():
-    sets = ["sweep.sparsity=[]", "prune.pattern=4:8", "sweep.pattern=['2:4', {name='1:4'}]"]
+    sets = ["sweep.sparsity=[]", "prune.pattern=4:8", "sweep.pattern=['2:4', '1:4']"]
     recipe = load_recipe("demo", sets)
     assert recipe.prune.pattern == {"name": "nm", "n": 4, "m": 8}
     assert [str(build_pattern(pattern)) for pattern in recipe.patterns] == ["2:4", "1:4"]
     with pytest.raises(ValueError, match="prune.pattern: the pattern 5:4 keeps 5 of every 4 weights"):
         load_recipe("demo", ["sweep.sparsity=[]", "prune.pattern=5:4"])
+    with pytest.raises(ValueError, match="prune.pattern: a pattern is a table, as .*, or \"4:8\"; found 'depth'"):
+        load_recipe("demo", ["prune.pattern=depth"])
 
 
 def test_arms():

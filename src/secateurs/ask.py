@@ -18,14 +18,8 @@ from typing import Any
 
 import torch
 
-from secateurs.artifacts import (
-    canonical_hash,
-)
-from secateurs.calibration import (
-    Batch,
-    region_weights,
-    trace_document,
-)
+from secateurs.artifacts import canonical_hash
+from secateurs.calibration import Batch, region_weights, trace_document
 from secateurs.collect import logits_of
 from secateurs.dense import Dense
 from secateurs.engines import Completion, Engine, Request, Sampling, default_sampling
@@ -35,10 +29,7 @@ from secateurs.parallel import Progress, silent
 from secateurs.policy import Surprise, check_own
 from secateurs.prompts import answer_text, render, think_split, trace_seed, turns
 from secateurs.questions import Question, QuestionSet
-from secateurs.recipe import (
-    Recipe,
-    build_questions,
-)
+from secateurs.recipe import Recipe, build_questions
 from secateurs.recipe import Sampling as SamplingOverrides
 from secateurs.report import TraceSummary
 from secateurs.traces import Trace, TraceStore, apply_filters, merge_stores, read_provenance, read_traces

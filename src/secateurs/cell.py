@@ -1,6 +1,6 @@
 """The stage that prunes: one cell of the grid, from traces to an exported model.
 
-    out/surveys/KEY.json     what an allocator or a cut wanted to know of the dense model
+    out/surveys/KEY.*        what an allocator or a cut wanted to know of the dense model
     out/cells/NAME-KEY/      one pruned model: model/, answers/, prune.json; until it is done blocks/, to go on from;
                              for a narrower stream directions and lift, and until it is done projected/
 
@@ -23,12 +23,7 @@ from torch import Tensor
 
 from secateurs import evaluate, pruner
 from secateurs.allocators import Layer
-from secateurs.artifacts import (
-    atomic_write,
-    canonical_hash,
-    read_json,
-    write_json,
-)
+from secateurs.artifacts import atomic_write, canonical_hash, read_json, write_json
 from secateurs.ask import Traced
 from secateurs.calibration import (
     CalibrationSet,

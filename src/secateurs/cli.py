@@ -1,4 +1,4 @@
-"""The command line: parsing, progress bars and error sentences. Each command is one call into `run` or `report`."""
+"""The command line: parsing, progress bars and error sentences. Each command is one call elsewhere."""
 
 import json
 import os

@@ -8,20 +8,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from secateurs.artifacts import (
-    folder_hash,
-)
-from secateurs.calibration import (
-    Document,
-    plain_document,
-    region_weights,
-    take,
-)
+from secateurs.artifacts import folder_hash
+from secateurs.calibration import Document, plain_document, region_weights, take
 from secateurs.hub import HUB
 from secateurs.questions.tiny import Tiny
-from secateurs.recipe import (
-    Recipe,
-)
+from secateurs.recipe import Recipe
 from secateurs.rows import read_rows
 
 CORPUS_ROWS = 20_000

@@ -6,18 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from secateurs.artifacts import (
-    model_hash,
-    tokenizer_hash,
-)
+from secateurs.artifacts import model_hash, tokenizer_hash
 from secateurs.checkpoint import Checkpoint
 from secateurs.corpus import corpus_hash
 from secateurs.models import load_model, load_tokenizer, model_path
 from secateurs.parallel import Progress, silent
 from secateurs.ranks import ALONE, Elsewhere, Ranks
-from secateurs.recipe import (
-    Recipe,
-)
+from secateurs.recipe import Recipe
 
 T = TypeVar("T")
 

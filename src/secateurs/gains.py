@@ -1,11 +1,11 @@
 """Which engine gains from a pruned model: what each does with zeros, and with a smaller dense model, late in 2026."""
 
 from secateurs.cuts import Cut, FewerExperts, Hidden, Width
+from secateurs.packed import GROUP, HALF_FROM, KEPT
 from secateurs.patterns import NM, Pattern
 
 NOTHING = "loads it; no faster and no smaller than dense"
 NOT_QWEN2 = "; not a Qwen2, whose heads it takes to be as wide as the stream"
-HALVES = ((4, 8), (2, 4))  # kept in no more than four of eight columns, for which there is a faster layout
 GONE = "loads it as a dense model; its sparse kernels were removed in 2026"
 
 
@@ -24,7 +24,7 @@ def gains(pattern: Pattern | Cut) -> list[tuple[str, str]]:
             for engine in ("transformers", "vLLM", "SGLang", "TensorRT-LLM", "llama.cpp", "OpenVINO")
         ]
     served = GONE if isinstance(pattern, NM) else NOTHING
-    halves = isinstance(pattern, NM) and (pattern.n, pattern.m) in HALVES
+    halves = isinstance(pattern, NM) and GROUP % pattern.m == 0 and HALF_FROM < pattern.n / pattern.m <= KEPT / GROUP
     packed = "about twice as fast as dense bfloat16 there" if halves else "less memory; 4:8 is faster"
     return [
         ("transformers", NOTHING),

@@ -70,7 +70,8 @@ class PackedMatrix:
             stored = weight.to(torch.bfloat16)
         if layout is None:
             density = float(kept.float().mean())
-            layout = "dense" if density >= DENSE_FROM else "half" if density > HALF_FROM and _fits(kept) else "packed"
+            sparse = "half" if density > HALF_FROM and _fits(kept) else "packed"
+            layout = sparse if density < DENSE_FROM else "dense"
         if layout == "half":
             return cls(rows, d_in, _half(stored, kept) | tensors)
         if layout == "packed":
@@ -158,6 +159,14 @@ class PackedMatrix:
     @cached_property
     def _product(self) -> kernels.Product:
         return kernels.Product(self.format, self._weights, self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies, which may be made where there are no kernels, find their own."""
+        return {key: value for key, value in vars(self).items() if key != "_product"}
+
+    def with_bitmap(self) -> "PackedMatrix":
+        """The same matrix packed, for a GPU, whose kernel takes bitmaps."""
+        return PackedMatrix.of(self.dense(), self.kind, "packed")
 
     def multiply(self, x: Float[Tensor, "batch d_in"], **options: int) -> Float[Tensor, "batch rows"]:
         """x W^T by a compiled kernel, in x's type: see `kernels.Product`, which takes float32, and `kernels.gpu`."""
@@ -385,6 +394,8 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
             linear = model.get_submodule(name)
             if (linear.out_features, linear.in_features) != (rows, d_in):
                 raise ValueError(f"{name} is {rows} x {d_in}, the model's {linear.out_features} x {linear.in_features}")
+            if matrix.layout == "half" and place.type != "cpu" and not expand:
+                matrix = matrix.with_bitmap()
             bias = rest.pop(f"{name}.bias", None)
             bias = None if bias is None else bias.to(place, dtype)
             _replace(model, name, _linear(matrix.to(place), bias, dtype, expand))

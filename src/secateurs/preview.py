@@ -8,11 +8,7 @@ from typing import Any
 import torch
 
 from secateurs import evaluate, pruner
-from secateurs.calibration import (
-    batches,
-    plain_document,
-    region_weights,
-)
+from secateurs.calibration import batches, plain_document, region_weights
 from secateurs.cell import arm_label, memory_needs, plan_of
 from secateurs.corpus import corpus_documents
 from secateurs.dense import Dense
@@ -23,12 +19,7 @@ from secateurs.layer import Gram, LayerProblem
 from secateurs.narrow import Narrowing
 from secateurs.planner import choose
 from secateurs.prompts import render
-from secateurs.recipe import (
-    Recipe,
-    build_pattern,
-    build_questions,
-    build_solver,
-)
+from secateurs.recipe import Recipe, build_pattern, build_questions, build_solver
 
 
 def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
@@ -42,9 +33,7 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
         counts[str(build_pattern(cell.prune.pattern))] = zeros
     for cell in {arm_label(cell.calibration.arm): cell for cell in recipe.grid}.values():
         if region_weights(cell.calibration.arm).get("corpus"):
-            corpus_documents(
-                cell, recipe.seeds[0], dense.tokenizer
-            )  # says what is wrong with it before anything is sampled
+            corpus_documents(cell, recipe.seeds[0], dense.tokenizer)  # what is wrong is said before sampling
     questions = build_questions(recipe.evaluate.questions or recipe.traces.questions)
     found = sum(1 for _ in islice(questions.questions("eval", recipe.seeds[0]), recipe.evaluate.num_questions))
     if found < recipe.evaluate.num_questions:

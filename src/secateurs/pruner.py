@@ -137,7 +137,7 @@ def prune(
     """Prune `model` in place and return one result a matrix, in the model's order.
 
     Every finished block is written to `folder`; a second call with the same folder takes those blocks from there and
-    goes on (the folder must belong to this model, calibration and plan: `run` names it by their hash). `batch_tokens`
+    goes on (the folder must belong to this model, calibration and plan: `cell` names it by their hash). `batch_tokens`
     bounds the padded tokens a forward pass sees and changes results by float rounding only, as `ranks` does: all of
     them call this with the same model, calibration and plan. Hidden states are kept where `place` puts them. A block's
     weights need to be there only while `opened(index)` is. They end as numbers of type `stored`, in whatever `model`

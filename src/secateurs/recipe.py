@@ -36,10 +36,12 @@ Arm = str | dict[str, float]
 
 
 def _spelled_out(pattern: Any) -> Any:
-    """ "4:8", or a table with that name, is short for {name = "nm", n = 4, m = 8}."""
-    table = pattern if isinstance(pattern, Mapping) else {"name": pattern}
-    short = re.fullmatch(r"(\d+):(\d+)", str(table.get("name")))
-    return {**table, "name": "nm", "n": int(short[1]), "m": int(short[2])} if short else pattern
+    """A string as "4:8" is short for {name = "nm", n = 4, m = 8}."""
+    if not isinstance(pattern, str):
+        return pattern
+    if short := re.fullmatch(r"(\d+):(\d+)", pattern):
+        return {"name": "nm", "n": int(short[1]), "m": int(short[2])}
+    raise ValueError(f'a pattern is a table, as {{name = "unstructured", sparsity = 0.5}}, or "4:8"; found {pattern!r}')
 
 
 PatternTable = Annotated[dict[str, Any], BeforeValidator(_spelled_out)]

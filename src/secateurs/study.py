@@ -1,4 +1,8 @@
-"""The whole grid of a recipe, one cell after the other or in parallel processes, and the report of it."""
+"""The whole grid of a recipe, one cell after the other or in parallel processes, and the report of it.
+
+What is kept in a run's folder is said where it is made: traces and answers in `ask`, pruned models in `cell`; the
+report (report.json, .md, .html) is written by `page`.
+"""
 
 import os
 import platform

@@ -92,13 +92,7 @@ class Product:
 
     def __init__(self, name: str, weights: tuple[Tensor, ...], rows: int) -> None:
         self._function = getattr(_loaded(), f"secateurs_{name}")
-        self._name, self._weights, self._rows = name, weights, rows  # pointers alone would not hold the weights
-        self._pointers = [tensor.data_ptr() for tensor in weights]
-        self._level = best_level()
-
-    def __reduce__(self) -> tuple[type["Product"], tuple[str, tuple[Tensor, ...], int]]:
-        """A copy has its own weights, and points to those."""
-        return Product, (self._name, self._weights, self._rows)
+        self._weights, self._rows, self._level = weights, rows, best_level()
 
     def __call__(
         self, x: Float32[Tensor, "batch d_in"], *, level: int | None = None, threads: int | None = None
@@ -113,7 +107,7 @@ class Product:
         self._function(
             self._level if level is None else level,
             threads,
-            *self._pointers,
+            *(tensor.data_ptr() for tensor in self._weights),  # asked each time: sharing moves them
             x.data_ptr(),
             out.data_ptr(),
             batch,

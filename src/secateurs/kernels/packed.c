@@ -6,7 +6,7 @@
  *
  * Where no eight columns (8 i to 8 i + 7) keep more than four, as with 4:8 and 2:4, a matrix can be stored in halves
  * instead: four weights for each eight columns of a row, and three bits each that say which columns these are. Nothing
- * is counted or expanded: a kernel picks the four numbers of x that a row wants, for two rows at once, in one shuffle.
+ * is counted or expanded: a kernel picks the four numbers of x that a row wants (AVX2: for two rows in one shuffle).
  * Blocks of eight rows follow each other, in them the groups of eight columns, in those the four pairs of rows: eight
  * weights, the second row's last, and three bytes of places in the same order. Rows of zeros fill up the last block.
  *
@@ -19,8 +19,8 @@
  * so that the products of a word are sums of integers, which are exact.
  *
  * Each row and vector has its own accumulators, filled in order of j, so the result depends
- * on neither the batch size nor the tile a row falls in nor the number of threads. Hence a dropped weight is still
- * multiplied, as a zero: skipping it would be a different sum wherever a sum can be -0.
+ * on neither the batch size nor the tile a row falls in nor the number of threads. Hence a weight that a bitmap drops is
+ * still multiplied, as a zero: skipping it would be a different sum wherever a sum can be -0.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -73,8 +73,6 @@ struct cursor {
 typedef void tile_function(const struct matrix *m, int64_t row, const void *x, float *y);
 
 INLINE int is_packed(enum format format) { return format == PACKED_BF16 || format == PACKED_INT8; }
-
-INLINE int is_bf16(enum format format) { return format == DENSE_BF16 || format == PACKED_BF16; }
 
 INLINE int is_int8(enum format format) { return format == DENSE_INT8 || format == PACKED_INT8 || format == HALF_INT8; }
 
@@ -709,7 +707,7 @@ static int64_t block_width(const struct kernels *k, int64_t vectors) {
 static void pack_vectors(const struct kernels *k, const struct matrix *m, const float *x, int64_t batch,
                          float *packed) {
     const int lanes = is_half(m->format) ? GROUP : k->lanes;
-    const int64_t groups = m->words * WORD / lanes, stride = is_bf16(m->format) ? k->bf16_stride : 1;
+    const int64_t groups = m->words * WORD / lanes, stride = m->format == DENSE_BF16 || m->format == PACKED_BF16 ? k->bf16_stride : 1;
     for (int64_t done = 0, width; done < batch; done += width, packed += width * m->words * WORD) {
         width = block_width(k, batch - done);
         for (int64_t b = 0; b < width; b++, x += m->columns)
