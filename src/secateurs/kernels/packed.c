@@ -874,6 +874,24 @@ EXPORT void secateurs_half_int8(int level, int threads, const int8_t *kept, cons
 }
 
 /* The weights themselves, for products with so many vectors that another library does them better. */
+INLINE void expand_packed_row(enum format format, const struct matrix *m, int64_t row, float scale, float *weights) {
+    struct cursor cursor = row_cursor(format, m, row);
+    for (int64_t word = 0; word < m->words; word++, weights += WORD)
+        for (uint64_t kept = m->bits[row * m->words + word]; kept; kept &= kept - 1)
+            weights[__builtin_ctzll(kept)] = next_weight(format, &cursor) * scale;
+}
+
+INLINE void expand_half_row(enum format format, const struct matrix *m, int64_t row, float scale, float *weights) {
+    struct cursor cursor = half_cursor(format, m, row);
+    for (int64_t column = 0; column < m->columns; column += GROUP) {
+        for (int k = 0, place; k < KEPT; k++) {
+            float weight = half_weight(format, &cursor, row, k, &place) * scale;
+            if (column + place < m->columns) weights[column + place] += weight;
+        }
+        next_group(format, &cursor);
+    }
+}
+
 INLINE void expand(enum format format, int threads, struct matrix m, float *out) {
     m.format = format;
     m.words = (m.columns + WORD - 1) / WORD;
@@ -883,12 +901,10 @@ INLINE void expand(enum format format, int threads, struct matrix m, float *out)
     (void)threads;
 #endif
     for (int64_t row = 0; row < m.rows; row++) {
-        struct cursor cursor = row_cursor(format, &m, row);
         float *weights = out + row * m.columns, scale = is_int8(format) ? m.scale[row] : 1;
         memset(weights, 0, (size_t)m.columns * sizeof(float));
-        for (int64_t word = 0; word < m.words; word++, weights += WORD)
-            for (uint64_t kept = m.bits[row * m.words + word]; kept; kept &= kept - 1)
-                weights[__builtin_ctzll(kept)] = next_weight(format, &cursor) * scale;
+        if (is_half(format)) expand_half_row(format, &m, row, scale, weights);
+        else expand_packed_row(format, &m, row, scale, weights);
     }
 }
 
@@ -919,34 +935,14 @@ EXPORT void secateurs_expand_dense_int4(int threads, const uint8_t *w, const uin
                                   from_bf16(scales + row * m.words + j / WORD);
 }
 
-INLINE void expand_half(enum format format, int threads, struct matrix m, float *out) {
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-#else
-    (void)threads;
-#endif
-    for (int64_t row = 0; row < m.rows; row++) {
-        struct cursor cursor = half_cursor(format, &m, row);
-        float *weights = out + row * m.columns, scale = is_int8(format) ? m.scale[row] : 1;
-        memset(weights, 0, (size_t)m.columns * sizeof(float));
-        for (int64_t column = 0; column < m.columns; column += GROUP) {
-            for (int k = 0, place; k < KEPT; k++) {
-                float weight = half_weight(format, &cursor, row, k, &place) * scale;
-                if (column + place < m.columns) weights[column + place] += weight;
-            }
-            next_group(format, &cursor);
-        }
-    }
-}
-
 EXPORT void secateurs_expand_half_bf16(int threads, const uint16_t *kept, const uint8_t *places, float *out,
                                        int64_t rows, int64_t d_in) {
     struct matrix m = {.rows = rows, .columns = d_in, .weights = kept, .places = places};
-    expand_half(HALF_BF16, threads, m, out);
+    expand(HALF_BF16, threads, m, out);
 }
 
 EXPORT void secateurs_expand_half_int8(int threads, const int8_t *kept, const uint8_t *places, const float *scale,
                                        float *out, int64_t rows, int64_t d_in) {
     struct matrix m = {.rows = rows, .columns = d_in, .weights = kept, .places = places, .scale = scale};
-    expand_half(HALF_INT8, threads, m, out);
+    expand(HALF_INT8, threads, m, out);
 }
