@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from families import make_model
 from secateurs import kernels
+from secateurs.artifacts import write_json
 from secateurs.bench import Quality, Row, Speed, bench, load_any, table, to_html
 from secateurs.export import mask_hash
 from secateurs.models import BUNDLED, linears, load_model, model_path
@@ -401,9 +402,15 @@ def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, "pack", "bundled", "--out", str(tmp_path / "four"), "--weights", "int4", "--json") == 0
     assert json.loads(capsys.readouterr().out)["bytes"] < 0.3 * 2 * 840_000
     words = ["bench", "bundled", str(tmp_path / "packed"), "--batch", "1", "--context", "8", "--tokens", "2"]
-    words += ["--rounds", "1", "--threads", "1", "--recipe", "demo", "--set", "evaluate.num_questions=2", "--json"]
+    words += ["--rounds", "2", "--threads", "1", "--recipe", "demo", "--set", "evaluate.num_questions=2", "--json"]
+    kept = []
+    monkeypatch.setattr(
+        "secateurs.artifacts.write_json", lambda path, data: (kept.append(data), write_json(path, data))
+    )
     assert call(monkeypatch, *words, "--out", str(tmp_path / "figures.json")) == 0
     result = json.loads(capsys.readouterr().out)
+    told = [[bool(row["quality"]) for row in found["rows"] if row["speeds"]] for found in kept]
+    assert told == [[False, False], [False, False], [True, True]]  # after each round, and after the questions
     assert result == json.loads((tmp_path / "figures.json").read_text())
     page = (tmp_path / "figures.html").read_text()
     assert "1 row after 8 tokens" in page and "(2 of 2)" in page and page.count('<tr><th scope="row">bundled') == 3

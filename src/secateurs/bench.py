@@ -110,15 +110,16 @@ def bench(
     device: str = "cpu",
     recipe: Recipe | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Measure every model in turns, `rounds` times; with a recipe, ask each its evaluation questions once.
 
-    `threads` 0 is as many as torch takes. ValueError for a model that cannot be loaded; RuntimeError if its process
-    dies.
+    `threads` 0 is as many as torch takes. `keep` gets what is known after every round, as a bench may be stopped.
+    ValueError for a model that cannot be loaded; RuntimeError if its process dies.
     """
     threads = threads or torch.get_num_threads()
     shapes = [(batch, context) for batch in batches for context in contexts]
-    total = len(models) * (2 + rounds * len(shapes) + (recipe is not None))
+    total = len(models) * (1 + rounds * (len(shapes) + 1) + 2 * (recipe is not None))
     done = 0
 
     with ExitStack() as stack:
@@ -137,25 +138,36 @@ def bench(
             progress(done, total, name)
             return content
 
-        rows = {}
+        rows: dict[str, Row] = {}
+        taken: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
+
+        def known() -> list[Row]:
+            for name, row in rows.items():
+                row.speeds = [_speed(*shape, taken[name, *shape]) for shape in shapes]
+                row.peak_bytes = ask(name, "peak")
+            return list(rows.values())
+
         for name in models:
             workers[name], _ = start(stack, _serve, name, device, threads)
             rows[name] = Row(model=name, **ask(name, "load"))
-        taken: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
         for _ in range(rounds):
             for batch, context in shapes:
                 for name in models:
                     times = ask(name, "decode", batch, context, new_tokens)
                     taken.setdefault((name, batch, context), []).append(times)
-        for (name, batch, context), times in taken.items():
-            first, each = (statistics.median(column) for column in zip(*times, strict=True))
-            steps = [step for _, step in times]
-            rows[name].speeds.append(Speed(batch, context, first, batch / each, max(steps) / min(steps)))
-        for name in models if recipe else ():
-            rows[name].quality = Quality(**ask(name, "answer", recipe))
-        for name in models:
-            rows[name].peak_bytes = ask(name, "peak")
+            keep(known())
+        if recipe:
+            for name in models:
+                rows[name].quality = Quality(**ask(name, "answer", recipe))
+            keep(known())
     return list(rows.values())
+
+
+def _speed(batch: int, context: int, times: Sequence[tuple[float, float]]) -> Speed:
+    """Medians of some rounds' seconds (to the first token, for one step)."""
+    first, each = (statistics.median(column) for column in zip(*times, strict=True))
+    steps = [step for _, step in times]
+    return Speed(batch, context, first, batch / each, max(steps) / min(steps))
 
 
 def machine(threads: int = 0, device: str = "cpu") -> dict[str, Any]:

@@ -288,7 +288,9 @@ def bench_(
         str, typer.Option(help="Also ask this recipe's evaluation questions: seconds per right answer.")
     ] = "",
     overrides: Set = [],
-    out: Annotated[Path | None, typer.Option(help="A JSON file for all figures, and a page beside it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A JSON file for all figures, kept every round; a page beside it.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time models side by side on this machine: decoding, first token, memory, seconds per correct answer."""
@@ -302,16 +304,21 @@ def bench_(
         if out.suffix != ".json":
             raise ValueError(f"--out is {out}; it should end in .json, and a page is written beside it")
         out.parent.mkdir(parents=True, exist_ok=True)
+    where = bench.machine(threads, device)
+
+    def keep(rows: list[bench.Row]) -> None:
+        if out:
+            result = {"machine": where, "rows": bench.table(rows)}
+            write_json(out, result)
+            atomic_write(out.with_suffix(".html"), bench.to_html(result))
+
     with _bars() as progress:
         rows = bench.bench(
             models, **shapes, new_tokens=tokens, rounds=rounds, threads=threads, device=device,
-            recipe=loaded,
+            recipe=loaded, keep=keep,
             progress=lambda done, total, what: progress("bench", done, total, "turns"),
         )  # fmt: skip
-    result = {"machine": bench.machine(threads, device), "rows": bench.table(rows)}
-    if out:
-        write_json(out, result)
-        atomic_write(out.with_suffix(".html"), bench.to_html(result))
+    result = {"machine": where, "rows": bench.table(rows)}
     if as_json:
         print(json.dumps(result))
         return
