@@ -431,7 +431,7 @@ def list_(
     tables = {
         "recipes": [Path(entry.name).stem for entry in (files("secateurs") / "recipes").iterdir()],
         "solvers": list(dict.fromkeys([*SOLVERS, *CUT_SOLVERS, *EXPERT_SCORES, *NARROWINGS])),
-        "allocators": list(ALLOCATORS), "patterns": [*PATTERNS, *CUTS],
+        "allocators": list(ALLOCATORS), "patterns": [*PATTERNS, *CUTS, "2:4", "4:8"],
         "questions": list(QUESTION_SETS), "arms": list(ARMS), "filters": list(FILTERS), "engines": list(ENGINES),
     }  # fmt: skip
     if kind not in tables:
