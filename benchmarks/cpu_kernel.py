@@ -3,12 +3,11 @@
     python benchmarks/cpu_kernel.py [--shape 14336x4096] [--threads 1,2] [--batch 1,4,8] [--rounds 20]
 
 Rows x inputs of an 8B and of a 0.5B, for packed and half with four of each eight weights at zero, in more copies than
-a cache holds. Turns go round and the least time of each is kept, in one run, so that ratios are of
-one machine. The first column is torch's own product in bfloat16. What is read is shown as GB/s: memory is the limit.
+a cache holds. Turns go round and the least time of each is kept, in one run, so that ratios are of one machine. The
+first column is torch's own product in bfloat16. What is read is shown as GB/s: memory is the limit.
 """
 
 import argparse
-import platform
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -18,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from secateurs import kernels
+from secateurs.bench import machine
 from secateurs.packed import Layout, PackedMatrix, Weights
 
 SHAPES = ["14336x4096", "4864x896", "896x4864"]
@@ -53,7 +52,6 @@ def main() -> None:
     parser.add_argument("--batch", type=numbers, default=[1, 4, 8])
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
-    level = kernels.level_name(kernels.best_level())
     shown = Table(
         "matrix", "threads", "batch", "torch", *(f"{layout} {kind}" for kind, layout in OURS), "half over dense"
     )
@@ -78,7 +76,8 @@ def main() -> None:
                 gains = ", ".join(f"{times[first] / times[first + 2]:.2f} {OURS[first - 1][0]}" for first in (1, 4))
                 cells = (f"{1e3 * t:.3f} ms, {size / t / 1e9:.0f}" for t, size in zip(times, sizes, strict=True))
                 shown.add_row(shape, str(threads), str(batch), *cells, gains)
-    Console(width=200).print(f"{platform.processor() or platform.machine()}, {level}; ms and GB/s", shown)
+    where = machine()
+    Console(width=200).print(f"{where['cpu']}, {where['kernels']}; ms and GB/s", shown)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,14 @@ def test_a_document_ends_where_the_model_stopped_looking_or_earlier():
     assert trace_document(trace(0), first_tokens=40) == trace_document(trace(0), first_tokens=1000) == whole
 
 
-def test_the_first_tokens_calibrate_and_whole_traces_judge():
+def test_the_first_tokens_calibrate_and_whole_traces_judge(tmp_path):
     sets = ["calibration.first_tokens=8", "calibration.num_tokens=50", "calibration.held_out_tokens=50"]
     recipe = load_recipe("demo", ["calibration.arm=rac", *sets])
     summary = TraceSummary(traces=9, tokens=0, by_region={}, pass_at_1=None, mean_think_tokens=0.0, truncated=0.0,
                            dropped={}, seconds=0.0)  # fmt: skip
     traces = tuple(map(trace, range(9)))
-    found = cell.calibration_set(recipe, 0, ask.Traced(traces[:2], traces[2:], summary, ""), Dense(recipe))
+    traced = ask.Traced(traces[:2], traces[2:], summary, "")
+    found = cell.calibration_set(cell.Case(recipe, tmp_path, 0, traced, Dense(recipe)))
     assert [len(d.ids) for d in found.held_out] == [42, 42] and [len(d.ids) for d in found.documents] == [11] * 5
 
 

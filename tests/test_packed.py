@@ -43,6 +43,23 @@ def levels() -> list[int]:
     return sorted({0, kernels.best_level()} | ({1} if kernels.level_name(kernels.best_level()) == "avx512" else set()))
 
 
+def check_products(x: torch.Tensor, wanted: torch.Tensor, *matrices: PackedMatrix) -> dict[int, torch.Tensor]:
+    """Products of the first matrix, vector by vector, are those that are wanted; any batch, any number of threads and
+    the other matrices give the same bits. Returns them by level."""
+    first, products = matrices[0], {}
+    bound = 1e-5 * (x.abs().double() @ first.dense().abs().double().T) + 1e-12
+    for level in levels():
+        alone = torch.cat([first.multiply(row[None], level=level, threads=1) for row in x])
+        assert bool(((alone.double() - wanted).abs() <= bound).all())
+        for batch in (1, 2, 3, 4, 8, 9):
+            for threads in (1, 2):
+                for matrix in matrices:
+                    found = matrix.multiply(x[:batch], level=level, threads=threads)
+                    assert torch.equal(found, alone[:batch])
+        products[level] = alone
+    return products
+
+
 @compiled
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -52,15 +69,7 @@ def test_packed_products_are_those_of_the_dense_kernel_to_the_bit(shape, weights
     assert (packed.layout, dense.layout) == ("packed", "dense") and torch.equal(packed.dense(), dense.dense())
     x = torch.randn(9, shape[1], generator=torch.Generator().manual_seed(1))
     wanted = x.double() @ packed.dense().double().T
-    for level in levels():
-        alone = torch.cat([packed.multiply(row[None], level=level, threads=1) for row in x])
-        bound = 1e-5 * (x.abs().double() @ packed.dense().abs().double().T) + 1e-12
-        assert bool(((alone.double() - wanted).abs() <= bound).all())
-        for batch in (1, 2, 3, 4, 8, 9):
-            for threads in (1, 2):
-                for matrix in (packed, dense):
-                    found = matrix.multiply(x[:batch], level=level, threads=threads)
-                    assert torch.equal(found, alone[:batch])
+    check_products(x, wanted, packed, dense)
 
 
 @compiled
@@ -69,14 +78,7 @@ def test_packed_products_are_those_of_the_dense_kernel_to_the_bit(shape, weights
 def test_products_with_halves_are_right_whatever_the_batch_and_the_threads(shape, weights):
     half = PackedMatrix.of(halved(sparse(*shape)), weights, "half")
     x = torch.randn(9, shape[1], generator=torch.Generator().manual_seed(1))
-    wanted = x.double() @ half.dense().double().T
-    bound = 1e-5 * (x.abs().double() @ half.dense().abs().double().T) + 1e-12
-    for level in levels():
-        alone = torch.cat([half.multiply(row[None], level=level, threads=1) for row in x])
-        assert bool(((alone.double() - wanted).abs() <= bound).all())
-        for batch in (1, 2, 3, 4, 8, 9):
-            for threads in (1, 2):
-                assert torch.equal(half.multiply(x[:batch], level=level, threads=threads), alone[:batch])
+    check_products(x, x.double() @ half.dense().double().T, half)
 
 
 @compiled
@@ -159,17 +161,12 @@ def test_products_with_int4_are_those_of_rounded_vectors(shape):
     x = torch.randn(9, shape[1], generator=torch.Generator().manual_seed(1))
     x[4] = 0
     wanted = rounded(x).double() @ matrix.dense().double().T
-    bound = 1e-5 * (x.abs().double() @ matrix.dense().abs().double().T) + 1e-12
+    alone = check_products(x, wanted, matrix)
+    broken = x.clone()
+    broken[3, 0] = float("nan")
     for level in levels():
-        alone = torch.cat([matrix.multiply(row[None], level=level, threads=1) for row in x])
-        assert bool(((alone.double() - wanted).abs() <= bound).all())
-        for batch in (1, 2, 3, 4, 8, 9):
-            for threads in (1, 2):
-                assert torch.equal(matrix.multiply(x[:batch], level=level, threads=threads), alone[:batch])
-        broken = x.clone()
-        broken[3, 0] = float("nan")
         found = matrix.multiply(broken, level=level)
-        assert bool(found[3].isnan().all()) and torch.equal(found[:3], alone[:3])
+        assert bool(found[3].isnan().all()) and torch.equal(found[:3], alone[level][:3])
 
 
 def test_int4_loses_less_than_the_largest_weight_at_seven_would():

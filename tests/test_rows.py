@@ -69,7 +69,7 @@ def test_a_corpus_calibrates_in_pieces_and_its_content_is_in_the_key(files):
             [*options, "calibration.arm=corpus", "calibration.num_tokens=500", "calibration.held_out_tokens=100"],
         )
         traced = ask.Traced((), (), None, "")
-        return recipe, cell.calibration_set(recipe, 0, traced, Dense(recipe)).documents
+        return recipe, cell.calibration_set(cell.Case(recipe, files, 0, traced, Dense(recipe))).documents
 
     recipe, small = documents(16)
     assert max(len(d.ids) for d in small) == 16 and 500 <= sum(len(d.ids) for d in small) < 516

@@ -62,46 +62,6 @@ from secateurs.survey import blocks_to_drop, loss_roots, survey
 from secateurs.trim import ExpertTrimmer, Smaller, StreamTrimmer, Trimmer
 
 
-def calibration_set(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> CalibrationSet:
-    """The documents of the recipe's arm, all arms with the same token budget and the same held-out traces.
-
-    Prompts come from the traces' own question stream, distinct and never a held-out one; a corpus comes in the pieces
-    it is stored in. A mixture with a corpus gives it half of the budget.
-    """
-    weights = region_weights(recipe.calibration.arm)
-    budget = recipe.calibration.num_tokens
-    documents: list[Document] = []
-    if weights.get("corpus"):
-        share, documents = corpus_documents(recipe, seed, dense.tokenizer)
-        budget -= share
-    if weights.get("think") or weights.get("answer"):
-        pool = (trace_document(t, recipe.calibration.first_tokens) for t in traced.traces)
-        documents += take(pool, budget, weights, "traces")
-    elif weights.get("prompt"):
-        held_ids = {t.question_id for t in traced.held_out}
-        questions = build_questions(recipe.traces.questions)
-        fresh = (q for q in questions.questions("calibration", seed) if q.id not in held_ids)
-        prompts = (plain_document(render(dense.tokenizer, questions.format, q), "prompt") for q in fresh)
-        documents += take(prompts, budget, weights, "prompts")
-    return CalibrationSet(tuple(documents), tuple(map(trace_document, traced.held_out)), weights)
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """One pruned model on disk and what is known about it."""
-
-    folder: Path
-    arm: str
-    pattern: str
-    sparsity: float
-    solver: str
-    seed: int
-    calibration_tokens: int
-    layers: list[dict[str, Any]]
-    hidden_error: dict[str, Any]
-    seconds: dict[str, float]
-
-
 def arm_label(arm: Arm) -> str:
     """An arm's name, or a mixture spelled out."""
     return arm if isinstance(arm, str) else "+".join(f"{weight:g}{region}" for region, weight in arm.items() if weight)
@@ -145,9 +105,50 @@ class Case:
         pattern = str(built).replace("%", "pct").replace(":", "of").replace(" ", "-")
         return self.out / "cells" / f"{self.label}-{pattern}-s{self.seed}-{key}"
 
-    def survey(self, suffix: str, **wanted: Any) -> Path:
+    def survey_file(self, suffix: str, wanted: dict[str, Any]) -> Path:
         """Where something that is wanted to know of the dense model is kept."""
-        return self.out / "surveys" / f"{canonical_hash({**self.calibrated_on, **wanted})[:12]}{suffix}"
+        return self.out / "surveys" / f"{canonical_hash(self.calibrated_on | wanted)[:12]}{suffix}"
+
+
+def calibration_set(case: Case) -> CalibrationSet:
+    """The documents of a case's arm, all arms with the same token budget and the same held-out traces.
+
+    Prompts come from the traces' own question stream, distinct and never a held-out one; a corpus comes in the pieces
+    it is stored in. A mixture with a corpus gives it half of the budget.
+    """
+    recipe, traced, tokenizer = case.recipe, case.traced, case.dense.tokenizer
+    weights = region_weights(recipe.calibration.arm)
+    budget = recipe.calibration.num_tokens
+    documents: list[Document] = []
+    if weights.get("corpus"):
+        share, documents = corpus_documents(recipe, case.seed, tokenizer)
+        budget -= share
+    if weights.get("think") or weights.get("answer"):
+        pool = (trace_document(t, recipe.calibration.first_tokens) for t in traced.traces)
+        documents += take(pool, budget, weights, "traces")
+    elif weights.get("prompt"):
+        held_ids = {t.question_id for t in traced.held_out}
+        questions = build_questions(recipe.traces.questions)
+        fresh = (q for q in questions.questions("calibration", case.seed) if q.id not in held_ids)
+        prompts = (plain_document(render(tokenizer, questions.format, q), "prompt") for q in fresh)
+        documents += take(prompts, budget, weights, "prompts")
+    return CalibrationSet(tuple(documents), tuple(map(trace_document, traced.held_out)), weights)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """One pruned model on disk and what is known about it."""
+
+    folder: Path
+    arm: str
+    pattern: str
+    sparsity: float
+    solver: str
+    seed: int
+    calibration_tokens: int
+    layers: list[dict[str, Any]]
+    hidden_error: dict[str, Any]
+    seconds: dict[str, float]
 
 
 def solve_alike(cases: Sequence[Case], progress: Progress = silent) -> None:
@@ -160,13 +161,13 @@ def solve_alike(cases: Sequence[Case], progress: Progress = silent) -> None:
     if len(missing) < 2:
         return
     first = cases[0]
-    calibration = calibration_set(first.recipe, first.seed, first.traced, first.dense)
+    calibration = calibration_set(first)
     plans = {}
     for folder, case in missing.items():
         patterns = allocate(case, calibration, progress)
         plans[folder / "blocks"] = replace(plan_of(case.recipe, case.dense), patterns=patterns)
     stage = f"prune {first.label}, {len(missing)} models at once"
-    where = _where(first.recipe, calibration, first.dense)
+    where = _where(first, calibration)
     batch_tokens = first.recipe.calibration.batch_tokens
     first.dense.together(partial(_solve, calibration, plans, batch_tokens, where, first.out, stage), progress)
 
@@ -183,7 +184,7 @@ def prune(case: Case, reference: Callable[[], evaluate.Reference], progress: Pro
         return Pruned(folder, **data)
     states = reference()
     clock = time.perf_counter()
-    calibration = calibration_set(recipe, case.seed, case.traced, dense)
+    calibration = calibration_set(case)
     seconds = {"calibrate": time.perf_counter() - clock}
     clock = time.perf_counter()
     pattern = build_pattern(pattern_spec)
@@ -196,7 +197,7 @@ def prune(case: Case, reference: Callable[[], evaluate.Reference], progress: Pro
         patterns = allocate(case, calibration, progress)
         roots = _loss_roots(case, calibration, progress)
         plan = replace(plan_of(recipe, dense), patterns=patterns, loss_roots=roots)
-        where = _where(recipe, calibration, dense)
+        where = _where(case, calibration)
         batch_tokens, plans = recipe.calibration.batch_tokens, {folder / "blocks": plan}
         work = partial(_solve, calibration, plans, batch_tokens, where, folder, stage)
         results = dense.together(work, progress)
@@ -263,7 +264,7 @@ def _without_experts(
     cut: FewerExperts, case: Case, calibration: CalibrationSet, stage: str, progress: Progress
 ) -> _Solved:
     """A cell whose blocks lose experts."""
-    dense, where = case.dense, _where(case.recipe, calibration, case.dense)
+    dense, where = case.dense, _where(case, calibration)
     work = partial(_choose_experts, cut, case.recipe, case.folder, calibration, where, stage)
     verdicts = dense.together(work, progress)
     results = [result for verdict in verdicts for result in verdict.results]
@@ -288,7 +289,7 @@ def _choose_experts(
 
 def _narrower(cut: Hidden, case: Case, calibration: CalibrationSet, stage: str, progress: Progress) -> _Solved:
     """A cell with a narrower residual stream."""
-    folder, where = case.folder, _where(case.recipe, calibration, case.dense)
+    folder, where = case.folder, _where(case, calibration)
     found = case.dense.together(partial(_narrow, cut, case.recipe, folder, calibration, where, stage), progress)
     seen = pruner.results_in(folder / "blocks", found.selected, found.checkpoint.opened)
     smaller = partial(StreamTrimmer, before=len(found.lift))
@@ -336,8 +337,9 @@ def _solve(
         return pruner.prune(dense.checkpoint.model, calibration, plan, **options)
 
 
-def _where(recipe: Recipe, calibration: CalibrationSet, dense: Dense) -> Where:
+def _where(case: Case, calibration: CalibrationSet) -> Where:
     """Where hidden states are to be kept while a cell is pruned."""
+    recipe, dense = case.recipe, case.dense
     if (where := recipe.resources.hidden_states) != "auto":
         return where
     documents = (*calibration.documents, *calibration.held_out)
@@ -396,7 +398,7 @@ def allocate(case: Case, calibration: CalibrationSet, progress: Progress = silen
     sparsity, curves = table.pattern["sparsity"], allocator.needs_curves
     selected = pruner.prunable(dense.checkpoint.model, plan)
     names = [matrix.name for block in selected for matrix in block]
-    record = case.survey(".json", sparsity=sparsity, curves=curves, matrices=names)
+    record = case.survey_file(".json", {"sparsity": sparsity, "curves": curves, "matrices": names})
     if record.exists():
         rows: Any = read_json(record)
         layers = [Layer(**(row | {"curve": tuple(map(tuple, row["curve"]))})) for row in rows]
@@ -447,7 +449,7 @@ def _find_roots(
 
 def _without_blocks(cut: Depth, case: Case, calibration: CalibrationSet, progress: Progress) -> dict[str, Pattern]:
     """Which blocks go, which a survey of the dense model says, as the patterns of every block's matrices."""
-    record = case.survey(".json", blocks=repr(cut))
+    record = case.survey_file(".json", {"blocks": repr(cut)})
     if not record.exists():
         work = partial(_choose_blocks, calibration, cut, f"survey {case.label} {cut}")
         alone = cut.score == "angle"  # one pass: nothing to share
@@ -464,7 +466,7 @@ def _loss_roots(case: Case, calibration: CalibrationSet, progress: Progress) -> 
     if not isinstance(cut, Width) or cut.score != "loss":
         return {}
     names = list(cut.patterns(case.dense.checkpoint.model))
-    record = case.survey(".safetensors", **{"loss roots": names})
+    record = case.survey_file(".safetensors", {"loss roots": names})
     if not record.exists():
         roots = case.dense.together(partial(_find_roots, calibration, names, f"survey {case.label} {cut}"), progress)
         record.parent.mkdir(parents=True, exist_ok=True)

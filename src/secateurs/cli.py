@@ -306,11 +306,13 @@ def bench_(
         out.parent.mkdir(parents=True, exist_ok=True)
     where = bench.machine(threads, device)
 
+    def measured(rows: list[bench.Row]) -> dict[str, Any]:
+        return {"machine": where, "rows": bench.table(rows)}
+
     def keep(rows: list[bench.Row]) -> None:
         if out:
-            result = {"machine": where, "rows": bench.table(rows)}
-            write_json(out, result)
-            atomic_write(out.with_suffix(".html"), bench.to_html(result))
+            write_json(out, measured(rows))
+            atomic_write(out.with_suffix(".html"), bench.to_html(measured(rows)))
 
     with _bars() as progress:
         rows = bench.bench(
@@ -318,7 +320,7 @@ def bench_(
             recipe=loaded, keep=keep,
             progress=lambda done, total, what: progress("bench", done, total, "turns"),
         )  # fmt: skip
-    result = {"machine": where, "rows": bench.table(rows)}
+    result = measured(rows)
     if as_json:
         print(json.dumps(result))
         return

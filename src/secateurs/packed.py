@@ -62,6 +62,7 @@ class PackedMatrix:
                 raise ValueError("int4 is stored dense: there is no other layout for it")
             return cls(rows, d_in, _int4(weight.float()))
         kept = weight != 0
+        which = _kept_bytes(kept)
         tensors: dict[str, Tensor] = {}
         if weights == "int8":
             scale = weight.float().abs().amax(1).clamp(min=1e-30) / 127
@@ -70,19 +71,17 @@ class PackedMatrix:
             stored = weight.to(torch.bfloat16)
         if layout is None:
             density = float(kept.float().mean())
-            sparse = "half" if density > HALF_FROM and _fits(kept) else "packed"
+            sparse = "half" if density > HALF_FROM and _fits(which) else "packed"
             layout = sparse if density < DENSE_FROM else "dense"
         if layout == "half":
-            return cls(rows, d_in, _half(stored, kept) | tensors)
+            return cls(rows, d_in, _half(stored, which) | tensors)
         if layout == "packed":
+            bits = nn.functional.pad(which, (0, -which.shape[1] % (WORD // 8))).view(torch.int64)
             starts = torch.zeros(rows + 1, dtype=torch.int64)
             starts[1:] = kept.sum(1).cumsum(0)
             spare = torch.zeros(PADDING // stored.itemsize, dtype=stored.dtype)
-            return cls(
-                rows,
-                d_in,
-                {"bits": _bits(kept), "values": torch.cat([stored[kept], spare]), "starts": starts} | tensors,
-            )
+            values = torch.cat([stored[kept], spare])
+            return cls(rows, d_in, {"bits": bits, "values": values, "starts": starts} | tensors)
         return cls(rows, d_in, {"weight": stored} | tensors)
 
     def check(self, name: str) -> None:
@@ -203,10 +202,9 @@ class PackedMatrix:
         return whole if scale is None else whole * scale[:, None]
 
 
-def _bits(kept: Tensor) -> Tensor:
-    """One bit a weight, the first in the lowest, rows of whole words [rows, words] int64."""
-    packed = _kept_bytes(kept)
-    return nn.functional.pad(packed, (0, -packed.shape[1] % (WORD // 8))).view(torch.int64)
+def _kept_bytes(kept: Tensor) -> Tensor:
+    """A bit a weight that says whether it is kept, the first of eight in the lowest [rows, groups]."""
+    return torch.from_numpy(np.packbits(kept.numpy(), axis=1, bitorder="little"))
 
 
 def _grouped(matrix: Tensor) -> Tensor:
@@ -216,14 +214,9 @@ def _grouped(matrix: Tensor) -> Tensor:
     return whole.view(-1, BLOCK, whole.shape[1] // GROUP, GROUP).transpose(1, 2)
 
 
-def _kept_bytes(kept: Tensor) -> Tensor:
-    """A byte for each eight columns of a row, whose bits say which are kept [rows, groups]."""
-    return torch.from_numpy(np.packbits(kept.numpy(), axis=1, bitorder="little"))
-
-
-def _fits(kept: Tensor) -> bool:
+def _fits(which: Tensor) -> bool:
     """Whether no row keeps more than four of eight columns."""
-    return int(np.bitwise_count(_kept_bytes(kept).numpy()).max(initial=0)) <= KEPT
+    return int(np.bitwise_count(which.numpy()).max(initial=0)) <= KEPT
 
 
 @cache
@@ -233,11 +226,11 @@ def _places() -> Tensor:
     return bits.sort(dim=1, descending=True, stable=True).indices[:, :KEPT].sort(dim=1).values
 
 
-def _half(stored: Tensor, kept: Tensor) -> dict[str, Tensor]:
+def _half(stored: Tensor, which: Tensor) -> dict[str, Tensor]:
     """Four weights for each eight columns [blocks, groups, 8, 4], and bytes with three bits each that say where."""
-    if not _fits(kept):
+    if not _fits(which):
         raise ValueError("a matrix in halves keeps at most four of each eight columns; this one keeps more somewhere")
-    which = nn.functional.pad(_kept_bytes(kept), (0, 0, 0, -len(kept) % BLOCK))
+    which = nn.functional.pad(which, (0, 0, 0, -len(which) % BLOCK))
     which = which.view(-1, BLOCK, which.shape[1]).transpose(1, 2)
     codes = (_places() << torch.arange(0, 3 * KEPT, 3)).sum(1).int()
     weights, places = [], []

@@ -175,11 +175,12 @@ def _alike(grid: Sequence[Recipe]) -> list[list[Recipe]]:
 def _do_cells(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe], first: int, total: int) -> list[_Done]:
     """Prune, export and evaluate some cells of a seed."""
     out, dense, progress = bench.out, bench.dense, bench.progress
-    if len(cells) > 1:
-        solve_alike([Case(recipe, out, seed, traced, dense) for recipe in cells], progress)
+    cases = [Case(recipe, out, seed, traced, dense) for recipe in cells]
+    if len(cases) > 1:
+        solve_alike(cases, progress)
     done = []
-    for number, recipe in enumerate(cells, start=first):
-        pruned = prune(Case(recipe, out, seed, traced, dense), partial(bench.reference, traced), progress)
+    for number, case in enumerate(cases, start=first):
+        recipe, pruned = case.recipe, prune(case, partial(bench.reference, traced), progress)
         answers = None
         if recipe.evaluate.num_questions:
             pattern = build_pattern(recipe.prune.pattern)

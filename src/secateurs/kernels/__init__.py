@@ -86,7 +86,7 @@ def level_name(level: int) -> str:
 class Product:
     """x W^T for a matrix of `rows` rows in the format `name`: `weights` are its tensors in the order of packed.c.
 
-    What does not change from one product to the next is looked up once: a small one takes no longer than that.
+    What does not change from one product to the next is looked up once, which takes longer than a small one.
     RuntimeError without a library.
     """
 
