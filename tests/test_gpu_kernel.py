@@ -9,8 +9,9 @@ import torch
 
 from secateurs import kernels
 from secateurs.layer import Gram, LayerProblem, relative_error
-from secateurs.packed import PackedMatrix, load_packed, pack
+from secateurs.packed import PackedMatrix, pack
 from secateurs.patterns import NM, Unstructured
+from secateurs.runtime import load_packed
 from secateurs.solvers.sparsegpt import SparseGPT, _columns
 from test_packed import pruned, sparse
 
@@ -54,7 +55,7 @@ def test_activations_of_a_gpu_stay_in_their_type():
 def test_a_packed_model_runs_on_it(tmp_path, monkeypatch):
     dense = pruned("qwen3", tmp_path / "dense")
     pack(str(tmp_path / "dense"), tmp_path / "packed")
-    monkeypatch.setattr("secateurs.packed.has_kernels", lambda device: True)
+    monkeypatch.setattr("secateurs.runtime.has_kernels", lambda device: True)
     monkeypatch.setattr(kernels, "Product", lambda name, weights, rows: lambda x: gpu.multiply(name, weights, x, rows))
     model = load_packed(tmp_path / "packed", expand=False)
     ids = torch.arange(3, 8)[None]

@@ -19,7 +19,7 @@ ORDER = [
     {"pruner", "survey"},
     {"export", "evaluate", "planner", "experts", "narrow"},
     {"report", "masks", "packed"},
-    {"page"},
+    {"page", "runtime"},
     {"recipe", "gains"},
     {"corpus"},
     {"dense"},

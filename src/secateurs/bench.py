@@ -26,10 +26,11 @@ from secateurs.ask import request_for, trace_of
 from secateurs.engines import default_sampling
 from secateurs.engines.hf import hf_engine
 from secateurs.models import load_model, load_tokenizer
-from secateurs.packed import RECORD, PackedEmbedding, PackedLinear, load_packed
+from secateurs.packed import RECORD
 from secateurs.page import templates
 from secateurs.parallel import MISTAKES, portable, settle, start
 from secateurs.recipe import Recipe, build_questions
+from secateurs.runtime import PackedEmbedding, PackedLinear, load_packed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -251,7 +251,7 @@ def pack(
     ] = "bf16",
     as_json: Json = False,
 ) -> None:
-    """Store a pruned model without its zeros, for the CPU runtime (`secateurs.packed.load_packed`)."""
+    """Store a pruned model without its zeros, for the CPU runtime (`secateurs.runtime.load_packed`)."""
     from secateurs.packed import WEIGHTS
     from secateurs.packed import pack as store
 

@@ -1,28 +1,27 @@
-"""Pruned models stored without their zeros, and run from there by kernels of ours.
+"""Pruned models stored without their zeros, as kernels of ours read them: `runtime.py` runs them.
 
 One token of a small batch reads every weight once, so reading less can be being faster. A matrix is stored in halves
 where no eight columns keep more than four (4:8, 2:4), packed with a bitmap where that is less to read, else dense; as
 bfloat16, as int8 with a scale for each row, or (dense only) as int4 with a scale for each 64 columns.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from secateurs import kernels
-from secateurs.artifacts import atomic_folder, read_json, write_json
-from secateurs.checkpoint import Checkpoint, Shards, compute_buffers, weight_files
+from secateurs.artifacts import atomic_folder, write_json
+from secateurs.checkpoint import Checkpoint, Shards
 from secateurs.export import copy_beside
-from secateurs.models import cannot_be_loaded, linears, name_of
+from secateurs.models import linears, name_of
 
 Weights = Literal["bf16", "int8", "int4"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
@@ -33,7 +32,6 @@ SCHEMA, VERSION = "secateurs.packed", 1
 DENSE_FROM = 0.8  # of the weights: with so many kept a bitmap saves too little to be worth expanding
 HALF_FROM = 0.35  # with fewer kept a bitmap is so much less to read that halves are not worth it
 GROUP, KEPT, BLOCK, PLACES = 8, 4, 8, 3  # halves: columns in a group, kept of them, rows in a block, bytes for two rows
-FEW = 16  # vectors up to which a product reads packed weights; more are worth making the matrix dense for a while
 WORD = 64  # columns in a word of the bitmap, and with a scale of int4
 LARGEST_AT = (7.0, 7.5, 8.0, 8.5, 9.0, 10.0)  # where int4 may put the largest weight of a group; beyond 8 it is clipped
 PADDING = 64  # bytes after the kept weights that a kernel may read
@@ -167,10 +165,45 @@ class PackedMatrix:
         """The same matrix packed, for a GPU, whose kernel takes bitmaps."""
         return PackedMatrix.of(self.dense(), self.kind, "packed")
 
+    @classmethod
+    def joined(cls, matrices: Sequence["PackedMatrix"]) -> tuple["PackedMatrix", list["PackedMatrix"]] | None:
+        """Matrices with the same inputs as one of all their rows, and each of them as a part of its memory.
+
+        None for matrices of several formats, and for halves of which one ends inside a block.
+        """
+        first, d_in = matrices[0], matrices[0].d_in
+        inside = first.layout == "half" and any(matrix.rows % BLOCK for matrix in matrices[:-1])
+        if inside or any((matrix.format, matrix.d_in) != (first.format, d_in) for matrix in matrices):
+            return None
+        whole: dict[str, Tensor] = {}
+        parts: list[dict[str, Tensor]] = [{} for _ in matrices]
+        for name in first.tensors:
+            tensors = [matrix.tensors[name] for matrix in matrices]
+            spare = PADDING // tensors[0].itemsize if name in ("values", "places") else 0
+            lengths = [len(tensor) - spare for tensor in tensors]
+            if name == "values":
+                lengths = [int(matrix.tensors["starts"][-1]) for matrix in matrices]
+            begins = list(accumulate(lengths, initial=0))
+            if name == "starts":
+                kept = accumulate((int(starts[-1]) for starts in tensors), initial=0)
+                shifted = [starts + before for starts, before in zip(tensors, kept, strict=False)]
+                whole[name] = torch.cat([*(starts[:-1] for starts in shifted[:-1]), shifted[-1]])
+                for part, starts in zip(parts, tensors, strict=True):
+                    part[name] = starts
+                continue
+            own = [tensor[:length] for tensor, length in zip(tensors, lengths, strict=True)]
+            whole[name] = torch.cat([*own, tensors[-1][lengths[-1] :]])
+            for part, begin, length in zip(parts, begins, lengths, strict=False):
+                part[name] = whole[name][begin : begin + length + spare]
+        rows = sum(matrix.rows for matrix in matrices)
+        return cls(rows, d_in, whole), [
+            replace(matrix, tensors=part) for matrix, part in zip(matrices, parts, strict=True)
+        ]
+
     def multiply(self, x: Float[Tensor, "batch d_in"], **options: int) -> Float[Tensor, "batch rows"]:
-        """x W^T by a compiled kernel, in x's type: see `kernels.Product`, which takes float32, and `kernels.gpu`."""
+        """x W^T by a compiled kernel, in x's type: see `kernels.Product`, which is for float32, and `kernels.gpu`."""
         if x.device.type == "cpu":
-            return self._product(x, **options)
+            return self._product(x.float(), **options).to(x.dtype)
         if self.format == "dense_bf16":
             return nn.functional.linear(x, self.tensors["weight"].to(x.dtype))
         if self.kind == "int4" or self.layout == "half":
@@ -278,33 +311,6 @@ def _int4(weight: Float32[Tensor, "rows d_in"]) -> dict[str, Tensor]:
     return {"weight": (first | second << 4).view(rows, -1), "scales": scales.squeeze(2).to(torch.bfloat16)}
 
 
-class PackedLinear(nn.Module):
-    """A linear layer with a packed matrix. Differentiable it is not."""
-
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None) -> None:
-        super().__init__()
-        self.matrix, self.bias = matrix, bias
-        self.in_features, self.out_features = matrix.d_in, matrix.rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features)
-        out = self.matrix.multiply(flat) if flat.shape[0] <= FEW else flat @ self.matrix.dense().to(x.dtype).T
-        out = out if self.bias is None else out + self.bias
-        return out.view(*x.shape[:-1], self.out_features)
-
-
-class PackedEmbedding(nn.Module):
-    """An embedding in the type it is stored in, which gives `dtype`."""
-
-    def __init__(self, weight: Tensor, scale: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.table, self.scale, self.dtype = weight, scale, dtype
-
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = nn.functional.embedding(ids, self.table).to(self.dtype)
-        return rows if self.scale == 1 else rows * self.scale
-
-
 def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
     """Write the model in the folder or hub id `model` to `out` with its linear layers packed; one block at a time.
 
@@ -349,92 +355,3 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
         copy_beside(checkpoint.folder, folder)
         write_json(folder / RECORD, {"schema": SCHEMA, "version": VERSION, "weights": weights, "matrices": names})
     return {"weights": weights, **counts, "density": 1 - counts["zeros"] / counts["weights"]}
-
-
-def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = None) -> PreTrainedModel:
-    """The model in a folder that `pack` wrote: `generate` and all else of transformers work on it.
-
-    It computes in float32 on a CPU, elsewhere in bfloat16. With `expand` its linear layers are made dense: the same
-    results (but for int4, where kernels round vectors) with more memory, slower on a CPU and faster on a GPU. None
-    expands on GPUs, and where there are no kernels.
-    ValueError for a folder that is none of ours or is damaged, or to keep packed what no kernel can multiply.
-    """
-    folder, place = Path(path), torch.device(device)
-    if expand is False and not has_kernels(place):
-        raise ValueError(f"no kernel multiplies packed matrices on {device} here: leave out expand=False")
-    expand = (place.type != "cpu" or not has_kernels(place)) if expand is None else expand
-    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
-    if not (folder / RECORD).is_file():
-        raise ValueError(f"{folder} has no {RECORD}; `secateurs pack` makes such a folder of a pruned model")
-    record: Any = read_json(folder / RECORD)
-    if record.get("schema") != SCHEMA or record.get("version") != VERSION:
-        raise ValueError(f"{folder / RECORD} is not of this version of secateurs: pack the model again")
-    try:
-        config: Any = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        parts: dict[str, dict[str, Tensor]] = {}
-        rest: dict[str, Tensor] = {}
-        for key, tensor in _tensors(folder):
-            name, _, part = key.rpartition(".")
-            if name in record["matrices"] and part != "bias":
-                parts.setdefault(name, {})[part] = tensor
-            else:
-                rest[key] = tensor
-        for name, (rows, d_in) in record["matrices"].items():
-            matrix = PackedMatrix(rows, d_in, parts[name])
-            matrix.check(name)
-            linear = model.get_submodule(name)
-            if (linear.out_features, linear.in_features) != (rows, d_in):
-                raise ValueError(f"{name} is {rows} x {d_in}, the model's {linear.out_features} x {linear.in_features}")
-            if matrix.layout == "half" and place.type != "cpu" and not expand:
-                matrix = matrix.with_bitmap()
-            bias = rest.pop(f"{name}.bias", None)
-            bias = None if bias is None else bias.to(place, dtype)
-            _replace(model, name, _linear(matrix.to(place), bias, dtype, expand))
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        name = name_of(model, embedding)
-        table = rest.pop(f"{name}.weight").to(place)
-        _replace(model, name, PackedEmbedding(table, float(getattr(embedding, "scalar_embed_scale", 1.0)), dtype))
-        if (of_head := name_of(model, head)) not in record["matrices"]:  # tied, and so not stored again
-            tied = PackedMatrix(len(table), table.shape[1], {"weight": table.to(torch.bfloat16)})
-            _replace(model, of_head, _linear(tied, None, dtype, expand))
-        known = model.state_dict()
-        if wrong := [key for key, tensor in rest.items() if key not in known or known[key].shape != tensor.shape]:
-            raise ValueError(f"{wrong[0]} is not the model's")
-        model.load_state_dict({key: tensor.to(place, dtype) for key, tensor in rest.items()}, strict=False, assign=True)
-        if absent := [key for key, tensor in model.state_dict().items() if tensor.is_meta]:
-            raise ValueError(f"there is no {absent[0]}")
-        compute_buffers(model, place)
-        if (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # transformers and safetensors raise many types for the same damage
-        raise cannot_be_loaded(f"packed model `{folder}`", error) from error
-    return model.eval()
-
-
-def has_kernels(device: torch.device) -> bool:
-    """Whether packed matrices can be multiplied on a device: a CPU with the compiled library, a GPU with triton."""
-    return kernels.library() is not None if device.type == "cpu" else kernels.has_triton()
-
-
-def _linear(matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype, expand: bool) -> nn.Module:
-    if not expand:
-        return PackedLinear(matrix, bias)
-    dense = nn.Linear(matrix.d_in, matrix.rows, bias=bias is not None, device="meta")
-    dense.weight = nn.Parameter(matrix.dense().to(dtype), requires_grad=False)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias, requires_grad=False)
-    return dense
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for name in weight_files(folder, STEM):
-        with safe_open(folder / name, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                yield key, file.get_tensor(key)

@@ -25,6 +25,8 @@ ARGUMENTS = {  # after level and threads: pointers to the weights, then x, y, ba
     "half_bf16": 2,
     "half_int8": 3,
 }
+STEPS = {"normed": "ippfpnn", "turned": "ippppfppnnnnn", "attended": "iipnpnnnpnnnppnfpnnnnn", "gated": "ippnn"}
+"""Arguments of the functions of steps.c: ints, pointers, numbers (int64) and floats."""
 EXPANDED = {name: weights for name, weights in ARGUMENTS.items() if name not in ("dense_bf16", "dense_int8")}
 """The same, of a matrix that is made dense."""
 
@@ -47,6 +49,10 @@ def library() -> ctypes.CDLL | None:
         function = getattr(found, f"secateurs_expand_{name}")
         function.argtypes = [ctypes.c_int] + [ctypes.c_void_p] * (weights + 1) + [ctypes.c_int64] * 2
         function.restype = None
+    kinds = {"i": ctypes.c_int, "p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
+    for name, arguments in STEPS.items():
+        function = getattr(found, f"secateurs_{name}")
+        function.argtypes, function.restype = [kinds[one] for one in arguments], None
     found.secateurs_level_name.restype = ctypes.c_char_p
     return found
 
@@ -75,12 +81,12 @@ def has_triton() -> bool:
 @cache
 def best_level() -> int:
     """The fastest code this processor can run, as a number. RuntimeError without a library."""
-    return _loaded().secateurs_level()
+    return loaded().secateurs_level()
 
 
 def level_name(level: int) -> str:
     """Its name: portable, avx2, avx512 or neon. RuntimeError without a library."""
-    return _loaded().secateurs_level_name(level).decode()
+    return loaded().secateurs_level_name(level).decode()
 
 
 class Product:
@@ -91,7 +97,7 @@ class Product:
     """
 
     def __init__(self, name: str, weights: tuple[Tensor, ...], rows: int) -> None:
-        self._function = getattr(_loaded(), f"secateurs_{name}")
+        self._function = getattr(loaded(), f"secateurs_{name}")
         self._weights, self._rows, self._level = weights, rows, best_level()
 
     def __call__(
@@ -121,11 +127,12 @@ def expand(name: str, weights: tuple[Tensor, ...], rows: int, d_in: int) -> Floa
     """The weights of a matrix in the format `name`, which is in EXPANDED. RuntimeError without a library."""
     out = torch.empty(rows, d_in, dtype=torch.float32)
     pointers = (tensor.data_ptr() for tensor in (*weights, out))
-    getattr(_loaded(), f"secateurs_expand_{name}")(torch.get_num_threads(), *pointers, rows, d_in)
+    getattr(loaded(), f"secateurs_expand_{name}")(torch.get_num_threads(), *pointers, rows, d_in)
     return out
 
 
-def _loaded() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
+    """The compiled kernels. RuntimeError where there are none."""
     found = library()
     if found is None:
         raise RuntimeError("secateurs was installed without its compiled kernels: install a C compiler, then it, again")

@@ -662,9 +662,9 @@ static const struct tile portable_int4_tile = {1, portable_int4, portable_int4};
 static const struct tile portable_half_tile = {1, portable_half, portable_half};
 
 #ifdef ON_X86
-TILES(AVX2_CODE, avx2, DENSE_BF16, 8, 4, 2)
+TILES(AVX2_CODE, avx2, DENSE_BF16, 2, 4, 2)
 TILES(AVX2_CODE, avx2, PACKED_BF16, 4, 4, 2)
-TILES(AVX2_CODE, avx2, DENSE_INT8, 8, 4, 2)
+TILES(AVX2_CODE, avx2, DENSE_INT8, 4, 4, 2)
 TILES(AVX2_CODE, avx2, PACKED_INT8, 4, 4, 2)
 TILES(AVX2_CODE, avx2, DENSE_INT4, 4, 4, 2)
 TILES(AVX2_CODE, avx2, HALF_BF16, 8, 8, 4)
