@@ -11,6 +11,11 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
 #pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
 
 enum { LANES = 8 };
@@ -35,8 +40,26 @@ INLINE floats load_first(const float *from, int64_t count) {
 
 INLINE void store_first(float *to, floats values, int64_t count) { memcpy(to, &values, (size_t)count * sizeof *to); }
 
-INLINE float sum(const floats values) {
+INLINE float sum(floats values) {
     return ((values[0] + values[4]) + (values[2] + values[6])) + ((values[1] + values[5]) + (values[3] + values[7]));
+}
+
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
+
+/* The sums of eight vectors, in their order: halves of two are added into one, three times. */
+INLINE floats eight_sums(const floats v[LANES]) {
+    floats two[4], four[2];
+    UNROLL for (int i = 0; i < 4; i++)
+        two[i] = PICK(v[2 * i], v[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13) +
+                 PICK(v[2 * i], v[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    UNROLL for (int i = 0; i < 2; i++)
+        four[i] = PICK(two[2 * i], two[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+                  PICK(two[2 * i], two[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return PICK(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11) + PICK(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
 INLINE floats choose(ints where, floats yes, floats no) { return (floats)((where & (ints)yes) | (~where & (ints)no)); }
@@ -103,47 +126,129 @@ INLINE void turned(float *heads, const float *bias, const float *query_norm, con
     }
 }
 
-/* What the heads of one group, which share keys and values, see of them: weighted by the softmax of their products. */
-INLINE void attended(const float *queries, const float *keys, int64_t key_step, const float *values, int64_t value_step,
-                     const uint8_t *seen, const float *added, float scale, float *scores, float *out, int64_t heads,
-                     int64_t tokens, int64_t width) {
-    const int64_t padded = (tokens + LANES - 1) / LANES * LANES;
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t h = 0; h < heads; h++) {
-            float score = dot(queries + h * width, keys + t * key_step, width) * scale;
-            if (added) score += added[t];
-            scores[h * padded + t] = seen && !seen[t] ? -__builtin_inff() : score;
+/*
+ * Attention reads keys and values once, a part of them at a time that the first cache holds. Tiles of it are a few heads
+ * and tokens with eight sums between them: 4 heads and 2 tokens, 2 and 4, or 1 and 8, so that any number of heads is
+ * some tiles. Scores lie as tiles make them: those of a token's heads together, token after token.
+ */
+enum { PART = 64 };
+
+struct group {
+    const float *queries, *keys, *values;
+    int64_t key_step, value_step; /* floats from token to token */
+    const uint8_t *seen;          /* both masks may be NULL */
+    const float *added;
+    float scale, *out;
+    int64_t tokens, width;
+};
+
+/* Scores of all tokens of a part with the first `heads` queries; -infinity of those that are not seen or not there. */
+INLINE void score(int heads, const struct group *g, const float *queries, int64_t from, float *scores) {
+    const int together = LANES / heads;
+    const int64_t end = from + PART < g->tokens ? from + PART : g->tokens;
+    for (int64_t t = from; t < end; t += together) {
+        const float *keys[LANES];
+        floats sums[LANES];
+        UNROLL for (int k = 0; k < together; k++)
+            keys[k] = g->keys + (t + k < g->tokens ? t + k : g->tokens - 1) * g->key_step;
+        UNROLL for (int k = 0; k < LANES; k++) sums[k] = all(0);
+        int64_t i = 0;
+        for (; i + LANES <= g->width; i += LANES)
+            UNROLL for (int k = 0; k < together; k++) {
+                const floats key = load(keys[k] + i);
+                UNROLL for (int h = 0; h < heads; h++) sums[k * heads + h] += key * load(queries + h * g->width + i);
+            }
+        if (i < g->width)
+            UNROLL for (int k = 0; k < together; k++) {
+                const floats key = load_first(keys[k] + i, g->width - i);
+                UNROLL for (int h = 0; h < heads; h++)
+                    sums[k * heads + h] += key * load_first(queries + h * g->width + i, g->width - i);
+            }
+        store(scores + t * heads, eight_sums(sums) * g->scale);
+        if (!g->seen && !g->added && t + together <= g->tokens) continue;
+        UNROLL for (int k = 0; k < together; k++) {
+            const int hidden = t + k >= g->tokens || (g->seen && !g->seen[t + k]);
+            UNROLL for (int h = 0; h < heads; h++) {
+                float *one = scores + (t + k) * heads + h;
+                *one = hidden ? -__builtin_inff() : *one + (g->added ? g->added[t + k] : 0);
+            }
         }
-    for (int64_t h = 0; h < heads; h++) {
-        float *weights = scores + h * padded;
-        float highest = weights[0];
-        for (int64_t t = 1; t < tokens; t++) highest = weights[t] > highest ? weights[t] : highest;
-        for (int64_t t = tokens; t < padded; t++) weights[t] = -__builtin_inff();
-        floats total = {0};
-        for (int64_t t = 0; t < padded; t += LANES) {
-            floats weight = exponential(load(weights + t) - highest);
-            store(weights + t, weight);
-            total += weight;
-        }
-        const float whole = sum(total);
-        float *to = out + h * width;
-        memset(to, 0, (size_t)width * sizeof *to);
-        int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) {
-            const float *from = values + t * value_step;
-            const float a = weights[t], b = weights[t + 1], c = weights[t + 2], d = weights[t + 3];
-            int64_t i = 0;
-            for (; i + LANES <= width; i += LANES)
-                store(to + i, load(to + i) + (a * load(from + i) + b * load(from + value_step + i)) +
-                                  (c * load(from + 2 * value_step + i) + d * load(from + 3 * value_step + i)));
-            for (; i < width; i++)
-                to[i] += (a * from[i] + b * from[value_step + i]) +
-                         (c * from[2 * value_step + i] + d * from[3 * value_step + i]);
-        }
-        for (; t < tokens; t++)
-            for (int64_t i = 0; i < width; i++) to[i] += weights[t] * values[t * value_step + i];
-        for (int64_t i = 0; i < width; i++) to[i] /= whole;
     }
+}
+
+/* Scores become weights; of each head their sum is 1. */
+INLINE void soften(int heads, int64_t tokens, float *scores) {
+    const int64_t count = (tokens * heads + LANES - 1) / LANES * LANES;
+    floats highest = load(scores), total = {0};
+    for (int64_t i = LANES; i < count; i += LANES) {
+        const floats score = load(scores + i);
+        highest = choose(score > highest, score, highest);
+    }
+    for (int lane = heads; lane < LANES; lane++)
+        if (highest[lane] > highest[lane % heads]) highest[lane % heads] = highest[lane];
+    for (int lane = heads; lane < LANES; lane++) highest[lane] = highest[lane % heads];
+    for (int64_t i = 0; i < count; i += LANES) {
+        const floats weight = exponential(load(scores + i) - highest);
+        store(scores + i, weight);
+        total += weight;
+    }
+    for (int lane = heads; lane < LANES; lane++) total[lane % heads] += total[lane];
+    for (int lane = heads; lane < LANES; lane++) total[lane] = total[lane % heads];
+    for (int64_t i = 0; i < count; i += LANES) store(scores + i, load(scores + i) / total);
+}
+
+/* Adds a part's weighted values to some columns of the first `heads` results: whole vectors, or the first of one. */
+INLINE void mix_columns(int heads, int vectors, int64_t left, const struct group *g, const float *values,
+                        const float *weights, int64_t tokens, float *out) {
+    floats sums[LANES];
+    const int whole = left >= LANES * vectors;
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int v = 0; v < vectors; v++) {
+            const float *from = out + h * g->width + v * LANES;
+            sums[h * vectors + v] = whole ? load(from) : load_first(from, left);
+        }
+    for (int64_t t = 0; t < tokens; t++, values += g->value_step, weights += heads)
+        UNROLL for (int v = 0; v < vectors; v++) {
+            const floats value = whole ? load(values + v * LANES) : load_first(values, left);
+            UNROLL for (int h = 0; h < heads; h++) sums[h * vectors + v] += value * weights[h];
+        }
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int v = 0; v < vectors; v++) {
+            float *to = out + h * g->width + v * LANES;
+            if (whole) store(to, sums[h * vectors + v]);
+            else store_first(to, sums[h * vectors + v], left);
+        }
+}
+
+INLINE void mix(int heads, const struct group *g, int64_t from, const float *scores, float *out) {
+    const int vectors = LANES / heads;
+    const int64_t tokens = from + PART < g->tokens ? PART : g->tokens - from;
+    const float *values = g->values + from * g->value_step, *weights = scores + from * heads;
+    int64_t i = 0, left = g->width;
+    for (; left >= LANES * vectors; i += LANES * vectors, left -= LANES * vectors)
+        mix_columns(heads, vectors, left, g, values + i, weights, tokens, out + i);
+    for (; left >= LANES; i += LANES, left -= LANES)
+        mix_columns(heads, 1, left, g, values + i, weights, tokens, out + i);
+    if (left) mix_columns(heads, 1, left, g, values + i, weights, tokens, out + i);
+}
+
+/* What the heads of a group, which share keys and values, see: values weighted by the softmax of their scores. */
+INLINE void attended(const struct group *g, int64_t heads, float *scores) {
+    const int64_t padded = (g->tokens + LANES - 1) / LANES * LANES;
+#define BY_HEADS(step)                                                       \
+    for (int64_t h = 0; h < heads; h += heads - h >= 4 ? 4 : heads - h >= 2 ? 2 : 1) { \
+        float *of = scores + h * padded;                                     \
+        if (heads - h >= 4) step(4);                                         \
+        else if (heads - h >= 2) step(2);                                    \
+        else step(1);                                                        \
+    }
+#define SCORE(count) score(count, g, g->queries + h * g->width, from, of)
+#define SOFTEN(count) soften(count, g->tokens, of)
+#define MIX(count) mix(count, g, from, of, g->out + h * g->width)
+    for (int64_t from = 0; from < g->tokens; from += PART) BY_HEADS(SCORE)
+    BY_HEADS(SOFTEN)
+    memset(g->out, 0, (size_t)(heads * g->width) * sizeof *g->out);
+    for (int64_t from = 0; from < g->tokens; from += PART) BY_HEADS(MIX)
 }
 
 /* silu(gate) * up of rows [gate, up], of `width` numbers each. */
@@ -179,11 +284,7 @@ BOTH(turned,
       const float *sine, int64_t angle_step, int64_t rows, int64_t queries, int64_t keys, int64_t width),
      (heads, bias, query_norm, key_norm, eps, cosine, sine, angle_step, rows, queries, keys, width))
 
-BOTH(attended,
-     (const float *queries, const float *keys, int64_t key_step, const float *values, int64_t value_step,
-      const uint8_t *seen, const float *added, float scale, float *scores, float *out, int64_t heads, int64_t tokens,
-      int64_t width),
-     (queries, keys, key_step, values, value_step, seen, added, scale, scores, out, heads, tokens, width))
+BOTH(attended, (const struct group *g, int64_t heads, float *scores), (g, heads, scores))
 
 BOTH(gated, (const float *both, float *y, int64_t rows, int64_t width), (both, y, rows, width))
 
@@ -224,10 +325,20 @@ EXPORT void secateurs_attended(int level, int threads, const float *queries, int
 #endif
     for (int64_t which = 0; which < rows * kv_heads; which++) {
         const int64_t row = which / kv_heads, head = which % kv_heads;
-        AT_LEVEL(level, attended, queries + row * query_step + head * heads * width,
-                 keys + row * key_row + head * key_head, key_token, values + row * value_row + head * value_head,
-                 value_token, seen ? seen + row * mask_step : NULL, added ? added + row * mask_step : NULL, scale,
-                 scores + which * size, out + which * heads * width, heads, tokens, width);
+        const struct group group = {
+            .queries = queries + row * query_step + head * heads * width,
+            .keys = keys + row * key_row + head * key_head,
+            .values = values + row * value_row + head * value_head,
+            .key_step = key_token,
+            .value_step = value_token,
+            .seen = seen ? seen + row * mask_step : NULL,
+            .added = added ? added + row * mask_step : NULL,
+            .scale = scale,
+            .out = out + which * heads * width,
+            .tokens = tokens,
+            .width = width,
+        };
+        AT_LEVEL(level, attended, &group, heads, scores + which * size);
     }
     free(scores);
 }
