@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from secateurs import kernels
 from secateurs.layer import Gram, LayerProblem, relative_error
 from secateurs.packed import PackedMatrix, pack
 from secateurs.patterns import NM, Unstructured
@@ -56,7 +55,7 @@ def test_a_packed_model_runs_on_it(tmp_path, monkeypatch):
     dense = pruned("qwen3", tmp_path / "dense")
     pack(str(tmp_path / "dense"), tmp_path / "packed")
     monkeypatch.setattr("secateurs.runtime.has_kernels", lambda device: True)
-    monkeypatch.setattr(kernels, "Product", lambda name, weights, rows: lambda x: gpu.multiply(name, weights, x, rows))
+    monkeypatch.setattr(PackedMatrix, "multiply", lambda self, x: product(self, x))
     model = load_packed(tmp_path / "packed", expand=False)
     ids = torch.arange(3, 8)[None]
     with torch.no_grad():

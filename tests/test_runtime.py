@@ -10,13 +10,12 @@ from transformers import StaticCache
 from secateurs import kernels
 from secateurs.engines import Request, Sampling
 from secateurs.engines.hf import HF
-from secateurs.kernels import steps
+from secateurs.kernels import block
 from secateurs.packed import PackedMatrix, pack
 from secateurs.runtime import FAST, FEW, FastBlock, load_packed
 from test_packed import halved, pruned, sparse
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="installed without a C compiler: no kernels to test")
-near = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -26,19 +25,17 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(params=["portable", "best"])
 def level(request, monkeypatch) -> None:
     if request.param == "portable":
-        monkeypatch.setattr(steps, "best_level", lambda: 0)
+        monkeypatch.setattr(block, "best_level", lambda: 0)
 
 
-@pytest.mark.usefixtures("level")
-@pytest.mark.parametrize("width", [1, 7, 8, 20, 896])
-def test_rows_are_normed_and_gated(width):
-    x, weight = random(3, width), random(width, seed=1)
-    torch.testing.assert_close(steps.normed(x, weight, 1e-6), rms_norm(x, (width,), weight, 1e-6), **near)
-    both = 30 * random(3, 2 * width)
-    wanted = silu(both[:, :width]) * both[:, width:]
-    torch.testing.assert_close(steps.gated(both), wanted, **near)
-    far = torch.tensor([[-1e30, 1e30, float("nan"), -88.0, 2.0, 2.0, 2.0, 2.0]])
-    torch.testing.assert_close(steps.gated(far), silu(far[:, :4]) * far[:, 4:], equal_nan=True, **near)
+def matrices(*shapes: tuple[int, int], kinds: str) -> list[PackedMatrix]:
+    """Random matrices in the formats that are named, in turn."""
+    formats = [kind.split("_") for kind in kinds.split()]
+    weights = [halved(sparse(*shape, seed=n)) / 8 for n, shape in enumerate(shapes)]
+    return [
+        PackedMatrix.of(weight, kind, layout)
+        for weight, (layout, kind) in zip(weights, (formats * len(shapes))[: len(shapes)], strict=True)
+    ]
 
 
 def rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -47,21 +44,58 @@ def rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.
 
 
 @pytest.mark.usefixtures("level")
-@pytest.mark.parametrize("angles", [1, 3])
-@pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("width", [2, 6, 64])
-def test_queries_and_keys_are_turned_and_values_are_not(width, norms, angles):
-    heads, bias = random(3, 4 + 2 + 2, width), random(8 * width, seed=1)
-    weights = random(2, width, seed=2)
-    cosine, sine = random(2, angles, 1, width, seed=3)
-    whole = heads + bias.view(8, width)
-    queries, keys, values = whole.split([4, 2, 2], 1)
+@pytest.mark.parametrize(
+    "kinds", ["dense_bf16", "half_int8", "packed_bf16 packed_bf16 dense_int8", "half_bf16 dense_bf16"]
+)
+@pytest.mark.parametrize("width, norms, angles", [(2, False, 3), (6, True, 1), (64, True, 3)])
+def test_heads_are_those_of_the_normed_vector_turned_but_for_values(width, norms, angles, kinds):
+    layers = matrices((4 * width, 70), (2 * width, 70), (2 * width, 70), kinds=kinds)
+    x, norm, bias = random(3, 70), random(70, seed=1), random(8 * width, seed=2)
+    weights, (cosine, sine) = random(2, width, seed=3), random(2, angles, 1, width, seed=4)
+    normed = rms_norm(x, (70,), norm, 1e-6)
+    whole = torch.cat([normed @ layer.dense().T for layer in layers], 1) + bias
+    queries, keys, values = whole.view(3, 8, width).split([4, 2, 2], 1)
     if norms:
         queries, keys = (rms_norm(x, (width,), w, 1e-5) for x, w in zip((queries, keys), weights, strict=True))
     wanted = torch.cat([rotated(queries, cosine, sine), rotated(keys, cosine, sine), values], 1)
-    found = heads.clone()
-    steps.turn(found, 2, (cosine, sine), bias, (*weights, 1e-5) if norms else None)
-    torch.testing.assert_close(found, wanted, **near)
+    stored = tuple(layer.stored for layer in layers)
+    head_norms = (*weights, 1e-5) if norms else None
+    found = block.before_attention(x, (norm, 1e-6), stored, bias, head_norms, (cosine, sine), [4, 2, 2])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("kinds", ["dense_bf16", "half_bf16", "half_int8 packed_int8 dense_bf16 dense_int8"])
+@pytest.mark.parametrize("inner", [1, 8, 37])
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_comes_after_attention_is_an_mlp_of_what_it_adds(inner, biased, kinds):
+    output, gate, up, down = matrices((40, 48), (inner, 40), (inner, 40), (40, inner), kinds=kinds)
+    x, seen, norm = random(3, 40), random(3, 48, seed=1), random(40, seed=2)
+    biases = [random(rows, seed=rows) if biased else None for rows in (40, 2 * inner, 40)]
+
+    def layer(x: torch.Tensor, bias: torch.Tensor | None, *weights: PackedMatrix) -> torch.Tensor:
+        out = torch.cat([x @ weight.dense().T for weight in weights], 1)
+        return out if bias is None else out + bias
+
+    wanted = x + layer(seen, biases[0], output)
+    first, second = layer(rms_norm(wanted, (40,), norm, 1e-6), biases[1], gate, up).chunk(2, 1)
+    wanted = wanted + layer(silu(first) * second, biases[2], down)
+    gate_up = gate.stored, up.stored, biases[1]
+    found = block.after_attention(x, seen, (output.stored, biases[0]), (norm, 1e-6), gate_up, (down.stored, biases[2]))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("level")
+def test_gates_are_right_far_from_zero_and_say_what_is_not_a_number():
+    gates = torch.tensor([-1e30, -200.0, -88.0, -87.0, -5.0, -1e-6, 1e-6, 0.5, 89.0, 3e30, float("nan")])
+    one, many = torch.ones(1, 1), len(gates)
+    up, nothing = PackedMatrix.of(torch.ones(many, 1), "bf16"), PackedMatrix.of(torch.zeros(1, 1), "bf16")
+    bias = torch.cat([gates - 1, torch.zeros(many)])  # what is normed is one number, and so 1, as are its products
+    for n, gate in enumerate(gates):
+        chosen = PackedMatrix.of(torch.eye(many)[n : n + 1], "bf16")
+        gate_up = up.stored, up.stored, bias if gate.isnan() else bias.nan_to_num(0)  # it would be in every sum
+        found = block.after_attention(one, one, (nothing.stored, None), (one[0], 0.0), gate_up, (chosen.stored, None))
+        torch.testing.assert_close(found - 1, silu(gate).view(1, 1), rtol=1e-4, atol=2e-7, equal_nan=True)
 
 
 @pytest.mark.usefixtures("level")
@@ -82,55 +116,20 @@ def test_one_token_attends_as_torch_says(width, tokens, mask):
     wanted = scaled_dot_product_attention(
         queries[:, :, None], keys, values, attn_mask=given, scale=0.3, enable_gqa=True
     )
-    found = steps.attended(queries, keys, values, given, 0.3)
-    torch.testing.assert_close(found, wanted.reshape(2, -1), **near)
-    turned = steps.attended(queries, keys.mT.contiguous().mT, values, given, 0.3)  # heads are not contiguous there
-    torch.testing.assert_close(turned, found, **near)
+    found = block.attended(queries, keys, values, given, 0.3)
+    torch.testing.assert_close(found, wanted.reshape(2, -1), rtol=1e-5, atol=1e-6)
+    turned = block.attended(queries, keys.mT.contiguous().mT, values, given, 0.3)  # heads are not contiguous there
+    assert torch.equal(turned, found)
 
 
 def test_attention_stays_finite_whatever_the_scores():
     queries, keys = torch.full((1, 1, 8), 100.0), torch.stack([torch.full((8,), s) for s in (100.0, -100.0, 99.0)])
     values = torch.eye(3, 8)
-    found = steps.attended(queries, keys[None, None], values[None, None], None, 1.0)
+    found = block.attended(queries, keys[None, None], values[None, None], None, 1.0)
     torch.testing.assert_close(found, torch.eye(1, 8))
     unseen = torch.tensor([False, True, True]).view(1, 1, 1, 3)
-    found = steps.attended(queries, keys[None, None], values[None, None], unseen, 1.0)
+    found = block.attended(queries, keys[None, None], values[None, None], unseen, 1.0)
     assert found[0, 0] == 0 and found[0, 2] == 1
-
-
-@pytest.mark.parametrize("format", ["dense bf16", "packed bf16", "half bf16", "dense int8", "half int8", "dense int4"])
-def test_joined_matrices_are_one_product_and_parts_of_its_memory(format):
-    layout, weights = format.split()
-    whole = sparse(24 + 8 + 5, 130)
-    whole = halved(whole) if layout == "half" else whole
-    matrices = [PackedMatrix.of(part, weights, layout) for part in whole.split([24, 8, 5])]
-    if layout == "packed":  # more room than is needed, as a file may have it
-        tensors = dict(matrices[0].tensors)
-        matrices[0] = PackedMatrix(
-            24, 130, tensors | {"values": torch.cat([tensors["values"], torch.ones(9).bfloat16()])}
-        )
-    found = PackedMatrix.joined(matrices)
-    assert found is not None
-    joined, parts = found
-    joined.check("joined")
-    x = random(3, 130)
-    assert torch.equal(joined.multiply(x), torch.cat([matrix.multiply(x) for matrix in matrices], 1))
-    for part, matrix in zip(parts, matrices, strict=True):
-        part.check("part")
-        assert torch.equal(part.dense(), matrix.dense()) and torch.equal(part.multiply(x), matrix.multiply(x))
-    for name, tensor in joined.tensors.items():
-        if name != "starts":
-            memory = {part.tensors[name].untyped_storage().data_ptr() for part in parts}
-            assert memory == {tensor.untyped_storage().data_ptr()}
-
-
-def test_matrices_of_several_kinds_are_not_joined():
-    half = halved(sparse(20, 64))
-    kinds = [PackedMatrix.of(half[:8], "bf16", layout) for layout in ("half", "packed", "dense")]
-    assert PackedMatrix.joined(kinds) is None and PackedMatrix.joined(kinds[:2]) is None
-    assert PackedMatrix.joined([PackedMatrix.of(half[:7], "bf16"), kinds[0]]) is None
-    assert PackedMatrix.joined([kinds[0], PackedMatrix.of(half[:7], "bf16")]) is not None
-    assert PackedMatrix.joined([kinds[2], PackedMatrix.of(half[:, :63], "bf16", "dense")]) is None
 
 
 def load(family: str, folder, weights="bf16", groups=None):
@@ -143,8 +142,8 @@ def load(family: str, folder, weights="bf16", groups=None):
 @pytest.fixture
 def count(monkeypatch) -> list[int]:
     """Tokens that were attended to in each step."""
-    seen, attended = [], steps.attended
-    monkeypatch.setattr(steps, "attended", lambda *args: (seen.append(args[1].shape[2]), attended(*args))[1])
+    seen, attended = [], block.attended
+    monkeypatch.setattr(block, "attended", lambda *args: (seen.append(args[1].shape[2]), attended(*args))[1])
     return seen
 
 

@@ -5,10 +5,9 @@ where no eight columns keep more than four (4:8, 2:4), packed with a bitmap wher
 bfloat16, as int8 with a scale for each row, or (dense only) as int4 with a scale for each 64 columns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -145,8 +144,8 @@ class PackedMatrix:
 
     @property
     def _weights(self) -> tuple[Tensor, ...]:
-        """The tensors in the order of packed.c."""
-        order = ("weight", "bits", "values", "starts", "kept", "places", "scale", "scales")
+        """The tensors of a packed matrix in the order of `kernels.gpu`."""
+        order = ("weight", "bits", "values", "starts", "scale")
         return tuple(self.tensors[part] for part in order if part in self.tensors)
 
     def to(self, device: torch.device) -> "PackedMatrix":
@@ -154,56 +153,22 @@ class PackedMatrix:
         return replace(self, tensors={part: tensor.to(device) for part, tensor in self.tensors.items()})
 
     @cached_property
-    def _product(self) -> kernels.Product:
-        return kernels.Product(self.format, self._weights, self.rows)
+    def stored(self) -> kernels.Stored:
+        """As the compiled kernels take it."""
+        return kernels.Stored(self.format, self.tensors, self.rows, self.d_in)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies, which may be made where there are no kernels, find their own."""
-        return {key: value for key, value in vars(self).items() if key != "_product"}
+        return {key: value for key, value in vars(self).items() if key != "stored"}
 
     def with_bitmap(self) -> "PackedMatrix":
         """The same matrix packed, for a GPU, whose kernel takes bitmaps."""
         return PackedMatrix.of(self.dense(), self.kind, "packed")
 
-    @classmethod
-    def joined(cls, matrices: Sequence["PackedMatrix"]) -> tuple["PackedMatrix", list["PackedMatrix"]] | None:
-        """Matrices with the same inputs as one of all their rows, and each of them as a part of its memory.
-
-        None for matrices of several formats, and for halves of which one ends inside a block.
-        """
-        first, d_in = matrices[0], matrices[0].d_in
-        inside = first.layout == "half" and any(matrix.rows % BLOCK for matrix in matrices[:-1])
-        if inside or any((matrix.format, matrix.d_in) != (first.format, d_in) for matrix in matrices):
-            return None
-        whole: dict[str, Tensor] = {}
-        parts: list[dict[str, Tensor]] = [{} for _ in matrices]
-        for name in first.tensors:
-            tensors = [matrix.tensors[name] for matrix in matrices]
-            spare = PADDING // tensors[0].itemsize if name in ("values", "places") else 0
-            lengths = [len(tensor) - spare for tensor in tensors]
-            if name == "values":
-                lengths = [int(matrix.tensors["starts"][-1]) for matrix in matrices]
-            begins = list(accumulate(lengths, initial=0))
-            if name == "starts":
-                kept = accumulate((int(starts[-1]) for starts in tensors), initial=0)
-                shifted = [starts + before for starts, before in zip(tensors, kept, strict=False)]
-                whole[name] = torch.cat([*(starts[:-1] for starts in shifted[:-1]), shifted[-1]])
-                for part, starts in zip(parts, tensors, strict=True):
-                    part[name] = starts
-                continue
-            own = [tensor[:length] for tensor, length in zip(tensors, lengths, strict=True)]
-            whole[name] = torch.cat([*own, tensors[-1][lengths[-1] :]])
-            for part, begin, length in zip(parts, begins, lengths, strict=False):
-                part[name] = whole[name][begin : begin + length + spare]
-        rows = sum(matrix.rows for matrix in matrices)
-        return cls(rows, d_in, whole), [
-            replace(matrix, tensors=part) for matrix, part in zip(matrices, parts, strict=True)
-        ]
-
     def multiply(self, x: Float[Tensor, "batch d_in"], **options: int) -> Float[Tensor, "batch rows"]:
-        """x W^T by a compiled kernel, in x's type: see `kernels.Product`, which is for float32, and `kernels.gpu`."""
+        """x W^T by a compiled kernel, in x's type: see `kernels.Stored`, which is for float32, and `kernels.gpu`."""
         if x.device.type == "cpu":
-            return self._product(x.float(), **options).to(x.dtype)
+            return self.stored.multiply(x.float(), **options).to(x.dtype)
         if self.format == "dense_bf16":
             return nn.functional.linear(x, self.tensors["weight"].to(x.dtype))
         if self.kind == "int4" or self.layout == "half":
@@ -216,7 +181,7 @@ class PackedMatrix:
         """The weights that it stands for."""
         scale = self.tensors.get("scale")
         if self.format in kernels.EXPANDED and self.device.type == "cpu" and kernels.library() is not None:
-            return kernels.expand(self.format, self._weights, self.rows, self.d_in)
+            return self.stored.expand()
         if self.kind == "int4":
             pairs = self.tensors["weight"].view(self.rows, -1, WORD // 2)
             numbers = torch.cat([pairs & 15, pairs >> 4], 2).float() - 8

@@ -6,6 +6,7 @@ for GPUs, in Triton: `has_triton` says whether they can be used.
 
 import ctypes
 import warnings
+from collections.abc import Mapping
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
@@ -15,20 +16,25 @@ import torch  # its OpenMP must be there before the library looks for one: two w
 from jaxtyping import Float32
 from torch import Tensor
 
-ALONE_BELOW = 1 << 17  # products: a second thread takes longer to wake than these take
-ARGUMENTS = {  # after level and threads: pointers to the weights, then x, y, batch, rows, d_in
-    "dense_bf16": 1,
-    "packed_bf16": 3,
-    "dense_int8": 2,
-    "packed_int8": 4,
-    "dense_int4": 2,
-    "half_bf16": 2,
-    "half_int8": 3,
+FORMATS = ("dense_bf16", "packed_bf16", "dense_int8", "packed_int8", "dense_int4", "half_bf16", "half_int8")
+EXPANDED = tuple(name for name in FORMATS if name not in ("dense_bf16", "dense_int8"))
+"""Those that can be made dense here; for the others torch does as well."""
+FIELDS = {"weight": "weights", "values": "weights", "kept": "weights"}  # of tensors, where they are called otherwise
+FUNCTIONS = {  # whose arguments are ints, pointers, numbers (int64) and floats
+    "multiply": "iipppn",
+    "expand": "ipp",
+    "before_attention": "iippppppfppfppnpnn",
+    "attended": "iipnpnnnpnnnppnfpnnnnn",
+    "after_attention": "iippppppppppfpn",
 }
-STEPS = {"normed": "ippfpnn", "turned": "ippppfppnnnnn", "attended": "iipnpnnnpnnnppnfpnnnnn", "gated": "ippnn"}
-"""Arguments of the functions of steps.c: ints, pointers, numbers (int64) and floats."""
-EXPANDED = {name: weights for name, weights in ARGUMENTS.items() if name not in ("dense_bf16", "dense_int8")}
-"""The same, of a matrix that is made dense."""
+
+
+class Matrix(ctypes.Structure):
+    """`struct matrix` of packed.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("format", "rows", "columns", "words", "step")] + [
+        (name, ctypes.c_void_p) for name in ("weights", "bits", "starts", "scale", "scales", "places")
+    ]
 
 
 @cache
@@ -41,16 +47,8 @@ def library() -> ctypes.CDLL | None:
     if file is None:
         return None
     found = ctypes.CDLL(str(file))
-    for name, weights in ARGUMENTS.items():
-        function = getattr(found, f"secateurs_{name}")
-        function.argtypes = [ctypes.c_int] * 2 + [ctypes.c_void_p] * (weights + 2) + [ctypes.c_int64] * 3
-        function.restype = None
-    for name, weights in EXPANDED.items():
-        function = getattr(found, f"secateurs_expand_{name}")
-        function.argtypes = [ctypes.c_int] + [ctypes.c_void_p] * (weights + 1) + [ctypes.c_int64] * 2
-        function.restype = None
     kinds = {"i": ctypes.c_int, "p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
-    for name, arguments in STEPS.items():
+    for name, arguments in FUNCTIONS.items():
         function = getattr(found, f"secateurs_{name}")
         function.argtypes, function.restype = [kinds[one] for one in arguments], None
     found.secateurs_level_name.restype = ctypes.c_char_p
@@ -89,46 +87,51 @@ def level_name(level: int) -> str:
     return loaded().secateurs_level_name(level).decode()
 
 
-class Product:
-    """x W^T for a matrix of `rows` rows in the format `name`: `weights` are its tensors in the order of packed.c.
+class Stored:
+    """A matrix [rows, d_in] in one of FORMATS as kernels take it, made once: that takes longer than a small product."""
 
-    What does not change from one product to the next is looked up once, which takes longer than a small one.
-    RuntimeError without a library.
-    """
+    def __init__(self, name: str, tensors: Mapping[str, Tensor], rows: int, d_in: int) -> None:
+        self._tensors = [(FIELDS.get(part, part), tensor) for part, tensor in tensors.items()]
+        self._matrix = Matrix(FORMATS.index(name), rows, d_in)
+        self._found: list[int] = []
 
-    def __init__(self, name: str, weights: tuple[Tensor, ...], rows: int) -> None:
-        self._function = getattr(loaded(), f"secateurs_{name}")
-        self._weights, self._rows, self._level = weights, rows, best_level()
+    @property
+    def address(self) -> int:
+        """Of the struct, whose pointers are right for now: what shares a tensor with another process moves it."""
+        found = [tensor.data_ptr() for _, tensor in self._tensors]
+        if found != self._found:
+            for (field, _), pointer in zip(self._tensors, found, strict=True):
+                setattr(self._matrix, field, pointer)
+            self._found = found
+        return ctypes.addressof(self._matrix)
 
-    def __call__(
+    def multiply(
         self, x: Float32[Tensor, "batch d_in"], *, level: int | None = None, threads: int | None = None
     ) -> Float32[Tensor, "batch rows"]:
-        """Each result is the same whatever the batch and the threads; of a packed format, the same bits as of the dense
-        one with the same weights."""
+        """x W^T. Each result is the same whatever the batch and the threads; of a packed format, the same bits as of
+        the dense one with the same weights. RuntimeError without a library."""
         x = x.contiguous()
-        batch, d_in = x.shape
-        if threads is None:
-            threads = 1 if batch * self._rows * d_in < ALONE_BELOW else torch.get_num_threads()
-        out = torch.empty(batch, self._rows, dtype=torch.float32)
-        self._function(
-            self._level if level is None else level,
-            threads,
-            *(tensor.data_ptr() for tensor in self._weights),  # asked each time: sharing moves them
+        out = torch.empty(x.shape[0], self._matrix.rows, dtype=torch.float32)
+        loaded().secateurs_multiply(
+            best_level() if level is None else level,
+            most_threads() if threads is None else threads,
+            self.address,
             x.data_ptr(),
             out.data_ptr(),
-            batch,
-            self._rows,
-            d_in,
+            x.shape[0],
         )
         return out
 
+    def expand(self) -> Float32[Tensor, "rows d_in"]:
+        """The weights of a matrix whose format is in EXPANDED. RuntimeError without a library."""
+        out = torch.empty(self._matrix.rows, self._matrix.columns, dtype=torch.float32)
+        loaded().secateurs_expand(torch.get_num_threads(), self.address, out.data_ptr())
+        return out
 
-def expand(name: str, weights: tuple[Tensor, ...], rows: int, d_in: int) -> Float32[Tensor, "rows d_in"]:
-    """The weights of a matrix in the format `name`, which is in EXPANDED. RuntimeError without a library."""
-    out = torch.empty(rows, d_in, dtype=torch.float32)
-    pointers = (tensor.data_ptr() for tensor in (*weights, out))
-    getattr(loaded(), f"secateurs_expand_{name}")(torch.get_num_threads(), *pointers, rows, d_in)
-    return out
+
+def most_threads() -> int:
+    """As kernels take it: at most torch's threads, or one where there is little to do."""
+    return -torch.get_num_threads()
 
 
 def loaded() -> ctypes.CDLL:

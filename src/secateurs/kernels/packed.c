@@ -22,7 +22,8 @@
  * on neither the batch size nor the tile a row falls in nor the number of threads. Hence a weight that a bitmap drops is
  * still multiplied, as a zero: skipping it would be a different sum wherever a sum can be -0.
  */
-#include <stdint.h>
+#include "packed.h"
+
 #include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__)
@@ -33,30 +34,9 @@
 #include <arm_neon.h>
 #endif
 
-#define EXPORT __attribute__((visibility("default")))
-#define INLINE static inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 8")
-#endif
-
 enum { WORD = 64, HIGHEST_TILE = 8, WIDEST_TILE = 4 };
 enum { GROUP = 8, KEPT = 4, PAIRS = HIGHEST_TILE / 2, PLACES = 3 }; /* halves: columns, kept of them; bytes of places */
 enum level { PORTABLE, AVX2, AVX512, NEON, LEVELS };
-enum format { DENSE_BF16, PACKED_BF16, DENSE_INT8, PACKED_INT8, DENSE_INT4, HALF_BF16, HALF_INT8, FORMATS };
-
-struct matrix {
-    enum format format;
-    int64_t rows, columns, words;
-    const void *weights; /* dense: all of them; packed: the kept ones */
-    const uint64_t *bits;
-    const int64_t *starts;
-    const float *scale;
-    const uint16_t *scales; /* int4: of every word */
-    const uint8_t *places; /* halves: columns of the kept weights in their group */
-};
-
 /* A word of a vector for int4, eight times the sum of each four columns k to k + 3 and k + 32 to k + 35, and its scale. */
 struct word_int8 {
     int8_t x[WORD];
@@ -347,7 +327,7 @@ AVX2_CODE INLINE void avx2_int4(int height, int width, const struct matrix *m, i
         }
     }
     UNROLL for (int r = 0; r < height; r++)
-        UNROLL for (int b = 0; b < width; b++) y[b * m->rows + row + r] = avx2_sum(sums[r][b]);
+        UNROLL for (int b = 0; b < width; b++) y[b * m->step + row + r] = avx2_sum(sums[r][b]);
 }
 
 AVX2_CODE INLINE float avx2_half_sum(__m128 lanes) {
@@ -381,7 +361,7 @@ AVX2_CODE INLINE void avx2_half(enum format format, int height, int width, const
     }
     UNROLL for (int p = 0; p < pairs; p++)
         UNROLL for (int b = 0; b < width; b++)
-            store_pair(format, m, y + b * m->rows, row + 2 * p, height,
+            store_pair(format, m, y + b * m->step, row + 2 * p, height,
                        avx2_half_sum(_mm256_castps256_ps128(sums[p][b])),
                        avx2_half_sum(_mm256_extractf128_ps(sums[p][b], 1)));
 }
@@ -419,7 +399,7 @@ AVX2_CODE INLINE void avx2(enum format format, int height, int width, const stru
         UNROLL for (int r = 0; r < height; r++) next_word(format, &cursors[r]);
     }
     UNROLL for (int r = 0; r < height; r++)
-        UNROLL for (int b = 0; b < width; b++) store(format, m, y + b * m->rows, row + r, avx2_sum(sums[r][b]));
+        UNROLL for (int b = 0; b < width; b++) store(format, m, y + b * m->step, row + r, avx2_sum(sums[r][b]));
 }
 
 #define AVX512_CODE __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")))
@@ -483,7 +463,7 @@ AVX512_CODE INLINE void avx512(enum format format, int height, int width, const 
         }
     }
     UNROLL for (int r = 0; r < height; r++)
-        UNROLL for (int b = 0; b < width; b++) store(format, m, y + b * m->rows, row + r, avx512_sum(sums[r][b]));
+        UNROLL for (int b = 0; b < width; b++) store(format, m, y + b * m->step, row + r, avx512_sum(sums[r][b]));
 }
 #endif
 
@@ -544,7 +524,7 @@ INLINE void neon_int4(int height, int width, const struct matrix *m, int64_t row
         }
     }
     UNROLL for (int r = 0; r < height; r++)
-        UNROLL for (int b = 0; b < width; b++) y[b * m->rows + row + r] = vaddvq_f32(sums[r][b]);
+        UNROLL for (int b = 0; b < width; b++) y[b * m->step + row + r] = vaddvq_f32(sums[r][b]);
 }
 
 INLINE void neon_half(enum format format, int height, int width, const struct matrix *m, int64_t row,
@@ -579,7 +559,7 @@ INLINE void neon_half(enum format format, int height, int width, const struct ma
     }
     UNROLL for (int p = 0; p < pairs; p++)
         UNROLL for (int b = 0; b < width; b++)
-            store_pair(format, m, y + b * m->rows, row + 2 * p, height, vaddvq_f32(sums[p][b][0]),
+            store_pair(format, m, y + b * m->step, row + 2 * p, height, vaddvq_f32(sums[p][b][0]),
                        vaddvq_f32(sums[p][b][1]));
 }
 
@@ -620,7 +600,7 @@ INLINE void neon(enum format format, int height, int width, const struct matrix 
     }
     UNROLL for (int r = 0; r < height; r++)
         UNROLL for (int b = 0; b < width; b++)
-            store(format, m, y + b * m->rows, row + r, vaddvq_f32(vaddq_f32(sums[r][b][0], sums[r][b][1])));
+            store(format, m, y + b * m->step, row + r, vaddvq_f32(vaddq_f32(sums[r][b][0], sums[r][b][1])));
 }
 #endif
 
@@ -766,37 +746,77 @@ static void multiply_rows(const struct kernels *k, const struct matrix *m, int64
         const struct tile tile = k->tiles[m->format][width / 2];
         const float *block = x + done * m->words * word_floats(m->format);
         int64_t r = row;
-        for (; r + tile.height <= end; r += tile.height) tile.many(m, r, block, y + done * m->rows);
-        for (; r < end; r++) tile.one(m, r, block, y + done * m->rows);
+        for (; r + tile.height <= end; r += tile.height) tile.many(m, r, block, y + done * m->step);
+        for (; r < end; r++) tile.one(m, r, block, y + done * m->step);
     }
 }
 
-static void multiply(int level, int threads, struct matrix m, const float *x, float *y, int64_t batch) {
+static void multiply_block(const struct kernels *k, const struct matrix *m, int64_t block, const float *x, float *y,
+                           int64_t batch) {
+    const int64_t row = block * HIGHEST_TILE, left = m->rows - row;
+    multiply_rows(k, m, row, row + (left < HIGHEST_TILE ? left : HIGHEST_TILE), x, y, batch);
+}
+
+static int64_t row_blocks(const struct matrix *m) { return (m->rows + HIGHEST_TILE - 1) / HIGHEST_TILE; }
+
+/* Floats that the packed vectors take, to a whole number of cache lines. */
+static int64_t packed_floats(const struct matrix *m, int64_t batch) {
+    const int64_t line = WORD / sizeof(float);
+    return (batch * m->words * word_floats(m->format) + line - 1) / line * line;
+}
+
+/* Packs x for each matrix in turn at `memory`, but for those that take it as the one before does. */
+static void pack_for_all(const struct kernels *k, const struct matrix *all, int count, const float *x, int64_t batch,
+                         float *memory, const float *packed[]) {
+    for (int i = 0; i < count; i++) {
+        packed[i] = i && all[i].format == all[i - 1].format ? packed[i - 1] : memory;
+        if (packed[i] != memory) continue;
+        if (all[i].format == DENSE_INT4) round_vectors(k, &all[i], x, batch, (void *)memory);
+        else pack_vectors(k, &all[i], x, batch, memory);
+        memory += packed_floats(&all[i], batch);
+    }
+}
+
+void secateurs_multiply_all(int level, int threads, const struct matrix *const *matrices, int count, const float *x,
+                            float *y, int64_t batch, int64_t step) {
     const struct kernels *k = &kernels[level > 0 && level < LEVELS && kernels[level].lanes ? level : PORTABLE];
-    m.words = (m.columns + WORD - 1) / WORD;
-    if (!m.words) {
-        memset(y, 0, (size_t)(batch * m.rows) * sizeof(float));
+    struct matrix all[MOST_MATRICES];
+    const float *packed[MOST_MATRICES];
+    float *to[MOST_MATRICES];
+    int64_t floats = 0, rows = 0, products = 0;
+    for (int i = 0; i < count; i++) {
+        all[i] = *matrices[i];
+        all[i].words = (all[i].columns + WORD - 1) / WORD;
+        all[i].step = step;
+        to[i] = y + rows;
+        rows += all[i].rows;
+        floats += packed_floats(&all[i], batch);
+        products += batch * all[i].rows * all[i].columns;
+    }
+    void *memory = malloc((size_t)floats * sizeof(float) + WORD);
+    if (!products || !memory) { /* NaN without memory: without an error code, be seen */
+        for (int64_t b = 0; b < batch; b++) memset(y + b * step, memory ? 0 : 0xff, (size_t)rows * sizeof(float));
+        free(memory);
         return;
     }
-    void *memory = malloc((size_t)(batch * m.words * word_floats(m.format)) * sizeof(float) + WORD);
-    if (!memory) {
-        memset(y, 0xff, (size_t)(batch * m.rows) * sizeof(float)); /* NaN: without an error code, be seen */
-        return;
-    }
-    float *packed = (float *)(((uintptr_t)memory + WORD - 1) / WORD * WORD);
-    if (m.format == DENSE_INT4) round_vectors(k, &m, x, batch, (void *)packed);
-    else pack_vectors(k, &m, x, batch, packed);
-    const int64_t blocks = (m.rows + HIGHEST_TILE - 1) / HIGHEST_TILE;
+    pack_for_all(k, all, count, x, batch, (float *)(((uintptr_t)memory + WORD - 1) / WORD * WORD), packed);
+    if (threads < 0) threads = products < ALONE_BELOW ? 1 : -threads;
 #ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-#else
-    (void)threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
 #endif
-    for (int64_t block = 0; block < blocks; block++) {
-        const int64_t row = block * HIGHEST_TILE, left = m.rows - row;
-        multiply_rows(k, &m, row, row + (left < HIGHEST_TILE ? left : HIGHEST_TILE), packed, y, batch);
+    for (int i = 0; i < count; i++) {
+        const int64_t blocks = row_blocks(&all[i]);
+#ifdef _OPENMP
+#pragma omp for schedule(static) nowait
+#endif
+        for (int64_t block = 0; block < blocks; block++) multiply_block(k, &all[i], block, packed[i], to[i], batch);
     }
     free(memory);
+}
+
+EXPORT void secateurs_multiply(int level, int threads, const struct matrix *m, const float *x, float *y,
+                               int64_t batch) {
+    secateurs_multiply_all(level, threads, &m, 1, x, y, batch, m->rows);
 }
 
 /* The highest level this processor can run; the functions below take it or a lower one that it supports. */
@@ -828,51 +848,6 @@ EXPORT int secateurs_has_threads(void) {
 #endif
 }
 
-EXPORT void secateurs_dense_bf16(int level, int threads, const uint16_t *w, const float *x, float *y, int64_t batch,
-                                 int64_t rows, int64_t d_in) {
-    struct matrix m = {.format = DENSE_BF16, .rows = rows, .columns = d_in, .weights = w};
-    multiply(level, threads, m, x, y, batch);
-}
-
-EXPORT void secateurs_packed_bf16(int level, int threads, const uint64_t *bits, const uint16_t *values,
-                                  const int64_t *starts, const float *x, float *y, int64_t batch, int64_t rows,
-                                  int64_t d_in) {
-    struct matrix m = {PACKED_BF16, rows, d_in, 0, values, bits, starts, NULL, NULL, NULL};
-    multiply(level, threads, m, x, y, batch);
-}
-
-EXPORT void secateurs_dense_int8(int level, int threads, const int8_t *w, const float *scale, const float *x, float *y,
-                                 int64_t batch, int64_t rows, int64_t d_in) {
-    struct matrix m = {.format = DENSE_INT8, .rows = rows, .columns = d_in, .weights = w, .scale = scale};
-    multiply(level, threads, m, x, y, batch);
-}
-
-EXPORT void secateurs_packed_int8(int level, int threads, const uint64_t *bits, const int8_t *values,
-                                  const int64_t *starts, const float *scale, const float *x, float *y, int64_t batch,
-                                  int64_t rows, int64_t d_in) {
-    struct matrix m = {PACKED_INT8, rows, d_in, 0, values, bits, starts, scale, NULL, NULL};
-    multiply(level, threads, m, x, y, batch);
-}
-
-EXPORT void secateurs_dense_int4(int level, int threads, const uint8_t *w, const uint16_t *scales, const float *x,
-                                 float *y, int64_t batch, int64_t rows, int64_t d_in) {
-    struct matrix m = {.format = DENSE_INT4, .rows = rows, .columns = d_in, .weights = w, .scales = scales};
-    multiply(level, threads, m, x, y, batch);
-}
-
-EXPORT void secateurs_half_bf16(int level, int threads, const uint16_t *kept, const uint8_t *places, const float *x,
-                                float *y, int64_t batch, int64_t rows, int64_t d_in) {
-    struct matrix m = {.format = HALF_BF16, .rows = rows, .columns = d_in, .weights = kept, .places = places};
-    multiply(level, threads, m, x, y, batch);
-}
-
-EXPORT void secateurs_half_int8(int level, int threads, const int8_t *kept, const uint8_t *places, const float *scale,
-                                const float *x, float *y, int64_t batch, int64_t rows, int64_t d_in) {
-    struct matrix m = {
-        .format = HALF_INT8, .rows = rows, .columns = d_in, .weights = kept, .places = places, .scale = scale};
-    multiply(level, threads, m, x, y, batch);
-}
-
 /* The weights themselves, for products with so many vectors that another library does them better. */
 INLINE void expand_packed_row(enum format format, const struct matrix *m, int64_t row, float scale, float *weights) {
     struct cursor cursor = row_cursor(format, m, row);
@@ -892,57 +867,36 @@ INLINE void expand_half_row(enum format format, const struct matrix *m, int64_t 
     }
 }
 
-INLINE void expand(enum format format, int threads, struct matrix m, float *out) {
-    m.format = format;
-    m.words = (m.columns + WORD - 1) / WORD;
+static void expand_int4_row(const struct matrix *m, int64_t row, float *weights) {
+    for (int64_t j = 0; j < m->columns; j++)
+        weights[j] = (float)int4_at(int4_row(m, row) + j / WORD * (WORD / 2), (int)(j % WORD)) *
+                     from_bf16(m->scales + row * m->words + j / WORD);
+}
+
+INLINE void expand(enum format format, int threads, const struct matrix *m, float *out) {
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
 #else
     (void)threads;
 #endif
-    for (int64_t row = 0; row < m.rows; row++) {
-        float *weights = out + row * m.columns, scale = is_int8(format) ? m.scale[row] : 1;
-        memset(weights, 0, (size_t)m.columns * sizeof(float));
-        if (is_half(format)) expand_half_row(format, &m, row, scale, weights);
-        else expand_packed_row(format, &m, row, scale, weights);
+    for (int64_t row = 0; row < m->rows; row++) {
+        float *weights = out + row * m->columns, scale = is_int8(format) ? m->scale[row] : 1;
+        memset(weights, 0, (size_t)m->columns * sizeof(float));
+        if (is_half(format)) expand_half_row(format, m, row, scale, weights);
+        else if (is_packed(format)) expand_packed_row(format, m, row, scale, weights);
+        else expand_int4_row(m, row, weights);
     }
 }
 
-EXPORT void secateurs_expand_packed_bf16(int threads, const uint64_t *bits, const uint16_t *values,
-                                         const int64_t *starts, float *out, int64_t rows, int64_t d_in) {
-    struct matrix m = {PACKED_BF16, rows, d_in, 0, values, bits, starts, NULL, NULL, NULL};
-    expand(PACKED_BF16, threads, m, out);
-}
-
-EXPORT void secateurs_expand_packed_int8(int threads, const uint64_t *bits, const int8_t *values,
-                                         const int64_t *starts, const float *scale, float *out, int64_t rows,
-                                         int64_t d_in) {
-    struct matrix m = {PACKED_INT8, rows, d_in, 0, values, bits, starts, scale, NULL, NULL};
-    expand(PACKED_INT8, threads, m, out);
-}
-
-EXPORT void secateurs_expand_dense_int4(int threads, const uint8_t *w, const uint16_t *scales, float *out,
-                                        int64_t rows, int64_t d_in) {
-    const struct matrix m = {.rows = rows, .columns = d_in, .words = (d_in + WORD - 1) / WORD, .weights = w};
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-#else
-    (void)threads;
-#endif
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t j = 0; j < d_in; j++)
-            out[row * d_in + j] = (float)int4_at(int4_row(&m, row) + j / WORD * (WORD / 2), (int)(j % WORD)) *
-                                  from_bf16(scales + row * m.words + j / WORD);
-}
-
-EXPORT void secateurs_expand_half_bf16(int threads, const uint16_t *kept, const uint8_t *places, float *out,
-                                       int64_t rows, int64_t d_in) {
-    struct matrix m = {.rows = rows, .columns = d_in, .weights = kept, .places = places};
-    expand(HALF_BF16, threads, m, out);
-}
-
-EXPORT void secateurs_expand_half_int8(int threads, const int8_t *kept, const uint8_t *places, const float *scale,
-                                       float *out, int64_t rows, int64_t d_in) {
-    struct matrix m = {.rows = rows, .columns = d_in, .weights = kept, .places = places, .scale = scale};
-    expand(HALF_INT8, threads, m, out);
+/* Of any format but dense bfloat16 and int8. */
+EXPORT void secateurs_expand(int threads, const struct matrix *matrix, float *out) {
+    struct matrix m = *matrix;
+    m.words = (m.columns + WORD - 1) / WORD;
+    switch (m.format) {
+    case PACKED_BF16: expand(PACKED_BF16, threads, &m, out); break;
+    case PACKED_INT8: expand(PACKED_INT8, threads, &m, out); break;
+    case HALF_BF16: expand(HALF_BF16, threads, &m, out); break;
+    case HALF_INT8: expand(HALF_INT8, threads, &m, out); break;
+    default: expand(DENSE_INT4, threads, &m, out);
+    }
 }

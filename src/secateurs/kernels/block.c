@@ -1,21 +1,16 @@
 /*
- * What a decoder block does between its products with one token of each of a few rows, in float32: each step in one
- * pass. Small steps cost little arithmetic and, one by one through a general library, as much time as the products.
+ * A decoder block with one token of each of a few rows, in float32, in three calls: what comes before its attention,
+ * that, and what comes after it. Between the products lies little arithmetic, which takes as long as they do when it is
+ * done in fifty small steps by a general library.
  *
  * Vectors of eight floats are the compiler's own (an AVX register, or two of SSE or NEON). On x86 every step is
  * compiled twice, and runs with AVX2 where the processor has it.
  */
-#include <stdint.h>
+#include "packed.h"
+
 #include <stdlib.h>
 #include <string.h>
 
-#define EXPORT __attribute__((visibility("default")))
-#define INLINE static inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 8")
-#endif
 #pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
 
 enum { LANES = 8 };
@@ -263,16 +258,12 @@ INLINE void gated(const float *both, float *y, int64_t rows, int64_t width) {
 
 #ifdef __x86_64__
 #define WITH_AVX2 __attribute__((target("avx2,fma")))
-#define AT_LEVEL(level, name, ...) \
-    if (level) name##_avx2(__VA_ARGS__); \
-    else name##_plain(__VA_ARGS__)
+#define AT_LEVEL(level, name, ...) ((level) ? name##_avx2(__VA_ARGS__) : name##_plain(__VA_ARGS__))
 #define BOTH(name, parameters, arguments) \
     static void name##_plain parameters { name arguments; } \
     WITH_AVX2 static void name##_avx2 parameters { name arguments; }
 #else
-#define AT_LEVEL(level, name, ...) \
-    (void)(level); \
-    name(__VA_ARGS__)
+#define AT_LEVEL(level, name, ...) ((void)(level), name(__VA_ARGS__))
 #define BOTH(name, parameters, arguments)
 #endif
 
@@ -288,17 +279,34 @@ BOTH(attended, (const struct group *g, int64_t heads, float *scores), (g, heads,
 
 BOTH(gated, (const float *both, float *y, int64_t rows, int64_t width), (both, y, rows, width))
 
-/* Level 0 is plain code, another what secateurs_level found. */
-EXPORT void secateurs_normed(int level, const float *x, const float *weight, float eps, float *y, int64_t rows,
-                             int64_t width) {
-    AT_LEVEL(level, normed, x, weight, eps, y, rows, width);
+static void add_rows(float *to, const float *added, int64_t rows, int64_t width, int64_t step) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < width; i++) to[row * width + i] += added[row * step + i];
 }
 
-EXPORT void secateurs_turned(int level, float *heads, const float *bias, const float *query_norm,
-                             const float *key_norm, float eps, const float *cosine, const float *sine,
-                             int64_t angle_step, int64_t rows, int64_t queries, int64_t keys, int64_t width) {
-    AT_LEVEL(level, turned, heads, bias, query_norm, key_norm, eps, cosine, sine, angle_step, rows, queries, keys,
-             width);
+/*
+ * Level 0 is plain code, another what secateurs_level found.
+ *
+ * What comes before the attention of a block, of vectors x: they are normed, multiplied with the matrices of queries,
+ * keys and values, and what comes of it is turned.
+ */
+EXPORT void secateurs_before_attention(int level, int threads, const struct matrix *queries,
+                                       const struct matrix *keys, const struct matrix *values, const float *bias,
+                                       const float *x, const float *norm, float eps, const float *query_norm,
+                                       const float *key_norm, float head_eps, const float *cosine, const float *sine,
+                                       int64_t angle_step, float *heads, int64_t rows, int64_t width) {
+    const struct matrix *const all[] = {queries, keys, values};
+    const int64_t columns = queries->columns, step = queries->rows + keys->rows + values->rows;
+    float *scratch = malloc((size_t)(rows * columns) * sizeof *scratch);
+    if (!scratch) {
+        memset(heads, 0xff, (size_t)(rows * step) * sizeof *heads); /* NaN, to be seen */
+        return;
+    }
+    AT_LEVEL(level, normed, x, norm, eps, scratch, rows, columns);
+    secateurs_multiply_all(level, threads, all, 3, scratch, heads, rows, step);
+    AT_LEVEL(level, turned, heads, bias, query_norm, key_norm, head_eps, cosine, sine, angle_step, rows,
+             queries->rows / width, keys->rows / width, width);
+    free(scratch);
 }
 
 /*
@@ -343,6 +351,32 @@ EXPORT void secateurs_attended(int level, int threads, const float *queries, int
     free(scores);
 }
 
-EXPORT void secateurs_gated(int level, const float *both, float *y, int64_t rows, int64_t width) {
-    AT_LEVEL(level, gated, both, y, rows, width);
+/*
+ * What comes after it: the output matrix, of what was attended to, is added to x; then what is normed of it, multiplied
+ * with those of gate and up, gated, and multiplied with that of down. Biases may be NULL.
+ */
+EXPORT void secateurs_after_attention(int level, int threads, const struct matrix *output, const float *output_bias,
+                                      const struct matrix *gate, const struct matrix *up, const float *both_bias,
+                                      const struct matrix *down, const float *down_bias, const float *attended,
+                                      const float *x, const float *norm, float eps, float *y, int64_t rows) {
+    const struct matrix *const both[] = {gate, up};
+    const int64_t width = output->rows, inner = gate->rows;
+    float *scratch = malloc((size_t)(rows * (2 * width + 3 * inner)) * sizeof *scratch);
+    if (!scratch) {
+        memset(y, 0xff, (size_t)(rows * width) * sizeof *y);
+        return;
+    }
+    float *other = scratch, *normed_y = other + rows * width, *products = normed_y + rows * width;
+    float *inside = products + 2 * rows * inner;
+    secateurs_multiply_all(level, threads, &output, 1, attended, y, rows, width);
+    if (output_bias) add_rows(y, output_bias, rows, width, 0);
+    add_rows(y, x, rows, width, width);
+    AT_LEVEL(level, normed, y, norm, eps, normed_y, rows, width);
+    secateurs_multiply_all(level, threads, both, 2, normed_y, products, rows, 2 * inner);
+    if (both_bias) add_rows(products, both_bias, rows, 2 * inner, 0);
+    AT_LEVEL(level, gated, products, inside, rows, inner);
+    secateurs_multiply_all(level, threads, &down, 1, inside, other, rows, width);
+    if (down_bias) add_rows(y, down_bias, rows, width, 0);
+    add_rows(y, other, rows, width, width);
+    free(scratch);
 }
