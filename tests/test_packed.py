@@ -189,7 +189,7 @@ def test_int4_of_the_wrong_size_is_refused(part):
     matrix.check("layer")
     short = matrix.tensors[part][:, :-1].contiguous()
     more = {"scale": torch.ones(5), "bits": torch.zeros(5, 2, dtype=torch.int64)}
-    for wrong in ({part: short}, *({key: tensor} for key, tensor in more.items())):  # one too many moves the others
+    for wrong in ({part: short}, *({key: tensor} for key, tensor in more.items())):
         with pytest.raises(ValueError, match="its tensors are not those of a 5 x 70 matrix"):
             PackedMatrix(5, 70, {**matrix.tensors, **wrong}).check("layer")
 

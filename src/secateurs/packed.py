@@ -38,7 +38,7 @@ PADDING = 64  # bytes after the kept weights that a kernel may read
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
-    """A matrix [rows, d_in] as the kernels take it: `tensors` in their order, of one of the formats of packed.c."""
+    """A matrix [rows, d_in] in one of the formats of packed.c."""
 
     rows: int
     d_in: int

@@ -58,22 +58,16 @@ class PackedEmbedding(nn.Module):
 
 
 class FastBlock:
-    """A decoder block with packed linear layers that takes one token of each of a few rows in four steps.
+    """A decoder block that takes one token of each of a few rows in three calls; what is unusual goes its family's way.
 
-    Forward hooks inside it are not called then.
+    Forward hooks inside it are not called for single tokens.
     """
 
+    training: bool
     self_attn: Any
     mlp: Any
     input_layernorm: Any
     post_attention_layernorm: Any
-
-    def prepare(self) -> None:
-        """Find out once what each token would ask."""
-        attention, mlp = self.self_attn, self.mlp
-        layers = attention.q_proj, attention.k_proj, attention.v_proj
-        self.heads = [layer.out_features // attention.head_dim for layer in layers]
-        self.bias, self.both_bias = _bias(*layers), _bias(mlp.gate_proj, mlp.up_proj)
 
     def forward(
         self,
@@ -86,32 +80,40 @@ class FastBlock:
         **others: Any,
     ) -> Float[Tensor, "batch tokens width"]:
         attention, mlp = self.self_attn, self.mlp
+        layers = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        layers += mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        norms = [self.input_layernorm, self.post_attention_layernorm]
+        if hasattr(attention, "q_norm"):
+            norms += [attention.q_norm, attention.k_norm]
         batch, tokens, _ = hidden_states.shape
-        one_token = tokens == 1 and batch <= FEW
-        same = hidden_states.dtype == self.input_layernorm.weight.dtype == torch.float32
-        one_mask = attention_mask is None or attention_mask.shape[1:3] == (1, 1)
-        if not (one_token and same and one_mask and attention.config._attn_implementation == "sdpa"):
+        usual = (
+            tokens == 1
+            and batch <= FEW
+            and not self.training
+            and (attention_mask is None or attention_mask.shape[1:3] == (1, 1))
+            and attention.config._attn_implementation == "sdpa"
+            and all(type(layer) is PackedLinear for layer in layers)
+            and type(mlp.act_fn) is SiLUActivation
+            and position_embeddings[0].shape[2] == attention.head_dim
+            and all(value is None or isinstance(value, bool) for value in others.values())
+            and _plain(hidden_states, *position_embeddings)
+            and _plain(*(norm.weight for norm in norms), *(layer.bias for layer in layers if layer.bias is not None))
+        )
+        if not usual:
             state = (attention_mask, position_ids, past_key_values, use_cache, position_embeddings)
             return super().forward(hidden_states, *state, **others)  # type: ignore[misc]
         x = hidden_states[:, 0].contiguous()
-        layers = attention.q_proj, attention.k_proj, attention.v_proj
-        stored = tuple(layer.matrix.stored for layer in layers)
-        norms = None
-        if hasattr(attention, "q_norm"):
-            norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
-        norm = self.input_layernorm
-        norm = norm.weight, norm.variance_epsilon
-        heads = block.before_attention(x, norm, stored, self.bias, norms, position_embeddings, self.heads)
-        queries, keys, values = heads.split(self.heads, 1)
+        heads = [layer.out_features // attention.head_dim for layer in layers[:3]]
+        stored = [(layer.matrix.stored, layer.bias) for layer in layers]
+        first, second, *of_heads = ((norm.weight, norm.variance_epsilon) for norm in norms)
+        head_norms = (of_heads[0][0], *of_heads[1]) if of_heads else None
+        projected = block.before_attention(x, first, stored[:3], head_norms, position_embeddings, heads)
+        queries, keys, values = projected.split(heads, 1)
         keys, values = keys[:, :, None], values[:, :, None]
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, attention.layer_idx)
         seen = block.attended(queries, keys, values, attention_mask, attention.scaling)
-        norm = self.post_attention_layernorm
-        norm = norm.weight, norm.variance_epsilon
-        gate_up = mlp.gate_proj.matrix.stored, mlp.up_proj.matrix.stored, self.both_bias
-        output, down = ((layer.matrix.stored, layer.bias) for layer in (attention.o_proj, mlp.down_proj))
-        return block.after_attention(x, seen, output, norm, gate_up, down)[:, None]
+        return block.after_attention(x, seen, stored[3], second, *stored[4:])[:, None]
 
 
 class FastLlamaBlock(FastBlock, LlamaDecoderLayer): ...
@@ -134,21 +136,9 @@ FAST = {
 }
 
 
-def _hasten(model: nn.Module) -> None:
-    """Make the blocks of which it is known how faster."""
-    found: Any
-    for found in model.modules():
-        kind = FAST.get(type(found))
-        if kind and isinstance(found.mlp.act_fn, SiLUActivation):
-            found.__class__ = kind
-            found.prepare()
-
-
-def _bias(*layers: PackedLinear) -> Tensor | None:
-    """Of layers one after the other; None if none has one."""
-    if all(layer.bias is None for layer in layers):
-        return None
-    return torch.cat([torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
+def _plain(*tensors: Tensor) -> bool:
+    """Whether C can take them for what it knows: float32 in this memory."""
+    return all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
 
 
 def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = None) -> PreTrainedModel:
@@ -207,7 +197,8 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
             raise ValueError(f"there is no {absent[0]}")
         compute_buffers(model, place)
         if place.type == "cpu" and not expand:
-            _hasten(model)
+            for module in model.modules():
+                module.__class__ = FAST.get(type(module), type(module))
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except Exception as error:  # transformers and safetensors raise many types for the same damage

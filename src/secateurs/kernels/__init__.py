@@ -1,4 +1,5 @@
-"""Products of a few vectors with a matrix that is stored packed, on a CPU: the compiled half is packed.c.
+"""Products of a few vectors with a matrix that is stored packed, on a CPU: the compiled half is packed.c,
+and block.c for what lies between products.
 
 Built when the package is installed, if there is a C compiler. Without one `library()` is None. Beside it lie kernels
 for GPUs, in Triton: `has_triton` says whether they can be used.
@@ -23,9 +24,9 @@ FIELDS = {"weight": "weights", "values": "weights", "kept": "weights"}  # of ten
 FUNCTIONS = {  # whose arguments are ints, pointers, numbers (int64) and floats
     "multiply": "iipppn",
     "expand": "ipp",
-    "before_attention": "iippppppfppfppnpnn",
+    "before_attention": "iippppppppfppfppnpnn",
     "attended": "iipnpnnnpnnnppnfpnnnnn",
-    "after_attention": "iippppppppppfpn",
+    "after_attention": "iipppppppppppfpn",
 }
 
 
@@ -111,7 +112,7 @@ class Stored:
         """x W^T. Each result is the same whatever the batch and the threads; of a packed format, the same bits as of
         the dense one with the same weights. RuntimeError without a library."""
         x = x.contiguous()
-        out = torch.empty(x.shape[0], self._matrix.rows, dtype=torch.float32)
+        out = x.new_empty(x.shape[0], self._matrix.rows)
         loaded().secateurs_multiply(
             best_level() if level is None else level,
             most_threads() if threads is None else threads,
@@ -124,7 +125,7 @@ class Stored:
 
     def expand(self) -> Float32[Tensor, "rows d_in"]:
         """The weights of a matrix whose format is in EXPANDED. RuntimeError without a library."""
-        out = torch.empty(self._matrix.rows, self._matrix.columns, dtype=torch.float32)
+        out = torch.empty(self._matrix.rows, self._matrix.columns, dtype=torch.float32, device="cpu")
         loaded().secateurs_expand(torch.get_num_threads(), self.address, out.data_ptr())
         return out
 

@@ -12,6 +12,9 @@
 #include <string.h>
 
 #pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
+#ifndef __clang__
+#pragma GCC optimize("fp-contract=fast") /* x * y + z in one; ISO C mode would not */
+#endif
 
 enum { LANES = 8 };
 typedef float floats __attribute__((vector_size(32)));
@@ -25,7 +28,7 @@ INLINE floats load(const float *from) {
 
 INLINE void store(float *to, floats values) { memcpy(to, &values, sizeof values); }
 
-INLINE floats all(float value) { return (floats){} + value; }
+INLINE floats spread(float value) { return (floats){} + value; }
 
 INLINE floats load_first(const float *from, int64_t count) {
     floats out = {0};
@@ -70,10 +73,10 @@ INLINE float dot(const float *a, const float *b, int64_t count) {
 /* e^x within 2 units in the last place: 2^n times a polynomial on half an octave to either side. 0 far below, NaN stays. */
 INLINE floats exponential(floats x) {
     const float to_integer = 12582912; /* 3 * 2^22: after it is added, the lowest bits are the nearest integer */
-    floats inside = choose(x < -87, all(-87), choose(x > 88, all(88), x));
+    floats inside = choose(x < -87, spread(-87), choose(x > 88, spread(88), x));
     floats moved = inside * 1.44269504f + to_integer, n = moved - to_integer;
     floats rest = inside - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first with few bits */
-    floats p = all(1.0f / 5040);
+    floats p = spread(1.0f / 5040);
     p = p * rest + 1.0f / 720;
     p = p * rest + 1.0f / 120;
     p = p * rest + 1.0f / 24;
@@ -82,12 +85,12 @@ INLINE floats exponential(floats x) {
     p = p * rest + 1;
     p = p * rest + 1;
     p = (floats)((ints)p + ((ints)moved << 23));
-    return choose(x != x, x, choose(x < -87, all(0), p));
+    return choose(x != x, x, choose(x < -87, spread(0), p));
 }
 
-/* rows of x are divided by their root mean square and multiplied with a weight. */
+/* x over its root mean square, times a weight. */
 INLINE void normed_row(const float *x, const float *weight, float eps, int64_t width, float *y) {
-    const floats scale = all(1 / __builtin_sqrtf(dot(x, x, width) / (float)width + eps));
+    const floats scale = spread(1 / __builtin_sqrtf(dot(x, x, width) / (float)width + eps));
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) store(y + i, load(x + i) * scale * load(weight + i));
     for (; i < width; i++) y[i] = x[i] * scale[0] * weight[i];
@@ -98,18 +101,16 @@ INLINE void normed(const float *x, const float *weight, float eps, float *y, int
 }
 
 /*
- * Heads [rows, queries + keys + values, width], in place: a bias is added to all; queries and keys are normed if there
+ * Heads [rows, queries + keys + values, width], in place: queries and keys are normed if there
  * are weights for it, and turned: half of a head is real parts, the other imaginary ones, of numbers to be multiplied
  * with cos + i sin [rows or 1, width].
  */
-INLINE void turned(float *heads, const float *bias, const float *query_norm, const float *key_norm, float eps,
+INLINE void turned(float *heads, const float *query_norm, const float *key_norm, float eps,
                    const float *cosine, const float *sine, int64_t angle_step, int64_t rows, int64_t queries,
                    int64_t keys, int64_t width) {
     const int64_t count = queries + 2 * keys, half = width / 2;
     for (int64_t row = 0; row < rows; row++, cosine += angle_step, sine += angle_step) {
         float *head = heads + row * count * width;
-        if (bias)
-            for (int64_t i = 0; i < count * width; i++) head[i] += bias[i];
         for (int64_t h = 0; h < queries + keys; h++, head += width) {
             if (query_norm) normed_row(head, h < queries ? query_norm : key_norm, eps, width, head);
             for (int64_t i = 0; i < half; i++) {
@@ -146,7 +147,7 @@ INLINE void score(int heads, const struct group *g, const float *queries, int64_
         floats sums[LANES];
         UNROLL for (int k = 0; k < together; k++)
             keys[k] = g->keys + (t + k < g->tokens ? t + k : g->tokens - 1) * g->key_step;
-        UNROLL for (int k = 0; k < LANES; k++) sums[k] = all(0);
+        UNROLL for (int k = 0; k < LANES; k++) sums[k] = spread(0);
         int64_t i = 0;
         for (; i + LANES <= g->width; i += LANES)
             UNROLL for (int k = 0; k < together; k++) {
@@ -171,7 +172,7 @@ INLINE void score(int heads, const struct group *g, const float *queries, int64_
     }
 }
 
-/* Scores become weights; of each head their sum is 1. */
+/* Scores become weights; of each head their sum is 1, or 0 where nothing is seen. */
 INLINE void soften(int heads, int64_t tokens, float *scores) {
     const int64_t count = (tokens * heads + LANES - 1) / LANES * LANES;
     floats highest = load(scores), total = {0};
@@ -182,6 +183,7 @@ INLINE void soften(int heads, int64_t tokens, float *scores) {
     for (int lane = heads; lane < LANES; lane++)
         if (highest[lane] > highest[lane % heads]) highest[lane % heads] = highest[lane];
     for (int lane = heads; lane < LANES; lane++) highest[lane] = highest[lane % heads];
+    highest = choose(highest == -__builtin_inff(), spread(0), highest); /* nothing is seen: weights of 0, and so what is mixed */
     for (int64_t i = 0; i < count; i += LANES) {
         const floats weight = exponential(load(scores + i) - highest);
         store(scores + i, weight);
@@ -189,6 +191,7 @@ INLINE void soften(int heads, int64_t tokens, float *scores) {
     }
     for (int lane = heads; lane < LANES; lane++) total[lane % heads] += total[lane];
     for (int lane = heads; lane < LANES; lane++) total[lane] = total[lane % heads];
+    total = choose(total == 0, spread(1), total);
     for (int64_t i = 0; i < count; i += LANES) store(scores + i, load(scores + i) / total);
 }
 
@@ -252,7 +255,7 @@ INLINE void gated(const float *both, float *y, int64_t rows, int64_t width) {
         for (int64_t i = 0; i < width; i += LANES) {
             const int64_t left = width - i < LANES ? width - i : LANES;
             floats gate = load_first(both + i, left), up = load_first(both + width + i, left);
-            store_first(y + i, gate / (1 + exponential(-gate)) * up, left);
+            store_first(y + i, choose(gate < -88, spread(0), gate / (1 + exponential(-gate))) * up, left);
         }
 }
 
@@ -271,31 +274,35 @@ BOTH(normed, (const float *x, const float *weight, float eps, float *y, int64_t 
      (x, weight, eps, y, rows, width))
 
 BOTH(turned,
-     (float *heads, const float *bias, const float *query_norm, const float *key_norm, float eps, const float *cosine,
-      const float *sine, int64_t angle_step, int64_t rows, int64_t queries, int64_t keys, int64_t width),
-     (heads, bias, query_norm, key_norm, eps, cosine, sine, angle_step, rows, queries, keys, width))
+     (float *heads, const float *query_norm, const float *key_norm, float eps, const float *cosine, const float *sine,
+      int64_t angle_step, int64_t rows, int64_t queries, int64_t keys, int64_t width),
+     (heads, query_norm, key_norm, eps, cosine, sine, angle_step, rows, queries, keys, width))
 
 BOTH(attended, (const struct group *g, int64_t heads, float *scores), (g, heads, scores))
 
 BOTH(gated, (const float *both, float *y, int64_t rows, int64_t width), (both, y, rows, width))
 
-static void add_rows(float *to, const float *added, int64_t rows, int64_t width, int64_t step) {
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = 0; i < width; i++) to[row * width + i] += added[row * step + i];
+/* Adds rows [rows, width], or one for all of them, or nothing, to numbers whose rows are `step` apart. */
+static void add(float *to, int64_t step, const float *added, int64_t added_step, int64_t rows, int64_t width) {
+    if (!added) return;
+    for (int64_t row = 0; row < rows; row++, to += step, added += added_step)
+        for (int64_t i = 0; i < width; i++) to[i] += added[i];
 }
 
 /*
- * Level 0 is plain code, another what secateurs_level found.
+ * Level 0 is plain code, another what secateurs_level found. Biases may be NULL.
  *
  * What comes before the attention of a block, of vectors x: they are normed, multiplied with the matrices of queries,
  * keys and values, and what comes of it is turned.
  */
 EXPORT void secateurs_before_attention(int level, int threads, const struct matrix *queries,
-                                       const struct matrix *keys, const struct matrix *values, const float *bias,
+                                       const struct matrix *keys, const struct matrix *values,
+                                       const float *query_bias, const float *key_bias, const float *value_bias,
                                        const float *x, const float *norm, float eps, const float *query_norm,
                                        const float *key_norm, float head_eps, const float *cosine, const float *sine,
                                        int64_t angle_step, float *heads, int64_t rows, int64_t width) {
-    const struct matrix *const all[] = {queries, keys, values};
+    const struct matrix *const layers[] = {queries, keys, values};
+    const float *const biases[] = {query_bias, key_bias, value_bias};
     const int64_t columns = queries->columns, step = queries->rows + keys->rows + values->rows;
     float *scratch = malloc((size_t)(rows * columns) * sizeof *scratch);
     if (!scratch) {
@@ -303,8 +310,10 @@ EXPORT void secateurs_before_attention(int level, int threads, const struct matr
         return;
     }
     AT_LEVEL(level, normed, x, norm, eps, scratch, rows, columns);
-    secateurs_multiply_all(level, threads, all, 3, scratch, heads, rows, step);
-    AT_LEVEL(level, turned, heads, bias, query_norm, key_norm, head_eps, cosine, sine, angle_step, rows,
+    secateurs_multiply_all(level, threads, layers, 3, scratch, heads, rows, step);
+    float *to = heads;
+    for (int i = 0; i < 3; to += layers[i++]->rows) add(to, step, biases[i], 0, rows, layers[i]->rows);
+    AT_LEVEL(level, turned, heads, query_norm, key_norm, head_eps, cosine, sine, angle_step, rows,
              queries->rows / width, keys->rows / width, width);
     free(scratch);
 }
@@ -313,15 +322,18 @@ EXPORT void secateurs_before_attention(int level, int threads, const struct matr
  * Attention of one token a row. queries [rows, kv_heads * heads, width] are query_step floats apart from row to row,
  * keys and values [rows, kv_heads, tokens, width] as their steps say; out [rows, kv_heads * heads, width] is dense.
  * Tokens are seen where the bytes of `seen` are not zero, and `added` goes to their scores; either may be NULL, and has
- * mask_step elements from row to row.
+ * mask_step elements from row to row. Groups of heads are computed side by side; where there are fewer of them than
+ * threads, parts of a group, which then read the same keys.
  */
 EXPORT void secateurs_attended(int level, int threads, const float *queries, int64_t query_step, const float *keys,
                                int64_t key_row, int64_t key_head, int64_t key_token, const float *values,
                                int64_t value_row, int64_t value_head, int64_t value_token, const uint8_t *seen,
                                const float *added, int64_t mask_step, float scale, float *out, int64_t rows,
                                int64_t kv_heads, int64_t heads, int64_t tokens, int64_t width) {
-    const int64_t size = heads * ((tokens + LANES - 1) / LANES * LANES);
-    float *scores = malloc((size_t)(rows * kv_heads * size) * sizeof *scores);
+    const int64_t padded = (tokens + LANES - 1) / LANES * LANES, groups = rows * kv_heads;
+    const int64_t tiles = (heads + 3) / 4, wanted = (threads + groups - 1) / groups;
+    const int64_t parts = wanted < tiles ? wanted : tiles, each = ((tiles + parts - 1) / parts) * 4;
+    float *scores = malloc((size_t)(groups * heads * padded) * sizeof *scores);
     if (!scores) {
         memset(out, 0xff, (size_t)(rows * kv_heads * heads * width) * sizeof *out); /* NaN, to be seen */
         return;
@@ -331,10 +343,12 @@ EXPORT void secateurs_attended(int level, int threads, const float *queries, int
 #else
     (void)threads;
 #endif
-    for (int64_t which = 0; which < rows * kv_heads; which++) {
-        const int64_t row = which / kv_heads, head = which % kv_heads;
+    for (int64_t which = 0; which < groups * parts; which++) {
+        const int64_t group_of = which / parts, row = group_of / kv_heads, head = group_of % kv_heads;
+        const int64_t first = which % parts * each, count = heads - first < each ? heads - first : each;
+        if (count <= 0) continue;
         const struct group group = {
-            .queries = queries + row * query_step + head * heads * width,
+            .queries = queries + row * query_step + (head * heads + first) * width,
             .keys = keys + row * key_row + head * key_head,
             .values = values + row * value_row + head * value_head,
             .key_step = key_token,
@@ -342,22 +356,23 @@ EXPORT void secateurs_attended(int level, int threads, const float *queries, int
             .seen = seen ? seen + row * mask_step : NULL,
             .added = added ? added + row * mask_step : NULL,
             .scale = scale,
-            .out = out + which * heads * width,
+            .out = out + (group_of * heads + first) * width,
             .tokens = tokens,
             .width = width,
         };
-        AT_LEVEL(level, attended, &group, heads, scores + which * size);
+        AT_LEVEL(level, attended, &group, count, scores + group_of * heads * padded + first * padded);
     }
     free(scores);
 }
 
 /*
  * What comes after it: the output matrix, of what was attended to, is added to x; then what is normed of it, multiplied
- * with those of gate and up, gated, and multiplied with that of down. Biases may be NULL.
+ * with those of gate and up, gated, and multiplied with that of down.
  */
 EXPORT void secateurs_after_attention(int level, int threads, const struct matrix *output, const float *output_bias,
-                                      const struct matrix *gate, const struct matrix *up, const float *both_bias,
-                                      const struct matrix *down, const float *down_bias, const float *attended,
+                                      const struct matrix *gate, const float *gate_bias, const struct matrix *up,
+                                      const float *up_bias,
+                                      const struct matrix *down, const float *down_bias, const float *seen,
                                       const float *x, const float *norm, float eps, float *y, int64_t rows) {
     const struct matrix *const both[] = {gate, up};
     const int64_t width = output->rows, inner = gate->rows;
@@ -368,15 +383,16 @@ EXPORT void secateurs_after_attention(int level, int threads, const struct matri
     }
     float *other = scratch, *normed_y = other + rows * width, *products = normed_y + rows * width;
     float *inside = products + 2 * rows * inner;
-    secateurs_multiply_all(level, threads, &output, 1, attended, y, rows, width);
-    if (output_bias) add_rows(y, output_bias, rows, width, 0);
-    add_rows(y, x, rows, width, width);
+    secateurs_multiply_all(level, threads, &output, 1, seen, y, rows, width);
+    add(y, width, output_bias, 0, rows, width);
+    add(y, width, x, width, rows, width);
     AT_LEVEL(level, normed, y, norm, eps, normed_y, rows, width);
     secateurs_multiply_all(level, threads, both, 2, normed_y, products, rows, 2 * inner);
-    if (both_bias) add_rows(products, both_bias, rows, 2 * inner, 0);
+    add(products, 2 * inner, gate_bias, 0, rows, inner);
+    add(products + inner, 2 * inner, up_bias, 0, rows, inner);
     AT_LEVEL(level, gated, products, inside, rows, inner);
     secateurs_multiply_all(level, threads, &down, 1, inside, other, rows, width);
-    if (down_bias) add_rows(y, down_bias, rows, width, 0);
-    add_rows(y, other, rows, width, width);
+    add(y, width, down_bias, 0, rows, width);
+    add(y, width, other, width, rows, width);
     free(scratch);
 }

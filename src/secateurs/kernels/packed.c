@@ -840,14 +840,6 @@ EXPORT const char *secateurs_level_name(int level) {
     return level >= 0 && level < LEVELS ? names[level] : "unknown";
 }
 
-EXPORT int secateurs_has_threads(void) {
-#ifdef _OPENMP
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 /* The weights themselves, for products with so many vectors that another library does them better. */
 INLINE void expand_packed_row(enum format format, const struct matrix *m, int64_t row, float scale, float *weights) {
     struct cursor cursor = row_cursor(format, m, row);
