@@ -137,8 +137,8 @@ FAST = {
 
 
 def _plain(*tensors: Tensor) -> bool:
-    """Whether C can take them for what it knows: float32 in this memory."""
-    return all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+    """Whether C can take them for what it knows: float32, one after the other in this memory."""
+    return all(one.dtype == torch.float32 and one.device.type == "cpu" and one.is_contiguous() for one in tensors)
 
 
 def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = None) -> PreTrainedModel:

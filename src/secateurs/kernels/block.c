@@ -101,13 +101,13 @@ INLINE void normed(const float *x, const float *weight, float eps, float *y, int
 }
 
 /*
- * Heads [rows, queries + keys + values, width], in place: queries and keys are normed if there
- * are weights for it, and turned: half of a head is real parts, the other imaginary ones, of numbers to be multiplied
- * with cos + i sin [rows or 1, width].
+ * Heads [rows, queries + keys + values, width], in place: queries and keys are normed if there are weights for it, and
+ * turned: half of a head is real parts, the other imaginary ones, of numbers to be multiplied with cos + i sin [rows or
+ * 1, width].
  */
-INLINE void turned(float *heads, const float *query_norm, const float *key_norm, float eps,
-                   const float *cosine, const float *sine, int64_t angle_step, int64_t rows, int64_t queries,
-                   int64_t keys, int64_t width) {
+INLINE void turned(float *heads, const float *query_norm, const float *key_norm, float eps, const float *cosine,
+                   const float *sine, int64_t angle_step, int64_t rows, int64_t queries, int64_t keys,
+                   int64_t width) {
     const int64_t count = queries + 2 * keys, half = width / 2;
     for (int64_t row = 0; row < rows; row++, cosine += angle_step, sine += angle_step) {
         float *head = heads + row * count * width;
@@ -335,7 +335,7 @@ EXPORT void secateurs_attended(int level, int threads, const float *queries, int
     const int64_t parts = wanted < tiles ? wanted : tiles, each = ((tiles + parts - 1) / parts) * 4;
     float *scores = malloc((size_t)(groups * heads * padded) * sizeof *scores);
     if (!scores) {
-        memset(out, 0xff, (size_t)(rows * kv_heads * heads * width) * sizeof *out); /* NaN, to be seen */
+        memset(out, 0xff, (size_t)(groups * heads * width) * sizeof *out); /* NaN, to be seen */
         return;
     }
 #ifdef _OPENMP
@@ -371,9 +371,8 @@ EXPORT void secateurs_attended(int level, int threads, const float *queries, int
  */
 EXPORT void secateurs_after_attention(int level, int threads, const struct matrix *output, const float *output_bias,
                                       const struct matrix *gate, const float *gate_bias, const struct matrix *up,
-                                      const float *up_bias,
-                                      const struct matrix *down, const float *down_bias, const float *seen,
-                                      const float *x, const float *norm, float eps, float *y, int64_t rows) {
+                                      const float *up_bias, const struct matrix *down, const float *down_bias,
+                                      const float *seen, const float *x, const float *norm, float eps, float *y, int64_t rows) {
     const struct matrix *const both[] = {gate, up};
     const int64_t width = output->rows, inner = gate->rows;
     float *scratch = malloc((size_t)(rows * (2 * width + 3 * inner)) * sizeof *scratch);
