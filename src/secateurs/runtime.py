@@ -102,7 +102,7 @@ class FastBlock:
         if not usual:
             state = (attention_mask, position_ids, past_key_values, use_cache, position_embeddings)
             return super().forward(hidden_states, *state, **others)  # type: ignore[misc]
-        x = hidden_states[:, 0].contiguous()
+        x = hidden_states[:, 0]
         heads = [layer.out_features // attention.head_dim for layer in layers[:3]]
         stored = [(layer.matrix.stored, layer.bias) for layer in layers]
         first, second, *of_heads = ((norm.weight, norm.variance_epsilon) for norm in norms)

@@ -70,7 +70,7 @@ INLINE float dot(const float *a, const float *b, int64_t count) {
     return sum(sums);
 }
 
-/* e^x within 2 units in the last place: 2^n times a polynomial on half an octave to either side. 0 far below, NaN stays. */
+/* e^x within 2 units in the last place: 2^n times a polynomial on half an octave. Far below it is 0, of NaN NaN */
 INLINE floats exponential(floats x) {
     const float to_integer = 12582912; /* 3 * 2^22: after it is added, the lowest bits are the nearest integer */
     floats inside = choose(x < -87, spread(-87), choose(x > 88, spread(88), x));
@@ -123,7 +123,7 @@ INLINE void turned(float *heads, const float *query_norm, const float *key_norm,
 }
 
 /*
- * Attention reads keys and values once, a part of them at a time that the first cache holds. Tiles of it are a few heads
+ * Attention reads keys and values once, a part of them at a time that the first cache holds. Its tiles are a few heads
  * and tokens with eight sums between them: 4 heads and 2 tokens, 2 and 4, or 1 and 8, so that any number of heads is
  * some tiles. Scores lie as tiles make them: those of a token's heads together, token after token.
  */
@@ -183,7 +183,7 @@ INLINE void soften(int heads, int64_t tokens, float *scores) {
     for (int lane = heads; lane < LANES; lane++)
         if (highest[lane] > highest[lane % heads]) highest[lane % heads] = highest[lane];
     for (int lane = heads; lane < LANES; lane++) highest[lane] = highest[lane % heads];
-    highest = choose(highest == -__builtin_inff(), spread(0), highest); /* nothing is seen: weights of 0, and so what is mixed */
+    highest = choose(highest == -__builtin_inff(), spread(0), highest); /* nothing is seen: all weights are 0 */
     for (int64_t i = 0; i < count; i += LANES) {
         const floats weight = exponential(load(scores + i) - highest);
         store(scores + i, weight);
@@ -225,9 +225,8 @@ INLINE void mix(int heads, const struct group *g, int64_t from, const float *sco
     int64_t i = 0, left = g->width;
     for (; left >= LANES * vectors; i += LANES * vectors, left -= LANES * vectors)
         mix_columns(heads, vectors, left, g, values + i, weights, tokens, out + i);
-    for (; left >= LANES; i += LANES, left -= LANES)
+    for (; left > 0; i += LANES, left -= LANES)
         mix_columns(heads, 1, left, g, values + i, weights, tokens, out + i);
-    if (left) mix_columns(heads, 1, left, g, values + i, weights, tokens, out + i);
 }
 
 /* What the heads of a group, which share keys and values, see: values weighted by the softmax of their scores. */
@@ -249,14 +248,17 @@ INLINE void attended(const struct group *g, int64_t heads, float *scores) {
     for (int64_t from = 0; from < g->tokens; from += PART) BY_HEADS(MIX)
 }
 
+INLINE floats silu(floats x) { return choose(x < -88, spread(0), x / (1 + exponential(-x))); }
+
 /* silu(gate) * up of rows [gate, up], of `width` numbers each. */
 INLINE void gated(const float *both, float *y, int64_t rows, int64_t width) {
-    for (int64_t row = 0; row < rows; row++, both += 2 * width, y += width)
-        for (int64_t i = 0; i < width; i += LANES) {
-            const int64_t left = width - i < LANES ? width - i : LANES;
-            floats gate = load_first(both + i, left), up = load_first(both + width + i, left);
-            store_first(y + i, choose(gate < -88, spread(0), gate / (1 + exponential(-gate))) * up, left);
-        }
+    for (int64_t row = 0; row < rows; row++, both += 2 * width, y += width) {
+        const float *up = both + width;
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) store(y + i, silu(load(both + i)) * load(up + i));
+        const int64_t left = width - i;
+        if (left) store_first(y + i, silu(load_first(both + i, left)) * load_first(up + i, left), left);
+    }
 }
 
 #ifdef __x86_64__
@@ -372,7 +374,8 @@ EXPORT void secateurs_attended(int level, int threads, const float *queries, int
 EXPORT void secateurs_after_attention(int level, int threads, const struct matrix *output, const float *output_bias,
                                       const struct matrix *gate, const float *gate_bias, const struct matrix *up,
                                       const float *up_bias, const struct matrix *down, const float *down_bias,
-                                      const float *seen, const float *x, const float *norm, float eps, float *y, int64_t rows) {
+                                      const float *seen, const float *x, const float *norm, float eps, float *y,
+                                      int64_t rows) {
     const struct matrix *const both[] = {gate, up};
     const int64_t width = output->rows, inner = gate->rows;
     float *scratch = malloc((size_t)(rows * (2 * width + 3 * inner)) * sizeof *scratch);

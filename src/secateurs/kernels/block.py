@@ -32,7 +32,6 @@ def before_attention(
     [rows or 1, 1, width].
     """
     rows, width = len(x), angles[0].shape[2]
-    cosine, sine = (angle.contiguous() for angle in angles)
     query_norm, key_norm, eps = (None, None, 0.0) if head_norms is None else head_norms
     out = x.new_empty(rows, sum(heads), width)
     loaded().secateurs_before_attention(
@@ -46,9 +45,8 @@ def before_attention(
         _pointer(query_norm),
         _pointer(key_norm),
         eps,
-        cosine.data_ptr(),
-        sine.data_ptr(),
-        0 if len(cosine) == 1 else width,
+        *(angle.data_ptr() for angle in angles),
+        0 if len(angles[0]) == 1 else width,
         out.data_ptr(),
         rows,
         width,

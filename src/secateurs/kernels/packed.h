@@ -13,7 +13,7 @@ enum format { DENSE_BF16, PACKED_BF16, DENSE_INT8, PACKED_INT8, DENSE_INT4, HALF
 
 struct matrix {
     int64_t format, rows, columns;
-    int64_t words, step; /* of 64 columns; floats from the results of one vector to those of the next. Set here */
+    int64_t words, step; /* of 64 columns; floats from the results of one vector to the next's; by packed.c */
     const void *weights; /* dense: all of them; packed: the kept ones */
     const uint64_t *bits;
     const int64_t *starts;
