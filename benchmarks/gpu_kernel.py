@@ -1,9 +1,10 @@
-"""The Triton kernel for packed matrices against torch's bfloat16 product, on a GPU; what it gave is in docs/faster.md.
+"""Products with pruned matrices against torch's dense bfloat16 product, on a GPU; what it gave is in docs/faster.md.
 
     python benchmarks/gpu_kernel.py
 
 Shapes of an 8B model's layers, half of the weights zero. Medians of `triton.testing.do_bench`, which empties the
-cache between runs; both in one run, so that ratios are of one machine. Above 1 is faster than torch.
+cache between runs; all in one run, so that ratios are of one machine. Above 1 is faster than torch. The first table is
+of our Triton kernel for packed matrices, the second of 2:4 through the library that torch has for it.
 """
 
 import sys
@@ -12,12 +13,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import linear
+from torch.sparse import to_sparse_semi_structured
 from triton.testing import do_bench
 
 from secateurs.packed import PackedMatrix
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]
 BATCHES = [1, 2, 4, 8, 16]
+WIDE = [1, 8, 16, 64, 256, 4096]
 
 
 def main() -> None:
@@ -40,6 +43,25 @@ def main() -> None:
                 *(text for one in ours for text in (f"{one:.1f}", f"{base / one:.2f}")), f"{error:.1e}",
             )  # fmt: skip
     Console(width=120).print(torch.cuda.get_device_name(), shown)
+    two_of_four(device)
+
+
+def two_of_four(device: torch.device) -> None:
+    """2:4 on the sparse tensor cores, as torch offers it."""
+    shown = Table("matrix", "batch", "torch bf16 µs", "2:4 µs", "x", "error")
+    for rows, d_in in SHAPES:
+        keep = torch.rand(rows, d_in // 4, 4, device=device).argsort(2).argsort(2) < 2
+        weight = torch.randn(rows, d_in, device=device, dtype=torch.bfloat16) * keep.view(rows, d_in)
+        halved = to_sparse_semi_structured(weight)
+        for batch in WIDE:
+            x = torch.randn(batch, d_in, device=device, dtype=torch.bfloat16)
+            wanted = linear(x, weight).double()
+            error = float((linear(x, halved).double() - wanted).abs().max() / wanted.abs().max())
+            base, ours = (do_bench(lambda x=x, w=w: linear(x, w), return_mode="median") * 1e3 for w in (weight, halved))
+            shown.add_row(
+                f"{rows} x {d_in}", str(batch), f"{base:.1f}", f"{ours:.1f}", f"{base / ours:.2f}", f"{error:.1e}"
+            )
+    Console(width=120).print(shown)
 
 
 if __name__ == "__main__":

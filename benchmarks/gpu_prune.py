@@ -1,7 +1,7 @@
 """A whole prune on a GPU: time and memory against a bare forward pass of its tokens, and where the time goes.
 
-    python benchmarks/gpu_prune.py OUT [--shape 1.5b] [--tokens 65536] [--solvers NAME,...] [--pattern unstructured]
-        [--device cuda] [--layers 28] [--once]
+    python benchmarks/gpu_prune.py OUT [--shape 1.5b] [--tokens 65536] [--solvers NAME,...] [--propagate block,dense]
+        [--pattern unstructured] [--device cuda] [--layers 28] [--once]
 
 A Qwen2 of a known model's shapes (a small vocabulary) with random weights in bfloat16, written to OUT and read from
 there block by block; documents of 1,024 random tokens, and 8,192 held-out tokens. 50 %, over the layer or 2:4.
@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -115,24 +116,25 @@ def calibration(tokens: int) -> CalibrationSet:
 
 
 def prune(
-    model: Path, data: CalibrationSet, solver: Any, device: str, pattern_name: str = "unstructured", **more: Any
+    model: Path, data: CalibrationSet, solver: Any, device: str, pattern_name: str, propagate: Any, **more: Any
 ) -> None:
     """From the checkpoint to the last block on disk."""
     blocks = model.parent / "blocks"
     shutil.rmtree(blocks, ignore_errors=True)
     pattern: Any = build_pattern(PATTERNS[pattern_name])
     checkpoint = Checkpoint(str(model), device=device)
-    plan = pruner.Plan(pattern=pattern, solver=solver, propagate="block", **more)
+    plan = pruner.Plan(pattern=pattern, solver=solver, propagate=propagate, **more)
     settings: dict[str, Any] = {"folder": blocks, "opened": checkpoint.opened, "batch_tokens": BATCH_TOKENS}
     pruner.prune(checkpoint.model, data, plan, **settings)
 
 
 def main() -> None:
-    """A line a solver."""
+    """A line a solver and way to propagate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--solvers", default="sparsegpt,sparsegpt+refit,admm")
+    parser.add_argument("--propagate", default="block")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--shape", default="1.5b", choices=SHAPES)
@@ -163,20 +165,21 @@ def main() -> None:
     base = seconds(lambda: forward((*data.documents, *data.held_out)))
     name = torch.cuda.get_device_name() if gpu else options.device
     print(f"{name}, torch {torch.__version__}: {weights / 1e9:.2f}B weights, {tokens:,} tokens, bare pass {base:.2f} s")
-    shown = ("solver", "seconds", "tokens/s", "x forward", "peak GB", *PARTS, "other", "Gram TFLOP/s")
+    shown = ("solver", "propagate", "seconds", "tokens/s", "x forward", "peak GB", *PARTS, "other", "Gram TFLOP/s")
     print(f"\n| {' | '.join(shown)} |\n|{' --- |' * len(shown)}")
-    for text in options.solvers.split(","):
+    for text, propagate in product(options.solvers.split(","), options.propagate.split(",")):
         solver: Any = build_solver({"name": text})
-        prune(model, few, solver, options.device, options.pattern, targets=("*.0.*",))
+        how = (options.device, options.pattern, propagate)
+        prune(model, few, solver, *how, targets=("*.0.*",))
         if gpu:
             torch.cuda.reset_peak_memory_stats()
-        took = seconds(lambda solver=solver: prune(model, data, solver, options.device, options.pattern))
+        took = seconds(lambda solver=solver, how=how: prune(model, data, solver, *how))
         peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if gpu else "-"
-        shown = (text, f"{took:.1f}", f"{tokens / took:,.0f}", f"{took / base:.1f}", peak)
+        shown = (text, propagate, f"{took:.1f}", f"{tokens / took:,.0f}", f"{took / base:.1f}", peak)
         if not options.once:
             clock = Clock(wait)
             with clock.watching(solver):
-                prune(model, data, solver, options.device, options.pattern)
+                prune(model, data, solver, *how)
             clock.turn()
             shown += tuple(f"{clock.seconds[part] / clock.seconds.total():.0%}" for part in (*PARTS, "other"))
             shown += (f"{clock.operations / clock.seconds['Gram'] / 1e12:.1f}",)
