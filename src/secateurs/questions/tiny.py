@@ -4,6 +4,7 @@ import gzip
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -149,16 +150,13 @@ class Tiny:
     def questions(self, split: str, seed: int) -> Iterator[Question]:
         """Distinct questions of `split`, families mixed, in an order fixed by `seed`; ends after some thousands."""
         residues = residues_of(split)
-        places = [(family, number) for family in self.families for number in range(POOL)]
-        Random(seed).shuffle(places)
         seen = set()
-        for family, number in places:
-            draw, solve = FAMILIES[family]
-            prompt = draw(Random(f"{family} {number}"))
-            digest = sha256(prompt.encode()).hexdigest()
+        for family, number in _places(self.families, seed):
+            prompt, digest = _drawn(family, number)
             if int(digest, 16) % 10 in residues and prompt not in seen:
                 seen.add(prompt)
-                yield Question(id=f"{family}-{digest[:16]}", prompt=prompt, answer=solve(prompt)[1], family=family)
+                answer = FAMILIES[family][1](prompt)[1]
+                yield Question(id=f"{family}-{digest[:16]}", prompt=prompt, answer=answer, family=family)
 
     def solution(self, question: Question) -> str:
         """The completion a model is trained on: the thought between its tags, then the answer."""
@@ -176,6 +174,21 @@ class Tiny:
             texts = [entry["text"] for entry in map(json.loads, lines) if entry["split"] == split]
         Random(seed).shuffle(texts)
         yield from texts
+
+
+@lru_cache(maxsize=2)
+def _places(families: tuple[str, ...], seed: int) -> tuple[tuple[str, int], ...]:
+    """Every draw of some families, in an order of its own for each seed; a run asks for it several times."""
+    places = [(family, number) for family in families for number in range(POOL)]
+    Random(seed).shuffle(places)
+    return tuple(places)
+
+
+@lru_cache(maxsize=4096)
+def _drawn(family: str, number: int) -> tuple[str, str]:
+    """A question's text, and its hash, which says the split."""
+    prompt = FAMILIES[family][0](Random(f"{family} {number}"))
+    return prompt, sha256(prompt.encode()).hexdigest()
 
 
 def residues_of(split: str) -> range:
