@@ -1,6 +1,7 @@
 """Continuous batching: neighbours never change a trace, greedy equals generate, sampling follows the distribution."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from families import make_model
 from secateurs.calibration import batches, trace_document
 from secateurs.collect import final_states
 from secateurs.engines import Request, Sampling, default_sampling
-from secateurs.engines.hf import HF, sample_tokens
+from secateurs.engines.hf import HF, REFILL, _Batch, sample_tokens
 from secateurs.traces import Trace
 
 
@@ -73,6 +74,21 @@ def test_requests_are_drawn_lazily():
 
     next(HF(make_model("qwen3"), (1, 2), 0, 4).generate(asked(), Sampling(max_new_tokens=8)))
     assert len(drawn) <= 8
+
+
+def test_slots_that_are_free_are_filled_together(monkeypatch):
+    calls: list[tuple[str, int]] = []
+    admit, step = _Batch.admit, _Batch.step
+    monkeypatch.setattr(
+        _Batch, "admit", lambda self, rows, *rest: (calls.append(("admit", len(rows))), admit(self, rows, *rest))[1]
+    )
+    monkeypatch.setattr(_Batch, "step", lambda self, *rest: (calls.append(("step", 0)), step(self, *rest))[1])
+    done = generate(make_model("qwen3"), requests(90), 32, Sampling(max_new_tokens=60))
+    assert len({len(one.ids) for one in done.values()}) > 10 and len(done) == 90
+    prefills = [place for place, (name, _) in enumerate(calls) if name == "admit"]
+    for before, place in pairwise(prefills[:-1]):
+        assert place - before > REFILL or calls[place][1] >= 4, "early only for an eighth of the slots"
+    assert len(prefills) < 30
 
 
 def test_sampling_follows_the_filtered_distribution():

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from secateurs.engines import Completion, Request, Sampling
 
 GROW = 256  # spare columns after each move of the buffers
+REFILL = 16  # steps from one prefill, a forward pass of its own, to the next, unless an eighth of the slots is free
 
 
 def sample_tokens(
@@ -117,10 +118,12 @@ class HF:
         """Yield completions as they finish; at most `batch_size` requests are drawn ahead."""
         self.model.eval()
         queue = iter(requests)
-        batch = _Batch(self.model, self.pad_id)
+        batch, waited = _Batch(self.model, self.pad_id), 0
         while True:
             clock = time.perf_counter()
-            fresh = list(islice(queue, self.batch_size - len(batch.rows)))
+            free = self.batch_size - len(batch.rows)
+            fresh = list(islice(queue, free)) if waited >= REFILL or 8 * free >= self.batch_size else []
+            waited = 0 if fresh else waited + 1
             if fresh:
                 tokens = batch.admit([_Row(r, _uniforms(r.seed, sampling)) for r in fresh], sampling)
             elif batch.rows:
