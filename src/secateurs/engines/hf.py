@@ -99,7 +99,7 @@ class _State(LinearAttentionLayer):
 @dataclass
 class _Row:
     request: Request
-    uniforms: Tensor
+    uniforms: list[float]
     ids: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -145,8 +145,9 @@ class HF:
                 yield Completion(request=row.request, ids=tuple(row.ids), finish=reason, seconds=row.seconds)
 
 
-def _uniforms(seed: int, sampling: Sampling) -> Tensor:
-    return torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def _uniforms(seed: int, sampling: Sampling) -> list[float]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64).tolist()
 
 
 class _Batch:
@@ -244,7 +245,8 @@ class _Batch:
         self._look()
 
     def _draw(self, logits: Tensor, rows: list[_Row], sampling: Sampling) -> Tensor:
-        uniforms = torch.stack([row.uniforms[len(row.ids)] for row in rows]).to(logits.device)
+        drawn = [row.uniforms[len(row.ids)] for row in rows]
+        uniforms = torch.tensor(drawn, dtype=torch.float64, device=logits.device)
         return sample_tokens(logits.float(), uniforms, sampling)
 
 
