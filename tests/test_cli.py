@@ -29,7 +29,7 @@ from secateurs.traces import TraceStore, read_traces
 
 SMALL = [
     "sweep.arm=['prompt', 'rac']", "sweep.sparsity=[0.5]", "sweep.seed=[0]", "calibration.num_tokens=900",
-    "calibration.held_out_tokens=400", "evaluate.num_questions=6", "traces.sampling.max_new_tokens=48",
+    "calibration.held_out_tokens=400", "evaluate.num_questions=6", "traces.sampling.max_new_tokens=96",
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from secateurs.engines import Completion, Request, Sampling
 
 GROW = 256  # spare columns after each move of the buffers
-REFILL = 16  # steps from one prefill, a forward pass of its own, to the next, unless an eighth of the slots is free
+REFILL = 16  # steps that free slots may wait for a prefill, which is a forward pass of its own
 
 
 def sample_tokens(
@@ -99,7 +100,7 @@ class _State(LinearAttentionLayer):
 @dataclass
 class _Row:
     request: Request
-    uniforms: list[float]
+    uniforms: numpy.ndarray
     ids: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -115,10 +116,13 @@ class HF:
 
     @torch.inference_mode()
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
-        """Yield completions as they finish; at most `batch_size` requests are drawn ahead."""
+        """Yield completions as they finish; at most `batch_size` requests are drawn ahead.
+
+        Free slots wait until an eighth of all is free, or the last prefill is `REFILL` steps ago.
+        """
         self.model.eval()
         queue = iter(requests)
-        batch, waited = _Batch(self.model, self.pad_id), 0
+        batch, waited = _Batch(self.model, self.pad_id), 0  # steps since the last prefill
         while True:
             clock = time.perf_counter()
             free = self.batch_size - len(batch.rows)
@@ -145,9 +149,9 @@ class HF:
                 yield Completion(request=row.request, ids=tuple(row.ids), finish=reason, seconds=row.seconds)
 
 
-def _uniforms(seed: int, sampling: Sampling) -> list[float]:
+def _uniforms(seed: int, sampling: Sampling) -> numpy.ndarray:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64).tolist()
+    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64).numpy()
 
 
 class _Batch:
@@ -245,9 +249,8 @@ class _Batch:
         self._look()
 
     def _draw(self, logits: Tensor, rows: list[_Row], sampling: Sampling) -> Tensor:
-        drawn = [row.uniforms[len(row.ids)] for row in rows]
-        uniforms = torch.tensor(drawn, dtype=torch.float64, device=logits.device)
-        return sample_tokens(logits.float(), uniforms, sampling)
+        uniforms = torch.from_numpy(numpy.array([row.uniforms[len(row.ids)] for row in rows]))
+        return sample_tokens(logits.float(), uniforms.to(logits.device), sampling)
 
 
 def hf_engine(model: PreTrainedModel, tokenizer: Any, batch_size: int) -> HF:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -151,8 +152,9 @@ class Tiny:
         """Distinct questions of `split`, families mixed, in an order fixed by `seed`; ends after some thousands."""
         residues = residues_of(split)
         seen = set()
-        for family, number in _places(self.families, seed):
-            prompt, digest = _drawn(family, number)
+        for place in _places(len(self.families), seed):
+            family = self.families[place // POOL]
+            prompt, digest = _drawn(family, place % POOL)
             if int(digest, 16) % 10 in residues and prompt not in seen:
                 seen.add(prompt)
                 answer = FAMILIES[family][1](prompt)[1]
@@ -176,15 +178,15 @@ class Tiny:
         yield from texts
 
 
-@lru_cache(maxsize=2)
-def _places(families: tuple[str, ...], seed: int) -> tuple[tuple[str, int], ...]:
-    """Every draw of some families, in an order of its own for each seed; a run asks for it several times."""
-    places = [(family, number) for family in families for number in range(POOL)]
+@lru_cache(maxsize=1)
+def _places(count: int, seed: int) -> array:
+    """The draws of so many families, in an order of its own for each seed. Kept: a run asks for the order often."""
+    places = array("I", range(count * POOL))
     Random(seed).shuffle(places)
-    return tuple(places)
+    return places
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16_384)
 def _drawn(family: str, number: int) -> tuple[str, str]:
     """A question's text, and its hash, which says the split."""
     prompt = FAMILIES[family][0](Random(f"{family} {number}"))
