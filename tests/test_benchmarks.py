@@ -80,6 +80,9 @@ def test_kernels_of_every_layout_are_timed_side_by_side(script):
 @pytest.mark.slow
 def test_a_whole_prune_is_timed_part_by_part(tmp_path, script):
     small = ["--shape", "tiny", "--device", "cpu", "--layers", 2, "--tokens", 2048, "--solvers", "sparsegpt"]
+    small += ["--propagate", "block,dense"]
     printed = script("gpu_prune.py", tmp_path / "model", *small)
-    row = next(line for line in printed.splitlines() if line.startswith("| sparsegpt |")).split(" | ")
-    assert float(row[2].replace(",", "")) > 0 and sum(float(share.rstrip("%")) for share in row[5:11]) > 95
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| sparsegpt |")]
+    assert [row[1] for row in rows] == ["block", "dense"]
+    for row in rows:
+        assert float(row[3].replace(",", "")) > 0 and sum(float(share.rstrip("%")) for share in row[6:12]) > 95
