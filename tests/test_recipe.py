@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from secateurs.calibration import region_weights
-from secateurs.recipe import build_pattern, build_solver, load_recipe
+from secateurs.recipe import build_pattern, build_solver, load_recipe, pattern_label
 from secateurs.solvers import SOLVERS, SparseGPT
 
 SHIPPED = [Path(entry.name).stem for entry in (files("secateurs") / "recipes").iterdir()]
@@ -52,6 +52,8 @@ def test_shipped_recipes_parse(name):
             "prune.solver={name='obs'}",
             "solver `obs` cannot solve for pattern `unstructured`; those that can: magnitude",
         ),
+        ("sweep.sparsity=[0.5, 0.5]", "one name in the report: corpus, unstructured per row 50 %, sparsegpt, seed 0;"),
+        ("sweep.seed=[1, 1]", "one name in the report: corpus, unstructured per row 40 %, sparsegpt, seed 1;"),
         ("sweep.pattern=[{name='depth', sparsity=1.0}]", "sparsity is 1.0, but it must be in [0, 1)"),
         ("nonsense", "--set nonsense: expected key=value"),
         ("seed.a.b=1", "`seed` is a value, not a table"),
@@ -117,6 +119,12 @@ def test_arms():
 def test_a_goal_needs_inputs_that_can_differ():
     with pytest.raises(ValueError, match='prune: goal "dense" needs propagate "block" or "group"'):
         load_recipe("demo", ["prune.goal=dense", "prune.propagate=dense"])
+
+
+def test_patterns_that_differ_in_scope_alone_have_names_of_their_own():
+    both = "sweep.pattern=[{name='unstructured', sparsity=0.5}, {name='unstructured', sparsity=0.5, scope='layer'}]"
+    names = [pattern_label(cell.prune.pattern) for cell in load_recipe("demo", ["sweep.sparsity=[]", both]).grid]
+    assert set(names) == {"unstructured per row", "unstructured"}
 
 
 def test_the_grid_is_every_combination_with_nothing_left_to_sweep():

@@ -48,23 +48,19 @@ from secateurs.patterns import Pattern, Unstructured
 from secateurs.planner import Needs, Shelf, Where, choose, needs
 from secateurs.prompts import render
 from secateurs.recipe import (
-    Arm,
     Recipe,
+    arm_label,
     build_allocator,
     build_pattern,
     build_questions,
     build_solver,
     build_tune,
+    pattern_label,
     solver_label,
 )
 from secateurs.solvers.masking import Masking
 from secateurs.survey import blocks_to_drop, loss_roots, survey
 from secateurs.trim import ExpertTrimmer, Smaller, StreamTrimmer, Trimmer
-
-
-def arm_label(arm: Arm) -> str:
-    """An arm's name, or a mixture spelled out."""
-    return arm if isinstance(arm, str) else "+".join(f"{weight:g}{region}" for region, weight in arm.items() if weight)
 
 
 @dataclass(frozen=True)
@@ -214,7 +210,7 @@ def prune(case: Case, reference: Callable[[], evaluate.Reference], progress: Pro
     sparsity = sum(result.zeros for result in done.results) / sum(d_out * d_in for d_out, d_in in shapes)
     facts = {
         "arm": case.label,
-        "pattern": "unstructured" if pattern_spec["name"] == "unstructured" else str(pattern),
+        "pattern": pattern_label(pattern_spec),
         "sparsity": pattern_spec.get("sparsity", sparsity),
         "solver": solver_label(recipe.prune.solver),
         "seed": case.seed,

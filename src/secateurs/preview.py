@@ -9,7 +9,7 @@ import torch
 
 from secateurs import evaluate, pruner
 from secateurs.calibration import batches, plain_document, region_weights
-from secateurs.cell import arm_label, memory_needs, plan_of
+from secateurs.cell import memory_needs, plan_of
 from secateurs.corpus import corpus_documents
 from secateurs.dense import Dense
 from secateurs.engines import Request, Sampling
@@ -19,7 +19,7 @@ from secateurs.layer import Gram, LayerProblem
 from secateurs.narrow import Narrowing
 from secateurs.planner import choose
 from secateurs.prompts import render
-from secateurs.recipe import Recipe, build_pattern, build_questions, build_solver
+from secateurs.recipe import Recipe, arm_label, build_pattern, build_questions, build_solver
 
 
 def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -284,6 +285,14 @@ class Recipe(_Table):
             raise ValueError("sweep.sparsity and sweep.pattern both say what to remove; give one of them")
         if self.sweep.sparsity and self.prune.pattern["name"] == "nm":
             raise ValueError("sweep.sparsity needs a prune.pattern with a sparsity; an N:M pattern has only one")
+        names = product(map(arm_label, self.arms), map(_place, self.patterns), map(solver_label, self.solvers))
+        repeated = [cell for cell, times in Counter(product(names, self.seeds)).items() if times > 1]
+        if repeated:
+            (arm, place, solver), seed = repeated[0]
+            raise ValueError(
+                f"sweep: two cells would have one name in the report: {arm}, {place}, {solver}, seed {seed}; leave "
+                "repeats out, and give what differs in other ways runs of its own"
+            )
         for pattern, solver in product(self.patterns, self.solvers):
             built, name = build_pattern(pattern), solver["name"]
             cut, own_way = isinstance(built, Cut), isinstance(built, (FewerExperts, Hidden))
@@ -348,6 +357,24 @@ SOLVES: tuple[tuple[Any, Mapping[str, Any]], ...] = (
     (Cut, CUT_SOLVERS),
     (object, SOLVERS),
 )
+
+
+def arm_label(arm: Arm) -> str:
+    """An arm's name, or a mixture spelled out."""
+    return arm if isinstance(arm, str) else "+".join(f"{weight:g}{region}" for region, weight in arm.items() if weight)
+
+
+def pattern_label(spec: Mapping[str, Any]) -> str:
+    """How a report calls a pattern, whose sparsity it has in another column."""
+    built = build_pattern(spec)
+    if not isinstance(built, Unstructured):
+        return str(built)
+    return "unstructured" if built.scope == "layer" else "unstructured per row"
+
+
+def _place(spec: Mapping[str, Any]) -> str:
+    """Where a report has a pattern."""
+    return " ".join([pattern_label(spec), *(f"{100 * value:g} %" for key, value in spec.items() if key == "sparsity")])
 
 
 def solver_label(spec: Mapping[str, Any]) -> str:

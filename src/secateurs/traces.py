@@ -238,10 +238,10 @@ class TraceStore:
         return list(kept.values()), total >= num_tokens
 
     def seal(self, keep: Iterable[Trace]) -> None:
-        """Write those of `keep` not sealed yet, in this order, as the next shard; drop every other unsealed trace.
+        """Write those of `keep` not sealed yet, in this order, as the next shard; the others stay in the journal.
 
-        `keep` comes from `prefix`. A later, larger budget seals a further shard. ValueError if a trace is not in the
-        store.
+        `keep` comes from `prefix`. A later, larger budget seals a further shard, also of what is in the journal now.
+        ValueError if a trace is not in the store.
         """
         assert self._lock is not None, "the store is closed"
         shard: dict[Key, Trace] = {}
@@ -259,9 +259,12 @@ class TraceStore:
         if self._journal is not None:
             os.close(self._journal)
             self._journal = None
-        _journal_path(self.folder).unlink(missing_ok=True)
-        self._active = {}
-        fsync_path(self.folder)
+        self._active = {key: trace for key, trace in self._active.items() if key not in shard}
+        if self._active:
+            atomic_write(_journal_path(self.folder), b"".join(map(_to_line, self._active.values())))
+        else:
+            _journal_path(self.folder).unlink(missing_ok=True)
+            fsync_path(self.folder)
 
     def add_seconds(self, seconds: float) -> None:
         """Add to the time spent generating, over all runs of this store."""
@@ -529,6 +532,12 @@ def looping(ids: Sequence[int], max_period: int = 512) -> bool:
     return False
 
 
+def ends_in_loop(trace: Trace) -> bool:
+    """`looping`, whether or not the end marker, which is no part of the loop, stands behind it."""
+    ids = trace.completion_ids
+    return looping(ids) or (trace.finish == "eos" and looping(ids[:-1]))
+
+
 @dataclass(frozen=True)
 class Filter:
     """A reason to drop traces. `takes` is what its value must be, `allowed` says so in words.
@@ -544,12 +553,6 @@ class Filter:
 
 def _is_correct(trace: Trace) -> bool:
     return trace.reward is not None and trace.reward > 0
-
-
-def _is_not_looping(trace: Trace) -> bool:
-    ids = trace.completion_ids
-    # The end marker follows the loop and is no part of it; a server may or may not have returned it.
-    return not (looping(ids) or (trace.finish == "eos" and looping(ids[:-1])))
 
 
 def _is_first_of_its_kind() -> Predicate:
@@ -582,7 +585,7 @@ FILTERS: Mapping[str, Filter] = {
     "max_tokens": Filter(int, _TOKENS, lambda most, _: lambda trace: len(trace.completion_ids) <= most),
     "max_solved": Filter(float, "a share of a question's samples from 0.0 to 1.0", _is_hard),
     "correct": Filter(bool, _SWITCH, lambda _, __: _is_correct),
-    "not_looping": Filter(bool, _SWITCH, lambda _, __: _is_not_looping),
+    "not_looping": Filter(bool, _SWITCH, lambda _, __: lambda trace: not ends_in_loop(trace)),
     "distinct": Filter(bool, _SWITCH, lambda _, __: _is_first_of_its_kind()),
 }
 
