@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Callable
 
 FAULTS = (
-    "status 500", "status 429", "no answer", "half an answer", "torn JSON", "no JSON", "NaN", "no choices",
-    "two choices", "wrong count", "wrong ids", "no ids", "another prompt", "slow", "endless",
+    "status 500", "status 429", "no answer", "half an answer", "half an end", "torn JSON", "no JSON", "NaN",
+    "no choices", "two choices", "wrong count", "wrong ids", "no ids", "another prompt", "slow", "endless",
 )  # fmt: skip
 
 
@@ -29,7 +29,14 @@ def answer_to(prompt: list[int], size: int) -> list[int]:
 
 
 class CompletionsServer:
-    """`fault(prompt, attempt)` names what goes wrong (one of FAULTS) or "" for a right answer."""
+    """`fault(prompt, attempt)` names what goes wrong or "" for a right answer.
+
+    It is one of FAULTS, any "status NUMBER" (`words` are its body, 429 and 503 say `retry_after`) or "sent twice",
+    which is a right answer and, on the same connection, the same again.
+    """
+
+    retry_after = "0.05"
+    words = json.dumps({"error": "as asked"})
 
     def __init__(
         self,
@@ -47,7 +54,9 @@ class CompletionsServer:
         self.attempts: Counter[str] = Counter()
         self.bodies: list[dict] = []
         self.paths: set[str] = set()
+        self.keys: set[str] = set()
         self.connections = self.in_flight = self.most_in_flight = 0
+        self.broken = 0  # requests that were in flight when the server was restarted
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -79,6 +88,7 @@ class CompletionsServer:
         """Break every connection, refuse new ones for a while, come back at the same address."""
 
         async def away() -> None:
+            self.broken += self.in_flight
             await self._close()
             await asyncio.sleep(seconds)
             await self._open()
@@ -104,10 +114,11 @@ class CompletionsServer:
                 length = next(int(h[15:]) for h in head.lower().split(b"\r\n") if h.startswith(b"content-length:"))
                 body = json.loads(await reader.readexactly(length))
                 self.paths.add(head.split()[1].decode())
+                self.keys |= {h[15:].decode() for h in head.split(b"\r\n") if h.startswith(b"Authorization: ")}
                 self.in_flight += 1
                 self.most_in_flight = max(self.most_in_flight, self.in_flight)
                 try:
-                    if not await self._reply(body, writer):
+                    if not await self._reply(body, reader, writer):
                         return
                 finally:
                     self.in_flight -= 1
@@ -117,7 +128,7 @@ class CompletionsServer:
             self._writers.discard(writer)
             writer.close()
 
-    async def _reply(self, body: dict, writer: asyncio.StreamWriter) -> bool:
+    async def _reply(self, body: dict, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Answer one request; whether the connection lives on."""
         self.bodies.append(body)
         if "messages" in body:
@@ -129,20 +140,24 @@ class CompletionsServer:
         await asyncio.sleep(self.delay)
         if fault == "no answer":
             return False
-        status = {"status 500": "500 Oops", "status 429": "429 Slow down", "status 400": "400 No"}.get(fault, "200 OK")
-        content = json.dumps({"error": "as asked"} if status[0] != "2" else self._answer(body, fault)).encode()
+        status = fault.removeprefix("status ") if fault.startswith("status ") else "200"
+        content = (json.dumps(self._answer(body, fault)) if status == "200" else self.words).encode()
         if fault == "torn JSON":
             content = content[: len(content) // 2]
         if fault == "no JSON":
             content = b"<html>a proxy speaking</html>"
         if fault == "NaN":
             content = content[:-1] + b', "logprobs": [NaN]}'
-        retry = "Retry-After: 0.05\r\n" if fault == "status 429" else ""
+        retry = f"Retry-After: {self.retry_after}\r\n" if status in ("429", "503") and self.retry_after else ""
         length = 10**9 if fault in ("endless", "slow") else len(content)
-        writer.write(f"HTTP/1.1 {status}\r\n{retry}Content-Length: {length}\r\n\r\n".encode())
-        if fault == "half an answer":
+        top = f"HTTP/1.1 {status} Said\r\n{retry}Content-Length: {length}\r\n\r\n".encode()
+        writer.write(top)
+        if fault in ("half an answer", "half an end"):
             writer.write(content[: len(content) // 2])
             await writer.drain()
+            if fault == "half an end":  # what we send is over, but the connection is not
+                writer.write_eof()
+                await reader.read()
             return False
         while fault == "slow":
             writer.write(b" ")
@@ -151,7 +166,7 @@ class CompletionsServer:
         while fault == "endless":
             writer.write(b" " * 2**16)
             await writer.drain()
-        writer.write(content)
+        writer.write(content + (top + content if fault == "sent twice" else b""))
         await writer.drain()
         return True
 
@@ -171,7 +186,7 @@ class CompletionsServer:
         choice |= {"message": self._message(text, prompt)} if chat else {"text": text}
         answer: dict = {"usage": usage}
         if self.dialect == "llama.cpp" and body.get("verbose") and body.get("return_tokens"):
-            answer["__verbose"] = {"tokens": ids, "prompt": self.tokenizer.decode(asked) if chat else ""}
+            answer["__verbose"] = {"tokens": ids, "prompt": self.tokenizer.decode(asked) if self.tokenizer else ""}
         elif self.dialect == "sglang":
             choice |= {"response_token_ids": ids, "prompt_token_ids": asked}
         elif self.dialect == "vllm":

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
 from itertools import islice
 from typing import Any, Literal, NoReturn
 
@@ -17,6 +18,7 @@ from secateurs.prompts import chat_text, messages, rejoin
 
 LONGEST_PAUSE = 30.0  # seconds between two attempts, unless a server asks for more
 LONGEST_REQUEST = 600.0  # seconds a server may ask us to wait
+PATIENCE = 1800.0  # seconds that servers may put us off in all while none of them answers
 BYTES_A_TOKEN = 64  # of an answer's JSON, generously; anything longer is no answer
 ASK_IDS = {"return_token_ids": True, "return_tokens": True, "verbose": True}  # vLLM and SGLang; llama.cpp the others
 ID_FIELDS = ("token_ids", "response_token_ids", "tokens")  # vLLM, SGLang, llama.cpp
@@ -26,28 +28,40 @@ NOTHING_ELSE = {  # servers have defaults of their own, the model's generation_c
     "samplers": ["temperature", "top_k", "top_p"],  # llama.cpp, which would otherwise apply the temperature last
 }
 LOST = 8, 0.25  # tokens and share of them that a text may lack of what the server counted
-AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+AGAIN = {408, 409, 425, 429}  # and every 5xx
+LATER = {429, 503}  # and whatever comes with Retry-After
+GO_ON = "What is stored stays; run the command again once the server answers."
 
 
 class _Fault(Exception):
-    """An answer that is worth asking for again; `after` is how long the server wants to be left alone."""
+    """An answer that is worth asking for again."""
 
-    def __init__(self, what: str, after: float = 0.0, unreachable: bool = False) -> None:
+
+class _NotNow(_Fault):
+    """No answer yet, which is no failed attempt: the server puts us off, maybe by `after` seconds, or is `gone`."""
+
+    def __init__(self, what: str, after: float = 0.0, gone: bool = False) -> None:
         super().__init__(what)
-        self.after, self.unreachable = after, unreachable
+        self.after, self.gone = after, gone
 
 
-@dataclass
+@dataclass(eq=False)
 class _Server:
-    url: str
-    in_flight: int = 0
-    failures: int = 0
-    ready: float = 0.0
-    """When it may be asked again, on the event loop's clock."""
+    """What one run of generate knows of a server. `freed`, which all share, wakes whoever waits for any of them."""
 
-    def busy(self, now: float) -> tuple[float, bool, int]:
-        """Sorts servers by who should be asked next; one that could not be reached gets one request to try it with."""
-        return max(self.ready - now, 0.0), bool(self.failures and self.in_flight), self.in_flight
+    url: str
+    room: int  # requests it may have at once: half as many when it puts us off, one more with every answer
+    freed: asyncio.Event
+    in_flight: int = 0
+    resting: int = 0  # pauses that are not over
+    gone: int = 0  # times in a row that it could not be reached
+    put_off: float = 0.0  # seconds it put us off by since its last answer
+
+    def free(self, in_flight: int = 0, resting: int = 0) -> None:
+        self.in_flight -= in_flight
+        self.resting -= resting
+        self.freed.set()
+        self.freed.clear()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +75,11 @@ class OpenAI:
     exactly. With the endpoint `chat` a prompt goes out as the turns it was made of, and counts only if the server's
     chat template makes the same of them as ours.
 
-    Anything that may pass (a lost connection, a refusal with 429 or 5xx, an answer that is wrong) is asked again,
-    after a pause that doubles and is jittered, up to `attempts` times and by another server where there is one.
-    generate raises ValueError for what will not pass, with the server's own words.
+    Anything that may pass (a lost connection, 5xx, an answer that is wrong) is asked again, after a pause that doubles
+    and is jittered, up to `attempts` times and by another server where there is one. A server that says "later" (429,
+    503, Retry-After) or cannot be reached is left alone for a while, and what it did not take counts as no attempt:
+    that ends when each was not to be reached `attempts` times in a row or has put us off for PATIENCE seconds without
+    an answer. generate raises ValueError then, and for what will not pass, with the server's own words.
     """
 
     servers: tuple[str, ...]
@@ -94,8 +110,14 @@ class OpenAI:
         for name in ("concurrency", "timeout", "attempts"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but it must be above 0")
-        if self.api_key_env and self.api_key_env not in os.environ:
-            raise ValueError(f"api_key_env names {self.api_key_env}, but there is no such environment variable")
+        if self.api_key_env and not self._key:
+            raise ValueError(f"api_key_env names {self.api_key_env}, but no such environment variable is set to a key")
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError(f"the key in {self.api_key_env} holds what no header may hold, such as a line break")
+
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self.api_key_env, "").strip()
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
         """Yield completions as they finish; at most `concurrency` times servers requests are drawn ahead.
@@ -119,18 +141,18 @@ class OpenAI:
         """Completions as they finish. When one request fails for good, those that finished with it come out first."""
         queue = iter(requests)
         limit = self.concurrency * len(self.servers)
-        states = [_Server(url.rstrip("/")) for url in self.servers]
-        key = os.environ.get(self.api_key_env) if self.api_key_env else None
+        freed = asyncio.Event()
+        servers = [_Server(url.rstrip("/"), self.concurrency, freed) for url in self.servers]
         pending: set[asyncio.Task[Completion]] = set()
         async with httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else None,
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
             limits=httpx.Limits(max_connections=limit, max_keepalive_connections=limit),
             timeout=httpx.Timeout(self.timeout, connect=min(self.timeout, 10.0)),
         ) as client:
             try:
                 while True:
                     for request in islice(queue, limit - len(pending)):
-                        pending.add(asyncio.create_task(self._until_right(client, states, request, sampling)))
+                        pending.add(asyncio.create_task(self._until_right(client, servers, request, sampling)))
                     if not pending:
                         return
                     done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -142,38 +164,60 @@ class OpenAI:
                 await asyncio.gather(*pending, return_exceptions=True)
 
     async def _until_right(
-        self, client: httpx.AsyncClient, states: list[_Server], request: Request, sampling: Sampling
+        self, client: httpx.AsyncClient, servers: list[_Server], request: Request, sampling: Sampling
     ) -> Completion:
-        """The least busy server that is to be had, again and again."""
-        clock = asyncio.get_running_loop().time
-        for attempt in range(1, self.attempts + 1):
-            server = min(states, key=lambda state: state.busy(clock()))
-            while (wait := server.ready - clock()) > 0:
-                await asyncio.sleep(wait * self._random.uniform(1.0, 1.2))
+        """The answer of whichever server is to be had, asked again and again."""
+        failed, tried = 0, None
+        while True:
+            server = await self._free(servers, tried)
             server.in_flight += 1
             try:
                 async with asyncio.timeout(self.timeout):
                     completion = await self._ask(client, server.url, request, sampling)
-                server.failures = 0
+                server.gone, server.put_off, server.room = 0, 0.0, min(server.room + 1, self.concurrency)
                 return completion
             except TimeoutError:
                 fault = _Fault(f"no whole answer within {self.timeout:g} s")
+            except _NotNow as later:
+                self._leave_alone(server, later, servers)
+                continue
             except _Fault as error:
                 fault = error
             finally:
-                server.in_flight -= 1
-            pause = min(self.pause * 2 ** (attempt - 1), LONGEST_PAUSE) * self._random.uniform(0.5, 1.0)
-            if fault.unreachable and clock() >= server.ready:  # not once for each of those in flight
-                server.failures += 1
-                server.ready = clock() + min(self.pause * 2 ** (server.failures - 1), LONGEST_PAUSE)
-            server.ready = max(server.ready, clock() + fault.after)
-            if attempt == self.attempts:
+                server.free(in_flight=1)
+            failed, tried = failed + 1, server
+            if failed == self.attempts:
                 raise ValueError(
-                    f"{server.url}: question {request.question_id!r} sample {request.sample} failed {attempt} times, "
-                    f"at last with: {fault}. What is stored stays; run the command again once the server answers."
+                    f"{server.url}: question {request.question_id!r} sample {request.sample} failed {failed} times, "
+                    f"at last with: {fault}. {GO_ON}"
                 )
-            await asyncio.sleep(pause)
-        raise AssertionError("unreachable: attempts is above 0")
+            await asyncio.sleep(self._doubled(failed) * self._random.uniform(0.5, 1.0))
+
+    async def _free(self, servers: list[_Server], tried: _Server | None) -> _Server:
+        """The least busy server that may be asked, waited for; not the one that was `tried` if another is there."""
+        while True:
+            others = [s for s in servers if tried and s is not tried and not (s.resting or s.gone)] or servers
+            if free := [s for s in others if not s.resting and s.in_flight < (1 if s.gone else s.room)]:
+                return min(free, key=lambda s: s.in_flight)
+            await servers[0].freed.wait()
+
+    def _leave_alone(self, server: _Server, fault: _NotNow, servers: list[_Server]) -> None:
+        """Let a server rest for as long as it asks, or for a pause that doubles: one for all that were in flight."""
+        pause = fault.after
+        if not server.resting and fault.gone:
+            server.gone += 1
+            pause = self._doubled(server.gone)
+        elif not server.resting:
+            pause = pause or min(max(self.pause, server.put_off), LONGEST_PAUSE)
+            server.gone, server.put_off, server.room = 0, server.put_off + pause, max(server.room // 2, 1)
+        if all(s.gone >= self.attempts or s.put_off >= PATIENCE for s in servers):
+            raise ValueError(f"{server.url}: {fault}, again and again, and no server answers. {GO_ON}") from None
+        if pause:
+            server.resting += 1
+            asyncio.get_running_loop().call_later(pause * self._random.uniform(1.0, 1.2), server.free, 0, 1)
+
+    def _doubled(self, failures: int) -> float:
+        return min(self.pause * 2 ** min(failures - 1, 50), LONGEST_PAUSE)
 
     async def _ask(self, client: httpx.AsyncClient, url: str, request: Request, sampling: Sampling) -> Completion:
         most = 2**20 + BYTES_A_TOKEN * (sampling.max_new_tokens + len(request.prompt_ids))
@@ -186,17 +230,18 @@ class OpenAI:
                     if len(content) > most:
                         raise _Fault(f"an answer of more than {most:,} bytes")
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise _Fault(f"no connection ({error})", unreachable=True) from None
+            raise _NotNow(f"no connection ({error})", gone=True) from None
         except httpx.HTTPError as error:
             raise _Fault(f"the connection broke ({type(error).__name__}: {error})") from None
-        if response.status_code in AGAIN:
-            raise _Fault(f"status {response.status_code}", after=_retry_after(response))
-        if response.status_code != 200:
-            words = content[:500].decode(errors="replace").strip()
-            hint = (
-                "" if self.allow_retokenised else ". A server that knows no ids needs traces.engine.allow_retokenised"
-            )
-            raise ValueError(f"{place}: status {response.status_code}, which asking again will not mend: {words}{hint}")
+        status, after = response.status_code, _retry_after(response)
+        if status in AGAIN or status >= 500:
+            raise _NotNow(f"status {status}", after) if after or status in LATER else _Fault(f"status {status}")
+        if status != 200:
+            words = content.decode(errors="replace").replace(self._key or "\0", "(the key)").strip()[:500]
+            unknown = status in (400, 422) and any(name in words for name in ("top_k", *NOTHING_ELSE, *ASK_IDS))
+            if unknown and not self.allow_retokenised:
+                words += ". A server that knows no ids needs traces.engine.allow_retokenised"
+            raise ValueError(f"{place}: status {status}, which asking again will not mend: {words}")
         return self._completion(request, sampling, content, url)
 
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
@@ -280,9 +325,11 @@ class OpenAI:
                 "traces.engine.allow_retokenised"
             )
         echo = _first(found.get("prompt_token_ids") for found in (choice, answer))
+        if echo is None and isinstance(text := llama.get("prompt"), str) and text:
+            ours = self.tokenizer.decode(request.prompt_ids, clean_up_tokenization_spaces=False)
+            same = self.endpoint != "chat" and self._bare(text) == self._bare(ours)
+            echo = list(request.prompt_ids) if same else self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.endpoint == "chat":
-            if echo is None and isinstance(llama.get("prompt"), str):
-                echo = self.tokenizer(llama["prompt"], add_special_tokens=False)["input_ids"]
             if echo is None:
                 raise ValueError(
                     f"{url}: the answer does not hold the prompt's ids, so nobody knows whether its chat template is "
@@ -293,6 +340,10 @@ class OpenAI:
         elif echo is not None and echo != list(request.prompt_ids):
             raise _Fault("an answer to another prompt")
         return ids
+
+    def _bare(self, text: str) -> str:
+        """A prompt without what decoding may add to its start or leave out there: white space and a BOS."""
+        return text.lstrip().removeprefix(self.tokenizer.bos_token or "").lstrip()
 
     def _another_template(self, url: str, wrong: str) -> NoReturn:
         raise ValueError(
@@ -312,7 +363,7 @@ class OpenAI:
             if not all(isinstance(part, str) for part in parts):
                 raise _Fault("a message that is no text")
             texts = rejoin(self.tokenizer, request.prompt_ids, *parts)
-        if not texts[0] or not isinstance(texts[0], str):
+        if not isinstance(texts[0], str):
             raise _Fault("no text")
         return texts
 
@@ -326,6 +377,8 @@ class OpenAI:
         """
         if type(counted) is not int:
             raise _Fault(f"a count of {counted!r} tokens")
+        if counted > 1 and "" in texts:
+            raise _Fault(f"no text, where the server counts {counted} tokens")
         possible = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         for ids in possible:
             if reason == "stop" and ids[-1:] != [self.tokenizer.eos_token_id]:
@@ -357,8 +410,10 @@ def _refuse(constant: str) -> None:
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """The seconds a server asks for, within reason; 0 if it asks for none or in words."""
+    """The seconds a server asks for, or those until the date it names, within reason; 0 if it asks for none."""
+    words = response.headers.get("Retry-After", "0")
     try:
-        return min(max(float(response.headers.get("Retry-After", "0")), 0.0), LONGEST_REQUEST)
-    except ValueError:
+        seconds = parsedate_to_datetime(words).timestamp() - time.time() if ":" in words else float(words)
+    except (ValueError, OverflowError):
         return 0.0
+    return min(max(0.0, seconds), LONGEST_REQUEST)
