@@ -3,9 +3,10 @@
 from secateurs import ask, cell
 from secateurs.calibration import CODES, trace_document
 from secateurs.dense import Dense
-from secateurs.recipe import load_recipe
+from secateurs.engines import Completion, Sampling
+from secateurs.recipe import build_questions, load_recipe
 from secateurs.report import TraceSummary
-from secateurs.traces import Trace
+from secateurs.traces import Trace, TraceStore
 
 
 def trace(number: int, length: int = 40) -> Trace:
@@ -32,6 +33,51 @@ def test_the_first_tokens_calibrate_and_whole_traces_judge(tmp_path):
     traced = ask.Traced(traces[:2], traces[2:], summary, "")
     found = cell.calibration_set(cell.Case(recipe, tmp_path, 0, traced, Dense(recipe)))
     assert [len(d.ids) for d in found.held_out] == [42, 42] and [len(d.ids) for d in found.documents] == [11] * 5
+
+
+def test_what_is_in_a_question_file_is_in_the_key_and_its_name_is_not(tmp_path):
+    specs = []
+    for folder, text in (("a", "one"), ("b", "one"), ("c", "two")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "q.txt").write_text(text)
+        specs.append(ask.keyed({"name": "prompts", "path": str(tmp_path / folder / "q.txt")}))
+    assert specs[0] == specs[1] != specs[2] and specs[0]["name"] == "prompts"
+    assert ask.keyed({"name": "gpqa", "path": "hub:a/b"}) == {"name": "gpqa", "path": "hub:a/b"}
+
+
+class Slow:
+    """An engine that answers the first request last."""
+
+    def __init__(self):
+        self.drawn = 0
+
+    def generate(self, requests, sampling):
+        waiting = []
+        for request in requests:
+            self.drawn += 1
+            waiting.append(request)
+            if len(waiting) == 3:
+                yield Completion(request=waiting.pop(), ids=(5,) * 20, finish="length", seconds=0.0)
+        for request in reversed(waiting):
+            yield Completion(request=request, ids=(5,) * 20, finish="length", seconds=0.0)
+
+
+def test_no_more_is_asked_than_should_fill_the_budget(tmp_path):
+    """However late the first request is; and what nobody can judge is stored as that."""
+    (tmp_path / "mine.txt").write_text("\n\n".join(f"compute {n} plus 1" for n in range(300)))
+    path = {"name": "prompts", "path": str(tmp_path / "mine.txt")}
+    recipe = load_recipe("demo", ["traces.sampling.max_new_tokens=40"])
+    dense, questions, engine = Dense(recipe), build_questions(path), Slow()
+    asked = [(question, 0) for question in questions.questions("calibration", 0)]
+    with TraceStore(tmp_path / "store", {}) as store:
+
+        def enough():
+            return store.prefix([(question.id, 0) for question, _ in asked], 1000)[1]
+
+        sampling = Sampling(max_new_tokens=40)
+        ask.sample(store, asked, lambda: engine, dense.tokenizer, questions, sampling, 0, 10, enough, 1000)
+        assert enough() and len(store) == engine.drawn < 1.3 * 1000 / (20 + 20)
+        assert all(found.reward is None for found in store)
 
 
 def test_filters_choose_what_calibrates_and_not_what_judges(tmp_path):

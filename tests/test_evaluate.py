@@ -1,5 +1,7 @@
 """Figures computed by hand, intervals that behave, and the drift of hidden states."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -35,6 +37,23 @@ def test_figures_by_hand():
     assert m["tokens_per_correct"] == 120 and m["tokens"] == 120 and m["tokens_per_second"] == 30
     nothing = measure([trace("a", 0, 0.0, 5, 5)], {}, question_set="q", seconds=0.0, max_new_tokens=8)
     assert nothing["tokens_per_correct"] is None and nothing["difference"] is None
+
+
+def test_the_interval_of_the_difference_to_dense_is_agresti_and_mins():
+    m = measure(PRUNED, {}, question_set="q", seconds=1.0, max_new_tokens=40, dense=DENSE)
+    half = 1.959964 * (0.5 + 1 - 1 / 4) ** 0.5 / 4  # both questions are half an answer worse
+    assert m["difference"]["interval"] == pytest.approx((-1 / 4 - half, -1 / 4 + half))
+    same = measure(DENSE, {}, question_set="q", seconds=1.0, max_new_tokens=40, dense=DENSE)
+    assert same["difference"]["mean"] == 0 and same["difference"]["interval"][1] > 0.3
+
+
+def test_a_loop_is_one_whether_or_not_an_end_marker_follows_it():
+    loop, one = (5, 6) * 40, trace("a", 0, 0.0, 80, 80)
+    for finish, ids in (("length", loop), ("eos", loop), ("eos", (*loop, 2))):
+        ended = measure([replace(one, completion_ids=ids, finish=finish)], {}, question_set="q", seconds=1.0,
+                        max_new_tokens=99)  # fmt: skip
+        assert ended["looping"] == 1.0
+    assert measure([one], {}, question_set="q", seconds=1.0, max_new_tokens=99)["looping"] == 0.0
 
 
 def test_accuracy_under_a_cap_is_what_was_right_within_it():

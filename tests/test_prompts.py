@@ -100,3 +100,11 @@ def test_seeds_depend_on_question_and_sample_only():
     assert trace_seed(0, "q", 1) == trace_seed(0, "q", 1)
     assert len({trace_seed(s, q, n) for s in (0, 1) for q in ("q", "r") for n in (0, 1)}) == 8
     assert 0 <= trace_seed(0, "q", 0) < 2**62
+
+
+def test_thinking_that_the_prefill_has_begun_is_open_until_it_ends():
+    t = tokenizer(MARKED, TEMPLATE)
+    begun = PromptFormat(prefill="<think>\nOkay, the sum")
+    prompt, reply = render(t, begun, QUESTION), tuple(t("it is 2")["input_ids"])
+    assert think_split(t, prompt, reply, begun.prefill) == (len(reply), False)
+    assert think_split(t, prompt, reply, "<think>short</think>So") == (len(reply), True)

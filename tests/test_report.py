@@ -3,19 +3,28 @@
 import io
 import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from secateurs import page as pages
 from secateurs import report as reports
+from secateurs import study
+from secateurs.artifacts import read_json, write_json
+from secateurs.cell import Pruned
+from secateurs.parallel import silent
+from secateurs.recipe import load_recipe
 from secateurs.report import (
     Cell,
     Evaluation,
     HiddenError,
     LayerReport,
+    LeakCheck,
     Model,
     Report,
     Stage,
@@ -24,15 +33,16 @@ from secateurs.report import (
     merge,
     summarise,
 )
+from secateurs.statistics import difference_interval, share_interval
 
 
 def cell(arm, sparsity, seed, correct, tokens, budget=1000, scores=None, solver="sparsegpt") -> Cell:
-    """A made-up cell: 100 questions, of which a share `correct` is right, `tokens` each."""
-    half = 1.96 * (correct * (1 - correct) / 100) ** 0.5
+    """A made-up cell: 100 questions, of which a share `correct` is right (the first ones), `tokens` each."""
+    scores = scores or {f"q{i}": float(i < round(100 * correct)) for i in range(100)}
     evaluation = Evaluation(
         question_set="made up", questions=100, samples=1, pass_at_1=correct,
-        interval=(max(0.0, correct - half), min(1.0, correct + half)), by_family={"all": correct},
-        by_cap=[{"cap": 50, "pass_at_1": correct / 2}, {"cap": 100, "pass_at_1": correct}], scores=scores or {},
+        interval=share_interval([scores]), by_family={"all": correct},
+        by_cap=[{"cap": 50, "pass_at_1": correct / 2}, {"cap": 100, "pass_at_1": correct}], scores=scores,
         difference=None if arm == "dense" else {"mean": correct - 0.9, "interval": (correct - 1.0, correct - 0.8)},
         prompt_tokens=10.0, think_tokens=tokens - 5.0, answer_tokens=5.0, completion_tokens=tokens,
         length_ratio=None if arm == "dense" else tokens / 100, truncated=0.0, looping=0.0, unclosed_think=0.0,
@@ -87,9 +97,10 @@ def test_summary_by_hand():
     assert prompt.time_ratio == pytest.approx(4) and prompt.held_out_error == pytest.approx(0.02)
     assert prompt.hidden_error == pytest.approx(0.25)
     assert prompt.tokens_per_correct == pytest.approx(80_000 / 40)
-    # Own half-widths 0.0588 and 0.0898; the seeds' variance is 0.02, over 2 seeds 0.01:
-    # sqrt((0.0588^2 + 0.0898^2) / 2 + 1.96^2 * 0.01) = 0.2101, cut at 0 below.
-    assert prompt.interval == pytest.approx((0.0, 0.4101), abs=2e-4)
+    # The same questions: 10 right by both seeds, 20 by one, 70 by none. Squares about .2: 10 * .8^2 + 20 * .3^2 +
+    # 70 * .2^2 = 11, so 11 / 99 / 100 = .001111 between questions; between seeds .02 / 2 = .01; all 200 answers as
+    # independent 200 / 199 * .16 / 200 = .000804. Together .010307, worth .16 / .010307 = 15.52 questions to Wilson.
+    assert prompt.interval == pytest.approx((0.0717, 0.4473), abs=1e-4)
     same = rows["rac"]  # seeds that agree exactly: the question-level interval, no narrower
     assert same.interval == pytest.approx(HELPS[4].evaluation.interval)
     assert summarise(HELPS[2:3])[0].interval == HELPS[2].evaluation.interval
@@ -119,8 +130,9 @@ def test_arms_and_solvers_are_compared_on_the_same_questions():
     best = found["rac", "prompt", "sparsegpt", "sparsegpt"]
     assert (best.questions, best.seeds, best.mean) == (20, 1, pytest.approx(0.3))
     assert best.p == pytest.approx(2 / 2**6) and best.p_holm == pytest.approx(3 * 2 / 2**6)
-    half = 1.959964 * (20 / 19 * (0.3 * 0.7) / 20) ** 0.5
-    assert best.interval == pytest.approx((0.3 - half, 0.3 + half))
+    half = 1.959964 * (6 + 1 - 6**2 / 22) ** 0.5 / 22
+    assert best.interval == pytest.approx((6 / 22 - half, 6 / 22 + half))
+    assert best.calibration_tokens == (1000, 1000)
     assert found["rac", "corpus", "sparsegpt", "sparsegpt"].p == 1.0
     page, text = pages.to_html(report_of(cells)), pages.to_markdown(report_of(cells))
     assert "Is it chance?" in page and "rac over prompt" in text and "admm over sparsegpt" in text
@@ -136,6 +148,50 @@ def test_several_seeds_answers_to_a_question_count_once_and_their_spread_widens_
     assert compare([scored("rac", 0, 16), scored("prompt", 1, 10)]) == []
 
 
+def other_questions(one: Cell, first=100) -> Cell:
+    """The same cell, asked others."""
+    scores = {f"q{first + i}": score for i, score in enumerate(one.evaluation.scores.values())}
+    return one.model_copy(update={"evaluation": one.evaluation.model_copy(update={"scores": scores})})
+
+
+def test_seeds_that_asked_other_questions_narrow_rows_and_differences():
+    same = [cell(arm, 0.5, seed, right, 100.0) for arm, right in (("rac", 0.6), ("prompt", 0.5)) for seed in (0, 1)]
+    more = [other_questions(one) if one.seed else one for one in same]
+    for found, questions in ((same, 100), (more, 200)):
+        for row, share in zip(summarise(found), (0.5, 0.6), strict=True):
+            pooled = {str(i): float(i < share * questions) for i in range(questions)}
+            assert row.interval == pytest.approx(share_interval([pooled]), abs=2e-3)
+        (test,) = compare(found)
+        assert (test.questions, test.mean) == (questions, pytest.approx(0.1))
+        alone = difference_interval([{str(i): float(i < questions // 10) for i in range(questions)}])
+        assert test.interval == pytest.approx(alone, abs=2e-3)
+
+
+def test_losses_and_ratios_are_to_the_dense_model_of_the_same_seeds():
+    """Seeds ask other questions, easier ones in seed 0, which the pruned model alone was asked."""
+    dense = [cell("dense", 0.0, 0, 0.95, 100.0), other_questions(cell("dense", 0.0, 1, 0.55, 300.0))]
+    rows = {row.arm: row for row in summarise([*dense, cell("rac", 0.5, 0, 0.9, 120.0)])}
+    assert rows["dense"].pass_at_1 == pytest.approx(0.75) and rows["dense"].points_lost == 0
+    assert rows["rac"].points_lost == pytest.approx(5)
+    assert rows["rac"].length_ratio == rows["rac"].time_ratio == pytest.approx(1.2)
+    alone = summarise([dense[1], cell("rac", 0.5, 0, 0.85, 120.0)])[1]
+    assert alone.points_lost == pytest.approx(5), "what it says itself, as the dense model of its seed is not here"
+    assert alone.time_ratio is None
+
+
+def beside(one: Cell, others: int) -> Cell:
+    return one.model_copy(update={"evaluation": one.evaluation.model_copy(update={"side_by_side": others})})
+
+
+def test_time_is_compared_only_where_as_many_models_were_asked_at_the_same_time():
+    dense, rac = cell("dense", 0.0, 0, 0.9, 100.0), cell("rac", 0.5, 0, 0.9, 100.0)
+    assert summarise([dense, beside(rac, 1)])[1].time_ratio is None
+    assert summarise([dense, beside(rac, 1)])[1].length_ratio == 1
+    assert summarise([beside(dense, 1), beside(rac, 1)])[1].time_ratio == 1
+    merged = merge([report_of([dense, rac]), report_of([beside(dense, 1), beside(rac, 1)])])
+    assert len(merged.cells) == 2, "a matter of clocks, not of what was measured"
+
+
 def test_the_headline_goes_by_the_paired_test():
     def sentence(rac):
         return pages.headline(report_of([scored("dense", 0, 20), scored("rac", 0, rac), scored("prompt", 0, 5)]))
@@ -146,9 +202,54 @@ def test_the_headline_goes_by_the_paired_test():
     assert "does not clearly help" in sentence(9) and "chance may be all of (p = .12)" in sentence(9)
 
 
+def test_a_gap_on_which_seeds_differ_is_not_clear_however_small_p_is():
+    cells = [*HELPS[:2], cell("rac", 0.5, 0, 0.8, 100.0), cell("rac", 0.5, 1, 0.4, 100.0),
+             cell("prompt", 0.5, 0, 0.4, 100.0), cell("prompt", 0.5, 1, 0.45, 100.0)]  # fmt: skip
+    (test,) = compare(cells)
+    assert test.p_holm < 0.001 and test.interval[0] < -0.2 and test.interval[1] > 0.6
+    sentence = pages.headline(report_of(cells))
+    assert sentence.startswith("rac does not clearly help: at 50 % sparsity prompt-only calibration loses 47.5 points")
+    assert "a gap that seeds differ too much about (−2" in sentence
+
+
+def test_the_headline_compares_one_budget_only():
+    """rac with ten times the tokens is ahead of everything; on as many tokens as the others it is behind."""
+    cells = [
+        cell("dense", 0.0, 0, 0.9, 100.0), cell("rac", 0.5, 0, 0.85, 100.0, 10_000), cell("rac", 0.5, 0, 0.2, 100.0),
+        cell("prompt", 0.5, 0, 0.5, 100.0), cell("corpus", 0.5, 0, 0.4, 100.0, 1100),
+        cell("prompt", 0.5, 0, 0.8, 100.0, 100_000),
+    ]  # fmt: skip
+    sentence = pages.headline(report_of(cells))
+    assert sentence.startswith("rac does not help: at 50 % sparsity, 1000 tokens prompt-only calibration loses 40.0")
+    assert "rac loses 70.0 points" in sentence
+    more = [*cells, cell("corpus", 0.5, 0, 0.3, 100.0, 10_300)]
+    sentence = pages.headline(report_of(more))
+    assert sentence.startswith("At 50 % sparsity, 10k tokens corpus calibration loses 60.0"), "the largest with a rival"
+    assert "rac loses 5.0 points" in sentence
+    text = pages.to_markdown(report_of(more))
+    assert "| rac over corpus | 50 %, 10k tokens |" in text and "| rac over corpus | 50 %, 1000 tokens |" in text
+    apart = pages.headline(report_of([cells[0], cells[1], cells[3]]))
+    assert "rac on 10k tokens loses 5.0 points" in apart and "prompt-only calibration on 1000 tokens" in apart
+    assert apart.endswith("rac has no rival of its budget to be compared with.")
+
+
+def test_a_gap_without_a_question_in_common_is_not_tested():
+    sentence = pages.headline(report_of([*HELPS[:2], HELPS[2], HELPS[5]]))
+    assert sentence.startswith("rac does not clearly help") and "a gap that is not tested (no question" in sentence
+    lower = [cell("prompt", 0.2, 0, 0.5, 100.0), cell("rac", 0.2, 1, 0.6, 100.0)]
+    assert pages.headline(report_of([*HELPS, *lower])).endswith("at 20 % the gap is not tested.")
+
+
 def test_accuracy_under_a_cap_is_on_the_page():
     page = pages.to_html(report_of(HELPS))
     assert "Accuracy under a cap on thinking" in page and "dense, 50: 45 %" in page and "rac, 100: 85 %" in page
+    text = pages.to_markdown(report_of(HELPS))
+    for line in ("## Accuracy under a cap on thinking, 50 %", "| most thinking tokens | 50 | 100 |",
+                 "| dense | 45.0 % | 90.0 % |", "| rac | 42.5 % | 85.0 % |"):  # fmt: skip
+        assert line in text
+    caps = [{"cap": cap, "pass_at_1": cap / 200} for cap in range(10, 101, 10)]
+    many = [c.model_copy(update={"evaluation": Evaluation(**{**dict(c.evaluation), "by_cap": caps})}) for c in HELPS]
+    assert "| most thinking tokens | 10 | 30 | 50 | 60 | 80 | 100 |" in pages.to_markdown(report_of(many))
 
 
 def test_a_little_overshoot_is_one_budget_and_a_double_is_another():
@@ -188,7 +289,7 @@ def test_the_files_read_back_and_the_schema_is_strict(tmp_path):
 
 def test_a_report_of_another_version_is_named(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"schema": "secateurs.report", "version": 7}))
-    with pytest.raises(ValueError, match=r"report version 7 found, this secateurs reads version 4"):
+    with pytest.raises(ValueError, match=r"report version 7 found, this secateurs reads version 5"):
         reports.read(tmp_path)
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a secateurs report"):
@@ -267,7 +368,7 @@ def test_the_terminal_gets_the_same_numbers():
     screen.print(pages.console_table(report_of(HELPS)))
     line = next(line for line in screen.file.getvalue().splitlines() if "prompt" in line)  # pyright: ignore
     assert [part.strip() for part in line.strip("│").split("│")][:8] == [
-        "prompt", "50 %", "20.0 %", "0.0–41.0", "−70.0", "400", "4.00×", "4.00×",
+        "prompt", "50 %", "20.0 %", "7.2–44.7", "−70.0", "400", "4.00×", "4.00×",
     ]  # fmt: skip
 
 
@@ -283,7 +384,7 @@ def test_the_headline_says_when_rac_does_not_help():
     assert pages.headline(report_of(worse)).startswith("rac does not help: at 50 % sparsity prompt-only calibration")
     close = [*HELPS[:2], cell("prompt", 0.5, 0, 0.82, 100.0), cell("rac", 0.5, 0, 0.85, 100.0)]
     sentence = pages.headline(report_of(close))
-    assert sentence.startswith("rac does not clearly help") and "within its 95 % interval" in sentence
+    assert sentence.startswith("rac does not clearly help") and "chance may be all of (p = .25)" in sentence
 
 
 def test_the_headline_takes_the_better_rival_and_names_the_settings_rac_does_not_win():
@@ -294,7 +395,7 @@ def test_the_headline_takes_the_better_rival_and_names_the_settings_rac_does_not
     ]  # fmt: skip
     sentence = pages.headline(report_of(cells))
     assert sentence.startswith("At 50 % sparsity corpus calibration loses 50.0 points")
-    assert sentence.endswith("at 20 % the gap is within its 95 % interval; at 30 % rac is behind.")
+    assert sentence.endswith("at 20 % the gap is not clear; at 30 % rac is behind.")
 
 
 @pytest.mark.parametrize(
@@ -367,6 +468,84 @@ def test_a_cell_two_runs_share_counts_once_and_times_add_up():
     assert [stage.seconds for stage in merged.stages] == [60.0, 180.0]
     assert merged.traces and merged.traces.traces == 20 and merged.traces.pass_at_1 == pytest.approx(0.9)
     assert merged.recipe == {"run 1, 0": {"a": 1}, "run 2, 1": {"a": 2}}
+
+
+def checked(key, equal=0) -> LeakCheck:
+    return LeakCheck(recipe_key=key, evaluation=1319, calibration=7473, equal=equal, near=0, run=8, examples=[])
+
+
+def test_every_run_has_its_own_leak_check_and_a_run_without_one_is_seen():
+    one = report_of(HELPS, leaks=[checked("a")], recipe_key="a")
+    other = report_of(HELPS, leaks=[checked("b", equal=2)], recipe_key="b")
+    bare = report_of(HELPS, recipe_key="c")
+    assert merge([one, one]).leaks == one.leaks, "the same run twice"
+    both = merge([one, other])
+    assert both.leaks == [*one.leaks, *other.leaks]
+    assert merge([both, bare, one]).recipe_key == "a + b + c"
+    for show in (pages.to_markdown, pages.to_html):
+        assert "1,319 evaluation questions against 7,473 calibration texts: none equal" in show(one)
+        text = show(merge([both, bare]))
+        assert "none equal" in text and ": 2 equal" in text and "2 of 3 runs" in text
+        assert "of 2 runs" not in show(both)
+    assert ("leak check", "not made") in pages._facts(bare)
+    assert not any(name.startswith("leak") for name, _ in pages._facts(report_of([], unasked=unasked(HELPS[2:]))))
+
+
+def test_all_question_sets_are_named():
+    evaluation = HELPS[0].evaluation.model_copy(update={"question_set": "another", "samples": 4})
+    report = report_of([*HELPS, HELPS[0].model_copy(update={"evaluation": evaluation})])
+    assert ("questions", "100 × 1 samples, made up; 100 × 4 samples, another") in pages._facts(report)
+
+
+def test_a_study_says_how_many_models_were_asked_side_by_side(tmp_path, monkeypatch):
+    """One seed, two cells that are done apart, and two or three jobs: the dense model has the machine to itself."""
+    checkpoint = SimpleNamespace(model=SimpleNamespace(num_parameters=lambda: 1), dtype="torch.float32")
+    dense = SimpleNamespace(checkpoint=checkpoint, key={})
+    answers: Any = "answers"
+
+    def run_tasks(make, tasks, jobs, progress):
+        if tasks[0][0] is study._ask_dense:
+            return [study._Seed(SimpleNamespace(summary=TRACES), answers) for _ in tasks]  # pyright: ignore
+        return [[study._Done(arm, answers)] for arm in ("prompt", "rac")]  # pyright: ignore
+
+    monkeypatch.setattr(study, "Dense", lambda *_: dense)
+    monkeypatch.setattr(study, "plan_check", lambda *_: None)
+    monkeypatch.setattr(study, "run_tasks", run_tasks)
+    monkeypatch.setattr(study, "leak_check", lambda _, key, *__: checked(key))
+    monkeypatch.setattr(study, "_dense_cell", lambda _, seed, __, others: beside(HELPS[0], others))
+    monkeypatch.setattr(study, "_cell", lambda arm, _, __, others: beside(cell(arm, 0.5, 0, 0.8, 100.0), others))
+    recipe = load_recipe("demo", ["sweep.arm=['prompt', 'rac']", "sweep.sparsity=[0.5]", "sweep.seed=[0]"])
+    for jobs, expected in ((1, [0, 0, 0]), (2, [0, 1, 1]), (3, [0, 1, 1])):
+        report = study.study(recipe, tmp_path, jobs=jobs)
+        assert [one.evaluation.side_by_side for one in report.cells] == expected
+        assert [row.time_ratio is None for row in report.summary] == [False, *[jobs > 1] * 2]
+        assert report.leaks == [checked(report.recipe_key)]
+
+
+def test_a_solve_that_cells_share_is_in_their_seconds_and_stays_there(tmp_path, monkeypatch):
+    cases = [SimpleNamespace(folder=tmp_path / name, recipe=SimpleNamespace(evaluate=SimpleNamespace(num_questions=0)))
+             for name in ("old", "one", "two")]  # fmt: skip
+    old = {"arm": "rac", "pattern": "2:4", "sparsity": 0.5, "solver": "s", "seed": 0, "calibration_tokens": 9,
+           "layers": [], "hidden_error": {}, "seconds": {"prune": 1.0}}  # fmt: skip
+
+    def prune(case, *_):
+        record = case.folder / "prune.json"
+        if not record.exists():
+            write_json(record, old)
+        return Pruned(case.folder, **read_json(record))
+
+    for case in cases:
+        case.folder.mkdir()
+    prune(cases[0])
+    monkeypatch.setattr(study, "Case", lambda recipe, *_: recipe)
+    monkeypatch.setattr(study, "solve_alike", lambda *_: time.sleep(0.2))
+    monkeypatch.setattr(study, "prune", prune)
+    bench = study._Bench(None, tmp_path, silent, given=SimpleNamespace())  # pyright: ignore
+    for _ in range(2):  # the second finds all done
+        done = study._do_cells(bench, 0, None, cases, 1, 3)  # pyright: ignore
+        seconds = [one.pruned.seconds for one in done]
+        assert seconds[0] == {"prune": 1.0} and seconds[1] == seconds[2]
+        assert seconds[1]["prune"] == 1.0 and 0.1 <= seconds[1]["prune, shared"] < 1.0
 
 
 def test_runs_that_cannot_be_compared_do_not_merge():

@@ -31,7 +31,7 @@ def test_solvers_of_one_run_share_traces_and_dense_answers(tmp_path, monkeypatch
     assert len(list((tmp_path / "out" / "traces").iterdir())) == len(list((tmp_path / "out" / "dense").iterdir())) == 1
     errors = [sum(layer["error_held_out"] for layer in cell["layers"]) for cell in report["cells"][1:]]
     assert errors[1] < errors[0], "each cell was pruned by its own solver"
-    leaks = report["leaks"]
+    (leaks,) = report["leaks"]
     assert leaks["evaluation"] == 6 and leaks["calibration"] >= 3 and leaks["equal"] == leaks["near"] == 0
     assert "6 evaluation questions against" in (tmp_path / "out" / "report.html").read_text()
     capsys.readouterr()

@@ -248,11 +248,12 @@ def folder_hash(path: Path | str, patterns: Sequence[str], *, optional: Sequence
         files.update(found)
     named = {file.relative_to(path).as_posix(): file for file in files}
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        digests = list(pool.map(_file_digest, named.values()))
+        digests = list(pool.map(file_hash, named.values()))
     return canonical_hash(dict(zip(named, digests, strict=True)))
 
 
-def _file_digest(path: Path) -> str:
+def file_hash(path: Path | str) -> str:
+    """sha256 (hex) of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -7,6 +7,7 @@ KEY is the hash of everything that can change what is in the folder, so a change
 repeated command goes on where it stopped.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from secateurs.artifacts import canonical_hash
+from secateurs.artifacts import canonical_hash, file_hash
 from secateurs.calibration import Batch, region_weights, trace_document
 from secateurs.collect import logits_of
 from secateurs.dense import Dense
@@ -34,6 +35,7 @@ from secateurs.recipe import Sampling as SamplingOverrides
 from secateurs.report import TraceSummary
 from secateurs.traces import Trace, TraceStore, apply_filters, merge_stores, read_provenance, read_traces
 
+FILES = ("path", "eval_path")  # options of question sets that name one
 CHECKED_TRACES = 8  # of a server's, before it is believed
 Asked = tuple[Question, int]  # and which sample of its answer
 
@@ -61,12 +63,23 @@ def _provenance(
 ) -> dict[str, Any]:
     return {
         **dense.key,
-        **dense.computed,
-        "questions": {"name": questions.name, "version": questions.version, "options": spec, "split": split},
+        **(dense.computed if engine == "hf" else {}),  # servers compute in what they like
+        "questions": {"name": questions.name, "version": questions.version, "options": keyed(spec), "split": split},
         "format": asdict(questions.format),
         "sampling": asdict(sampling),
         "seed": seed,
         "engine": engine,
+    }
+
+
+def keyed(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table says of questions, with what is in its files instead of their names, as that may change.
+
+    A data set of the hub goes by its name, so pin a revision.
+    """
+    return {
+        option: {"content": file_hash(value)} if option in FILES and Path(value).is_file() else value
+        for option, value in spec.items()
     }
 
 
@@ -80,40 +93,60 @@ def sample(
     seed: int,
     at_once: int,
     enough: Callable[[], bool],
+    tokens: float = math.inf,
 ) -> None:
     """Answer what is asked in order and store every trace as it is finished, until `enough` or all is answered.
 
-    What the store holds already is not asked again, and no engine is made if nothing is missing. Traces go to disk
-    every quarter of a second, or `at_once` together.
+    What the store holds already is not asked again, and no engine is made if nothing is missing. Nothing more is asked
+    while what is on its way should come to `tokens`, from the start of what is asked, if it gets as long as what has
+    come back. Traces go to disk with the first that is finished a quarter of a second later, or `at_once` together.
     """
-    by_id: dict[str, Question] = {}
+    flying: dict[tuple[str, int], tuple[Question, int]] = {}  # the question, and the length of the prompt
+    known = asked_for = done = written = 0
+
+    def enough_flies() -> bool:
+        mean = written / done if done else sampling.max_new_tokens / 4
+        least = len(flying) - math.sqrt(len(flying))  # of so many, as lengths vary
+        return known + sum(prompt for _, prompt in flying.values()) + least * mean >= tokens
 
     def requests() -> Iterator[Request]:
+        nonlocal known, asked_for
         for question, number in asked:
-            if (question.id, number) not in store:
-                by_id[question.id] = question
-                yield request_for(question, number, tokenizer, questions, seed)
+            if enough_flies():
+                return
+            if found := store.get(question.id, number):
+                known += found.tokens
+                continue
+            request = request_for(question, number, tokenizer, questions, seed)
+            flying[question.id, number] = question, len(request.prompt_ids)
+            asked_for += 1
+            yield request
 
-    if enough():
-        return
-    spent = 0.0
-    waiting: list[Trace] = []
-    clock = time.monotonic()
-    try:
-        for completion in engine().generate(requests(), sampling):
-            waiting.append(trace_of(completion, tokenizer, questions, by_id[completion.request.question_id]))
-            spent += completion.seconds
-            if time.monotonic() - clock > 0.25 or len(waiting) >= at_once:
-                store.append(waiting)
-                waiting = []  # at once: what ends this next must not store them twice
-                store.add_seconds(spent)
-                spent, clock = 0.0, time.monotonic()
-                if enough():
-                    return
-    finally:  # also where an engine gives up: what it has answered stays
-        store.append(waiting)
-        store.add_seconds(spent)
-    enough()
+    while not enough():
+        known = asked_for = 0
+        flying.clear()
+        spent = 0.0
+        waiting: list[Trace] = []
+        clock = time.monotonic()
+        try:
+            for completion in engine().generate(requests(), sampling):
+                question, _ = flying.pop((completion.request.question_id, completion.request.sample))
+                trace = trace_of(completion, tokenizer, questions, question)
+                known, done, written = known + trace.tokens, done + 1, written + len(trace.completion_ids)
+                waiting.append(trace)
+                spent += completion.seconds
+                if time.monotonic() - clock > 0.25 or len(waiting) >= at_once:
+                    store.append(waiting)
+                    waiting = []  # at once: what ends this next must not store them twice
+                    store.add_seconds(spent)
+                    spent, clock = 0.0, time.monotonic()
+                    if enough():
+                        return
+        finally:  # also where an engine gives up: what it has answered stays
+            store.append(waiting)
+            store.add_seconds(spent)
+        if not asked_for:
+            return
 
 
 def request_for(question: Question, number: int, tokenizer: Any, questions: QuestionSet, seed: int) -> Request:
@@ -130,8 +163,8 @@ def request_for(question: Question, number: int, tokenizer: Any, questions: Ques
 def trace_of(completion: Completion, tokenizer: Any, questions: QuestionSet, question: Question) -> Trace:
     """A completion with what is known of it: where its thinking ends, and whether its answer is right."""
     request = completion.request
-    think, closed = think_split(tokenizer, request.prompt_ids, completion.ids)
-    answer = answer_text(tokenizer, completion.ids, think, closed)
+    think, closed = think_split(tokenizer, request.prompt_ids, completion.ids, questions.format.prefill)
+    right = questions.check(question, answer_text(tokenizer, completion.ids, think, closed))
     return Trace(
         question_id=request.question_id,
         sample=request.sample,
@@ -140,7 +173,7 @@ def trace_of(completion: Completion, tokenizer: Any, questions: QuestionSet, que
         think_tokens=think,
         think_closed=closed,
         finish=completion.finish,
-        reward=float(questions.check(question, answer)),
+        reward=None if right is None else float(right),
         seed=request.seed,
     )
 
@@ -241,16 +274,19 @@ def trace(
                 seed,
                 recipe.resources.batch_size,
                 enough,
+                budget,
             )
             trust()  # also where there are only a few
             run, complete = first_ones(store)
             held = _held_out(run, recipe.calibration.held_out_tokens)
             kept, dropped = apply_filters(run[len(held) :], recipe.traces.filters)
             pool = [trace_document(t, recipe.calibration.first_tokens) for t in kept]
-            missing = max((n - sum(d.count(w) for d in pool) for w, n in rest), default=0)
+            found = [sum(d.count(w) for d in pool) for w, _ in rest]
+            missing, of = max(((n - have, have) for (_, n), have in zip(rest, found, strict=True)), default=(0, 0))
             if shards > 1 or missing <= 0 or not complete:
                 break
-            budget += max(missing, 1)
+            share = of / max(sum(t.tokens for t in run[len(held) :]), 1)  # that passes the filters
+            budget += math.ceil(missing * min(1 / max(share, 1e-9), 4))
         if shards == 1:
             store.seal(run)
         seconds = store.seconds
@@ -344,7 +380,7 @@ def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: floa
         traces=len(kept),
         tokens=sum(by_region.values()),
         by_region=by_region,
-        pass_at_1=sum(t.reward or 0.0 for t in kept) / count,
+        pass_at_1=None if any(t.reward is None for t in kept) else sum(t.reward or 0.0 for t in kept) / count,
         mean_think_tokens=sum(t.think_tokens for t in kept) / count,
         truncated=sum(t.finish == "length" for t in kept) / count,
         dropped=dropped,

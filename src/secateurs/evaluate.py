@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from secateurs.calibration import CODES, Batch
 from secateurs.collect import Opened, final_states
-from secateurs.statistics import mean_interval, share_interval
-from secateurs.traces import Trace, looping
+from secateurs.statistics import difference_interval, share_interval
+from secateurs.traces import Trace, ends_in_loop
 
 CURVE_BUCKETS = 20
 CAPS = 24
@@ -70,15 +70,15 @@ def measure(
         reference = by_question(dense)
         if set(reference) != set(scores):
             raise ValueError("the dense model answered other questions: evaluate both with the same recipe")
-        deltas = [score - reference[question] for question, score in scores.items()]
-        difference = {"mean": sum(deltas) / len(deltas), "interval": mean_interval(deltas)}
+        deltas = {question: score - reference[question] for question, score in scores.items()}
+        difference = {"mean": sum(deltas.values()) / len(deltas), "interval": difference_interval([deltas])}
         ratio = (tokens / count) / (sum(len(trace.completion_ids) for trace in dense) / len(dense))
     return {
         "question_set": question_set,
         "questions": len(scores),
         "samples": round(count / len(scores)),
         "pass_at_1": sum(values) / len(values),
-        "interval": share_interval(values),
+        "interval": share_interval([scores]),
         "by_family": {name: sum(v) / len(v) for name, v in sorted(per_family.items())},
         "by_cap": by_cap(traces, max_new_tokens),
         "scores": scores,
@@ -89,7 +89,7 @@ def measure(
         "completion_tokens": tokens / count,
         "length_ratio": ratio,
         "truncated": mean([trace.finish == "length" for trace in traces]),
-        "looping": mean([looping(trace.completion_ids) for trace in traces]),
+        "looping": mean([ends_in_loop(trace) for trace in traces]),
         "unclosed_think": mean([not trace.think_closed for trace in traces]),
         "tokens_per_correct": tokens / correct if correct else None,
         "tokens": tokens,

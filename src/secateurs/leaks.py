@@ -2,17 +2,23 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 RUN = 8  # words
 SHARE = 0.5
+_HAN_KANA = "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(
+    rf"(?!\W)[{_HAN_KANA}]|[^\W{_HAN_KANA}]+|[=+*/^<>×÷≤≥≠]"
+    r"|-(?=\d)|(?<=\d)[ \t]*-[ \t]*(?=\w)|(?<=\w)[ \t]+-[ \t]*(?=\d)"  # a minus, not a hyphen or a dash
+)
+_ASCII = str.maketrans(dict.fromkeys("\u2010\u2012\u2013\u2212", "-") | {"\u2044": "/"})
 
 
 @dataclass(frozen=True)
 class Overlap:
     """Of `evaluation` questions, `equal` are also among `calibration` texts and `near` share half of their runs of
-    `run` words with them; `examples` are some of those."""
+    `run` words with them; `examples` are some of those. Questions, and texts, are different ones."""
 
     evaluation: int
     calibration: int
@@ -23,28 +29,31 @@ class Overlap:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Words and numbers in compatibility form and without case, so that spacing and punctuation hide nothing."""
-    return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    """Words, numbers and operators in compatibility form and without case, so spacing and punctuation hide nothing.
+
+    A minus is one that stands before a digit, or after one and before a letter. Every Chinese or Japanese character is
+    a word.
+    """
+    plain = unicodedata.normalize("NFKC", text).translate(_ASCII).casefold()
+    return tuple(found.strip() for found in _WORD.findall(plain))
 
 
-def overlap(evaluation: Sequence[str], calibration: Iterable[str]) -> Overlap:
+def overlap(evaluation: Iterable[str], calibration: Iterable[str]) -> Overlap:
     """Compare normalised texts as a whole, and runs of RUN words with all calibration texts together.
 
-    Questions of one template with other numbers share runs; questions shorter than RUN words can only be equal.
-    Memory: the calibration texts' runs, as hashes.
+    Texts that are equal so count once. Questions of one template with other numbers share runs; questions shorter than
+    RUN words can only be equal. Memory: the calibration texts' words, and their runs as hashes.
     """
     whole: set[tuple[str, ...]] = set()
     runs: set[int] = set()
-    count = 0
     for text in calibration:
         found = words(text)
         whole.add(found)
         runs.update(map(hash, _runs(found)))
-        count += 1
+    asked = {words(text): text for text in evaluation}
     equal, near = 0, 0
     examples: list[str] = []
-    for text in evaluation:
-        found = words(text)
+    for found, text in asked.items():
         own = [hash(run) for run in _runs(found)]
         if found in whole:
             equal += 1
@@ -53,7 +62,7 @@ def overlap(evaluation: Sequence[str], calibration: Iterable[str]) -> Overlap:
         else:
             continue
         examples.append(text)
-    return Overlap(len(evaluation), count, equal, near, RUN, examples[:3])
+    return Overlap(len(asked), len(whole), equal, near, RUN, examples[:3])
 
 
 def _runs(found: tuple[str, ...]) -> Iterable[tuple[str, ...]]:

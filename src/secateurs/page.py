@@ -28,9 +28,11 @@ from secateurs.report import (
     TraceSummary,
     distinct,
     groups_of,
+    keys_of,
     layer_error,
     mean_of,
     model_name,
+    same_budget,
     setting_of,
     summarise,
     thinking_error,
@@ -41,7 +43,10 @@ from secateurs.report import (
 
 
 class Contest(NamedTuple):
-    """rac against the better of corpus and prompt-only calibration, in one setting, and their paired test."""
+    """rac against the better of corpus and prompt-only calibration, in one setting, and their paired test.
+
+    There is no test where they answered no question of one seed both.
+    """
 
     rac: SummaryRow
     rival: SummaryRow
@@ -49,40 +54,57 @@ class Contest(NamedTuple):
 
     @property
     def gap(self) -> float:
-        return self.rac.pass_at_1 - self.rival.pass_at_1
+        return self.test.mean if self.test else self.rac.pass_at_1 - self.rival.pass_at_1
 
     @property
     def verdict(self) -> int:
-        """1 when rac is ahead, -1 behind, 0 when chance may be all.
+        """1 when rac is ahead, -1 behind, 0 when that is not clear.
 
-        By the paired test, corrected for all comparisons of the report; without one, by the 95 % interval of an
-        unpaired difference.
+        It is clear if the paired test says so, corrected for all comparisons of the report, and the interval, which
+        has in it what seeds differ by.
         """
-        reach = math.hypot(*((row.interval[1] - row.interval[0]) / 2 for row in (self.rac, self.rival)))
-        clear = abs(self.gap) > reach if self.test is None else self.test.p_holm < CLEAR
+        clear = self.test and self.test.p_holm < CLEAR and not _holds_0(self.test)
         return int(math.copysign(1, self.gap)) if clear else 0
+
+    @property
+    def doubt(self) -> str:
+        """Why it is not clear, in words."""
+        if self.test is None:
+            return "a gap that is not tested (no question of one seed was answered by both)"
+        if self.test.p_holm >= CLEAR:
+            return f"a gap that chance may be all of ({_chance(self.test.p_holm)})"
+        ends = " to ".join(_points(-100 * end) for end in self.test.interval)
+        return f"a gap that {'seeds differ too much about' if self.test.seeds > 1 else 'may be 0'} ({ends} points)"
+
+
+def _holds_0(test: Comparison) -> bool:
+    return test.interval[0] <= 0 <= test.interval[1]
 
 
 def _contests(report: Report) -> list[Contest]:
-    by_setting: dict[Setting, dict[str, list[SummaryRow]]] = defaultdict(lambda: defaultdict(list))
+    """One a setting where rac has a rival of its budget, at the largest such budget."""
+    rivals: dict[Setting, list[SummaryRow]] = defaultdict(list)
     for row in report.summary:
-        by_setting[setting_of(row)][row.arm].append(row)
-    contests = []
-    for setting, arms in by_setting.items():
-        rivals = arms["corpus"] + arms["prompt"]
-        if arms["rac"] and rivals:
-            rac = max(arms["rac"], key=lambda row: row.calibration_tokens)
-            rival = max(rivals, key=lambda row: row.pass_at_1)
-            tests = [c for c in report.comparisons if _of_setting(c) == setting and c.arms == ("rac", rival.arm)]
-            # Several budgets of one arm have several tests, and nothing here says which is which.
-            contests.append(Contest(rac, rival, tests[0] if len(tests) == 1 else None))
-    return contests
+        if row.arm in ("corpus", "prompt"):
+            rivals[setting_of(row)].append(row)
+    contests: dict[Setting, Contest] = {}
+    for rac in sorted((r for r in report.summary if r.arm == "rac"), key=lambda row: row.calibration_tokens):
+        setting = setting_of(rac)
+        beside = [row for row in rivals[setting] if same_budget(row.calibration_tokens, rac.calibration_tokens)]
+        if beside:
+            rival = max(beside, key=lambda row: row.pass_at_1)
+            contests[setting] = Contest(rac, rival, _test_of(report, rac, rival))
+    return list(contests.values())
 
 
-def _of_setting(test: Comparison) -> Setting | None:
-    """The setting of a comparison of arms."""
-    same = test.solvers[0] == test.solvers[1]
-    return Setting(test.sparsity, test.question_set, test.pattern, test.solvers[0]) if same else None
+def _test_of(report: Report, first: SummaryRow, second: SummaryRow) -> Comparison | None:
+    """The comparison of two rows."""
+    rows = [(setting_of(row), row.arm, row.calibration_tokens) for row in (first, second)]
+    for one in report.comparisons:
+        settings = [Setting(one.sparsity, one.question_set, one.pattern, solver) for solver in one.solvers]
+        if list(zip(settings, one.arms, one.calibration_tokens, strict=True)) == rows:
+            return one
+    return None
 
 
 def _focus(report: Report) -> SummaryRow | None:
@@ -120,14 +142,6 @@ def _place(row: SummaryRow, rows: Sequence[SummaryRow], unit: str = "") -> str:
     return ", ".join([_percent(row.sparsity) + unit, *map(str, extra)])
 
 
-def _doubt(contest: Contest) -> str:
-    return (
-        "is within its 95 % interval"
-        if contest.test is None
-        else f"chance may be all of ({_chance(contest.test.p_holm)})"
-    )
-
-
 def _chance(p: float) -> str:
     if p < 0.0001:
         return "p < .0001"
@@ -144,34 +158,45 @@ def _result(report: Report) -> str:
     """What the questions said.
 
     It looks at the setting where rac and the better of corpus and prompt-only calibration differ most, says when
-    a gap is not clear, and lists the settings where rac is not clearly ahead.
+    a gap is not clear, and lists the settings where rac is not clearly ahead. Only rows of one budget are compared.
     """
     rows = report.summary
+    pruned = [row for row in rows if row.arm != "dense"]
+    budgets = len(_budgets(row.calibration_tokens for row in pruned)) > 1
+
+    def budget(row: SummaryRow) -> str:
+        return f"{_budgets([row.calibration_tokens])[0]} tokens" if budgets else ""
+
     focus = _focus(report)
     if focus is None:
         dense = rows[0] if rows else None
         return f"Only the dense model was measured: it {_fate(dense)}." if dense else "Nothing was measured yet."
-    place = _place(focus, rows, " sparsity")
     contests = sorted(_contests(report), key=lambda contest: abs(contest.gap), reverse=True)
     if not contests:
-        arms = [row for row in rows if setting_of(row) == setting_of(focus) and row.arm != "dense"]
-        fates = "; ".join(f"{_arm_name(row.arm)} {_fate(row, i == 0)}" for i, row in enumerate(arms))
-        lonely = any(row.arm == "rac" for row in arms)
-        missing = "no corpus or prompt-only calibration was measured beside it" if lonely else "rac was not measured"
-        return f"At {place} {fates}; {missing}."
+        arms = [row for row in pruned if setting_of(row) == setting_of(focus)]
+        who = [_arm_name(row.arm) + (f" on {budget(row)}" if budgets else "") for row in arms]
+        fates = "; ".join(f"{name} {_fate(row, i == 0)}" for i, (name, row) in enumerate(zip(who, arms, strict=True)))
+        if all(row.arm != "rac" for row in arms):
+            missing = "rac was not measured"
+        elif any(row.arm in _ARM_NAMES for row in arms):
+            missing = "rac has no rival of its budget to be compared with"
+        else:
+            missing = "no corpus or prompt-only calibration was measured beside it"
+        return f"At {_place(focus, rows, ' sparsity')} {fates}; {missing}."
     best = contests[0]
     rac, rival = best.rac, best.rival
+    place = _place(rac, rows, " sparsity") + (f", {budget(rac)}" if budgets else "")
     pair = f"{_arm_name(rival.arm)} {_fate(rival)}; rac {_fate(rac, whole=False)}"
     if best.verdict > 0:
         text = f"At {place} {pair}"
     elif best.verdict < 0:
         text = f"rac does not help: at {place} {pair}"
     else:
-        text = f"rac does not clearly help: at {place} {pair}, a gap that {_doubt(best)}"
+        text = f"rac does not clearly help: at {place} {pair}, {best.doubt}"
     for verdict in (0, -1):
         others = sorted((c for c in contests[1:] if c.verdict == verdict), key=lambda c: setting_of(c.rac))
         if others:
-            unclear = "within its 95 % interval" if all(c.test is None for c in others) else "not clear"
+            unclear = "not tested" if all(c.test is None for c in others) else "not clear"
             words = f"the gap is {unclear}" if verdict == 0 else "rac is behind"
             text += f"; at {' and '.join(_place(c.rac, rows) for c in others)} {words}"
     return text + "."
@@ -545,18 +570,43 @@ def _trace_plots(arms: dict[str, list[Cell]]) -> list[dict[str, Any]]:
     return plots
 
 
-def _cap_plot(report: Report, focus: SummaryRow) -> list[dict[str, Any]]:
-    """Accuracy against a cap on thinking tokens, of the dense model and of one setting."""
-    arms = _beside_dense(report, focus, lambda cell: cell.evaluation.by_cap)
-    caps = {p.cap for cells in arms.values() for c in cells for p in c.evaluation.by_cap if p.pass_at_1}
-    series = []
+@dataclass(frozen=True)
+class Capped:
+    """Mean pass@1 of an arm's models under caps on thinking tokens."""
+
+    label: str
+    arm: str
+    at: dict[int, float]
+
+
+def _capped(report: Report, focus: SummaryRow | None) -> list[Capped]:
+    """Of the dense model and of one setting, from the first cap under which any answer is right."""
+    arms = _beside_dense(report, focus, lambda cell: cell.evaluation.by_cap) if focus else {}
+    first = min(
+        (p.cap for cells in arms.values() for c in cells for p in c.evaluation.by_cap if p.pass_at_1), default=0
+    )
+    found = []
     for label, cells in arms.items():
         at: dict[int, list[float]] = defaultdict(list)
-        for point in (point for cell in cells for point in cell.evaluation.by_cap):
-            if point.cap >= min(caps, default=0):  # below it nobody is right
-                at[point.cap].append(point.pass_at_1)
-        points = [_point(math.log2(cap), math.fsum(v) / len(v)) for cap, v in sorted(at.items())]
-        series.append(Series(label, cells[0].arm, points, int(cells[0].arm == "dense")))
+        for point in (point for cell in cells for point in cell.evaluation.by_cap if point.cap >= first):
+            at[point.cap].append(point.pass_at_1)
+        found.append(Capped(label, cells[0].arm, {cap: math.fsum(v) / len(v) for cap, v in sorted(at.items())}))
+    return found
+
+
+def _cap_table(capped: Sequence[Capped]) -> tuple[list[int], list[tuple[str, list[float]]]]:
+    """The same in few numbers: caps that all have, evenly chosen from the first to the last, and each one's pass@1."""
+    caps = sorted(set.intersection(*(set(one.at) for one in capped))) if capped else []
+    few = distinct(caps[round(i * (len(caps) - 1) / (CAPS_SHOWN - 1))] for i in range(CAPS_SHOWN)) if caps else []
+    return few, [(one.label, [one.at[cap] for cap in few]) for one in capped]
+
+
+def _cap_plot(capped: Sequence[Capped]) -> list[dict[str, Any]]:
+    """Accuracy against a cap on thinking tokens."""
+    series = [
+        Series(one.label, one.arm, [_point(math.log2(cap), y) for cap, y in one.at.items()], int(one.arm == "dense"))
+        for one in capped
+    ]
     if not series:
         return []
     return [
@@ -589,17 +639,23 @@ def _profile(
 
 # ---------------------------------------------------------------------------------------------------- pages
 
+CAPS_SHOWN = 6  # in a table
 INTERVALS = (
-    "The interval of one run is over questions: another draw of questions of this kind would land in it 95 times in "
-    "100. Where a row averages several seeds, the variance between seeds, divided by their number, is added to the "
-    "question-level variance, which does not shrink because all seeds answer the same questions. A gap between two "
-    "arms is called clear only when the paired test, corrected for the number of comparisons, has p below .05."
+    "If all was done again and again with other questions of this kind, about 95 in 100 intervals made this way would "
+    "hold the value on all such questions; which ones do is not known. That of one seed is Wilson's, with fewer "
+    "questions than were asked where several samples of one agree. Several seeds are other calibrations, and often "
+    "other questions. Answers to one question count as one, and what seeds differ by beyond the chance in their "
+    "answers is added (two-way clustered variance): a seed with its own questions narrows the interval, one with the "
+    "same questions takes out no more than the chance in single answers. What two or three seeds differ by is a rough "
+    "guess, so where they differ much the interval is too narrow. A paired difference has Agresti and Min's interval, "
+    "with what seeds differ by added alike. A gap between two arms is called clear only when the paired test, "
+    "corrected for the number of comparisons, has p below .05 and the interval of the difference does not hold 0."
 )
 TESTS = (
     "The same questions, answered by two pruned models: points of pass@1 the first is ahead, and the share of sign "
     "flips of the differences that come out as large (exact; for one answer a question, McNemar's test), as it is and "
     "corrected for all comparisons here (Holm). It asks whether these models differ on questions like these, and says "
-    "nothing of other calibration sets."
+    "nothing of other calibration sets; the interval of several seeds does."
 )
 CLEAR = 0.05
 
@@ -614,7 +670,8 @@ GLOSSARY = {
     "pass@1": "Chance that one sampled answer is correct, averaged over questions.",
     "points": "Percentage points of pass@1 against the dense model.",
     "tokens": "Generated tokens per answer, chain of thought included.",
-    "time": "Wall-clock time of the evaluation against the dense model's, at the same settings.",
+    "time": "Wall-clock time of the evaluation against the dense model's, at the same settings; not given where "
+    "another number of models was asked at the same time on the machine.",
     "truncated": "Stopped by the token limit.",
     "loops": "Ends in a repeating loop.",
     "unclosed": "Never closes its chain of thought.",
@@ -662,19 +719,22 @@ def _families(report: Report, focus: SummaryRow | None) -> tuple[list[str], list
 
 def _tests(report: Report) -> list[tuple[str, str, Comparison]]:
     """Each comparison as who is compared, where, and the numbers; the clearest first."""
-    rows = report.summary
+    pruned = [row for row in report.summary if row.arm != "dense"]
+    budgets = len(_budgets(row.calibration_tokens for row in pruned)) > 1
     shown = []
     for test in sorted(report.comparisons, key=lambda test: (test.p, -abs(test.mean))):
         by_arm = test.solvers[0] == test.solvers[1]
         who = " over ".join(test.arms if by_arm else test.solvers)
         setting = Setting(test.sparsity, test.question_set, test.pattern, test.solvers[0])
-        pruned = [setting_of(row) for row in rows if row.arm != "dense"]
+        others = [setting_of(row) for row in pruned]
         where = [_percent(test.sparsity)]
-        where += [str(v) for i, v in enumerate(setting) if 0 < i < 3 and len({other[i] for other in pruned}) > 1]
+        where += [str(v) for i, v in enumerate(setting) if 0 < i < 3 and len({other[i] for other in others}) > 1]
         if not by_arm:
             where.append(test.arms[0])
-        elif len({other.solver for other in pruned}) > 1:
+        elif len({other.solver for other in others}) > 1:
             where.append(test.solvers[0])
+        if budgets:
+            where.append(f"{_budgets(test.calibration_tokens[:1])[0]} tokens")
         shown.append((who, ", ".join(where), test))
     return shown
 
@@ -687,10 +747,11 @@ def _colours(report: Report) -> dict[str, int]:
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     """What the reader must know before the first number."""
-    first = report.cells[0].evaluation if report.cells else None
     facts = [("model", model_name(report))]
-    if first:
-        facts.append(("questions", f"{first.questions} × {first.samples} samples, {first.question_set}"))
+    asked = [cell.evaluation for cell in report.cells]
+    if asked:
+        sets = distinct(f"{one.questions} × {one.samples} samples, {one.question_set}" for one in asked)
+        facts.append(("questions", "; ".join(sets)))
     pruned = [*(cell for cell in report.cells if cell.arm != "dense"), *report.unasked]
     budgets = _budgets(one.calibration_tokens for one in pruned)
     if budgets:
@@ -701,13 +762,23 @@ def _facts(report: Report) -> list[tuple[str, str]]:
             facts.append((name, ", ".join(values)))
     if seeds := {one.seed for one in (*report.cells, *report.unasked)}:
         facts.append(("seeds", str(len(seeds))))
-    if report.leaks:
-        facts.append(("leak check", _leak_sentence(report.leaks)))
+    facts += _leak_facts(report)
     if report.reloaded is not None:
         models = "model" if len(pruned) == 1 else "models"
         off = f"off by at most {report.reloaded:.1g} of the largest" if report.reloaded else "the same to the bit"
         facts.append(("reloaded", f"{len(pruned)} {models}, with transformers alone: logits are {off}"))
     facts.append(("written", report.created))
+    return facts
+
+
+def _leak_facts(report: Report) -> list[tuple[str, str]]:
+    """Every run's check, and how many runs had one where some had none."""
+    runs, checked = keys_of(report), {check.recipe_key for check in report.leaks}
+    facts = []
+    if report.cells and len(checked) < len(runs):
+        facts.append(("leak check", f"{len(checked)} of {len(runs)} runs" if len(runs) > 1 else "not made"))
+    for check in report.leaks:
+        facts.append(("leak check" + (f", {check.recipe_key}" if len(runs) > 1 else ""), _leak_sentence(check)))
     return facts
 
 
@@ -738,6 +809,8 @@ def _context(report: Report) -> dict[str, Any]:
     layers_at, layer_arms = _arms_at(report, focus, lambda c: c.layers) if focus else ("", {})
     hidden_at, hidden_arms = _arms_at(report, focus, lambda c: c.hidden_error) if focus else ("", {})
     layer_plots = _layer_plots(layer_arms)
+    capped = _capped(report, focus)
+    caps, by_cap = _cap_table(capped)
     families, by_family = _families(report, focus)
     groups: list[tuple[str, list[tuple[str, SummaryRow]]]] = []
     for row in report.summary:
@@ -768,7 +841,9 @@ def _context(report: Report) -> dict[str, Any]:
         "region_plots": _region_plot(layer_arms),
         "hidden_at": hidden_at,
         "trace_plots": _trace_plots(hidden_arms),
-        "cap_plots": _cap_plot(report, focus) if focus else [],
+        "cap_plots": _cap_plot(capped),
+        "caps": caps,
+        "by_cap": by_cap,
         "tests": _tests(report),
         "tests_note": TESTS,
         "families": families,
@@ -798,20 +873,12 @@ def _context(report: Report) -> dict[str, Any]:
     }
 
 
+_MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {mark: f"\\{mark}" for mark in "|`*_"})
+
+
 def _markdown_text(value: Any) -> str:
     """Text that stays text inside a Markdown table."""
-    text = " ".join(str(value).split())
-    for plain, safe in (
-        ("&", "&amp;"),
-        ("<", "&lt;"),
-        (">", "&gt;"),
-        ("|", "\\|"),
-        ("`", "\\`"),
-        ("*", "\\*"),
-        ("_", "\\_"),
-    ):
-        text = text.replace(plain, safe)
-    return text
+    return " ".join(str(value).split()).translate(_MARKDOWN)
 
 
 def templates(autoescape: bool) -> jinja2.Environment:

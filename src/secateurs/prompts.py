@@ -87,14 +87,18 @@ def _line_breaks(tokenizer: Any) -> tuple[str, str, str]:
     return (found[1], found[2], found[3]) if found else LINE_BREAKS
 
 
-def think_split(tokenizer: Any, prompt_ids: tuple[int, ...], completion_ids: tuple[int, ...]) -> tuple[int, bool]:
+def think_split(
+    tokenizer: Any, prompt_ids: tuple[int, ...], completion_ids: tuple[int, ...], prefill: str = ""
+) -> tuple[int, bool]:
     """How many completion ids belong to the thinking (closing marker included), and whether the thinking was closed.
 
-    Without markers in the prompt's last turn or the completion, the whole completion counts as thinking and as closed.
-    Markers are looked for in text, so they need not be single tokens.
+    It was opened by the `prefill`, by the end of the prompt, as some chat templates do, or by the completion. Else,
+    and without a closing marker, the whole completion counts as thinking and as closed. Markers are looked for in text,
+    so they need not be single tokens.
     """
     text = tokenizer.decode(completion_ids)
-    opened = THINK_OPEN in text or tokenizer.decode(prompt_ids[-8:]).rstrip().endswith(THINK_OPEN)
+    begun = tokenizer.decode(prompt_ids[-8:]).rstrip().endswith(THINK_OPEN)
+    opened = begun or THINK_OPEN in text or THINK_OPEN in prefill.rpartition(THINK_CLOSE)[2]
     if not opened and THINK_CLOSE not in text:
         return len(completion_ids), True
     if THINK_CLOSE not in text:

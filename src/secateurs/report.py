@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_o
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from secateurs.statistics import Z95, holm, mean_variance, sign_flip
+from secateurs.statistics import difference_interval, holm, share_interval, sign_flip, spread
 
 SCHEMA = "secateurs.report"
-VERSION = 4
+VERSION = 5
 ARMS = ("dense", "corpus", "prompt", "rac", "think")
 SAME_BUDGET = 1.25  # calibration token counts within this ratio are one budget: whole traces overshoot it a little
 
@@ -83,7 +83,7 @@ class Difference(_Model):
 
     mean: Annotated[float, Unit("fraction, -1 to 1")] = Field(description="pass@1 minus the dense model's pass@1.")
     interval: Annotated[tuple[float, float], Field(strict=False), Unit("fraction, -1 to 1")] = Field(
-        description="95 % interval of that mean, over questions."
+        description="95 % interval of that mean, over questions (Agresti and Min's), so not centred at it."
     )
 
 
@@ -104,7 +104,7 @@ class Evaluation(_Model):
     interval: Interval = Field(description="95 % interval of pass@1, over questions.")
     by_family: dict[str, Fraction] = Field(description="pass@1 by question family.")
     by_cap: list[CapPoint] = Field(description="pass@1 under caps on thinking tokens, all from these replies.")
-    scores: dict[str, Fraction] = Field(description="Share of correct samples, by question.")
+    scores: dict[str, Fraction] = Field(min_length=1, description="Share of correct samples, by question.")
     difference: Difference | None = Field(description="Paired difference to the dense model.")
     prompt_tokens: Tokens = Field(description="Mean prompt length.")
     think_tokens: Tokens = Field(description="Mean length of the chain of thought.")
@@ -112,11 +112,16 @@ class Evaluation(_Model):
     completion_tokens: Tokens = Field(description="Mean generated tokens per sample.")
     length_ratio: Ratio | None = Field(description="Completion tokens over the dense model's.")
     truncated: Fraction = Field(description="Share of samples stopped by the token limit.")
-    looping: Fraction = Field(description="Share of samples that end in a repeating loop.")
+    looping: Fraction = Field(
+        description="Share of samples that end in a repeating loop, whether or not an end marker follows it."
+    )
     unclosed_think: Fraction = Field(description="Share of samples that never close the chain of thought.")
     tokens_per_correct: Tokens | None = Field(description="Generated tokens per correct answer; null when none is.")
     tokens: TokenCount = Field(description="All generated tokens.")
     seconds: Seconds = Field(description="Wall-clock time of the evaluation.")
+    side_by_side: Count = Field(
+        default=0, description="Other models that were asked at the same time on this machine, each with its threads."
+    )
     tokens_per_second: Annotated[float, Field(ge=0), Unit("tokens/s")] = Field(description="Generation throughput.")
 
 
@@ -178,10 +183,11 @@ class TraceSummary(_Model):
 
 
 class LeakCheck(_Model):
-    """Whether evaluation questions were among the texts that calibrated (normalised text, shared runs of words)."""
+    """Whether a run's evaluation questions were among its calibration texts (normalised text, shared runs of words)."""
 
-    evaluation: Count = Field(description="Evaluation questions looked at.")
-    calibration: Count = Field(description="Calibration texts they were compared with, of all arms.")
+    recipe_key: str = Field(description="Content key of the run's recipe.")
+    evaluation: Count = Field(description="Different evaluation questions, of all seeds.")
+    calibration: Count = Field(description="Different texts they were compared with, of all seeds and arms.")
     equal: Count = Field(description="Evaluation questions equal to a calibration text but for case and punctuation.")
     near: Count = Field(description="Others that share at least half of their runs of words with calibration texts.")
     run: Count = Field(description="Words in a run.")
@@ -209,12 +215,15 @@ class SummaryRow(_Model):
     pass_at_1: Fraction = Field(description="Mean pass@1.")
     interval: Interval = Field(description="95 % interval, see `summarise`.")
     points_lost: Annotated[float, Unit("percentage points")] | None = Field(
-        description="Dense pass@1 minus this pass@1, times 100; negative is a gain."
+        description="Dense pass@1 minus this pass@1, times 100, of the same seeds; negative is a gain."
     )
     completion_tokens: Tokens = Field(description="Mean generated tokens per sample.")
-    length_ratio: Ratio | None = Field(description="Completion tokens over the dense model's.")
+    length_ratio: Ratio | None = Field(description="Completion tokens over the dense model's of the same seeds.")
     seconds: Seconds = Field(description="Mean wall-clock time of the evaluation.")
-    time_ratio: Ratio | None = Field(description="Those seconds over the dense model's.")
+    time_ratio: Ratio | None = Field(
+        description="Those seconds over the dense model's of the same seeds; null unless each was asked beside as many "
+        "others (`side_by_side`) as the dense model was."
+    )
     truncated: Fraction = Field(description="Mean share stopped by the token limit.")
     looping: Fraction = Field(description="Mean share that ends in a loop.")
     unclosed_think: Fraction = Field(description="Mean share that never closes the chain of thought.")
@@ -231,11 +240,17 @@ class Comparison(_Model):
     question_set: str = Field(description="As in `Evaluation`.")
     arms: Annotated[tuple[str, str], Field(strict=False)] = Field(description="Arm of the first and of the second.")
     solvers: Annotated[tuple[str, str], Field(strict=False)] = Field(description="Their solvers.")
-    seeds: Count = Field(description="Seeds both were pruned with.")
-    questions: Count = Field(description="Questions both answered; several seeds' answers to one count as one.")
-    mean: Annotated[float, Unit("fraction, -1 to 1")] = Field(description="pass@1 of the first minus the second.")
+    calibration_tokens: Annotated[tuple[int, int], Field(strict=False), Unit("tokens")] = Field(
+        description="Theirs, as in `SummaryRow`; within 25 % of each other."
+    )
+    seeds: Count = Field(description="Seeds both were pruned with, and have questions in common.")
+    questions: Count = Field(description="Different questions both answered; several seeds' answers to one are one.")
+    mean: Annotated[float, Unit("fraction, -1 to 1")] = Field(
+        description="pass@1 of the first minus the second, on those questions, mean over seeds."
+    )
     interval: Annotated[tuple[float, float], Field(strict=False), Unit("fraction, -1 to 1")] = Field(
-        description="95 % interval of that mean, over questions, and over seeds where there are several."
+        description="95 % interval of that mean, over questions, and over seeds where there are several (Agresti and "
+        "Min's, so not centred at it)."
     )
     p: Fraction = Field(
         description="Exact two-sided sign-flip test over questions: how often chance alone would part the two as far."
@@ -247,7 +262,7 @@ class Report(_Model):
     """The whole record of one run, or of several merged."""
 
     schema_: Literal["secateurs.report"] = Field(default=SCHEMA, alias="schema", description="Always this string.")
-    version: Literal[4] = Field(default=VERSION, description="Version of this schema.")
+    version: Literal[5] = Field(default=VERSION, description="Version of this schema.")
     title: str = Field(description="Shown on top.")
     created: str = Field(description="ISO 8601 time of writing.")
     secateurs: str = Field(description="Version of this package.")
@@ -258,7 +273,10 @@ class Report(_Model):
     recipe_key: str = Field(description="Content key of the recipe.")
     stages: list[Stage] = Field(description="Where the time went, in order.")
     traces: TraceSummary | None = Field(description="The calibration traces.")
-    leaks: LeakCheck | None = Field(default=None, description="The check for evaluation questions in calibration.")
+    leaks: list[LeakCheck] = Field(
+        default=[],
+        description="The check for evaluation questions in calibration, one a run; none where none was made.",
+    )
     cells: list[Cell] = Field(description="Every model that was asked questions.")
     unasked: list[Model] = Field(default=[], description="Models that were pruned and asked none.")
     reloaded: Fraction | None = Field(
@@ -357,6 +375,11 @@ def setting_of(row: SummaryRow) -> Setting:
     return Setting(row.sparsity, row.question_set, row.pattern, row.solver)
 
 
+def keys_of(report: Report) -> list[str]:
+    """The recipe key of each of its runs."""
+    return report.recipe_key.split(" + ")
+
+
 def model_name(report: Report) -> str:
     return str(report.model.get("name", "model"))
 
@@ -375,30 +398,32 @@ def _average(cells: Sequence[Cell], field: str) -> float:
     return math.fsum(getattr(cell.evaluation, field) for cell in cells) / len(cells)
 
 
-def _interval(cells: Sequence[Cell]) -> tuple[float, float]:
-    """95 % interval of the mean pass@1; the formula is in `summarise`."""
-    scores = [cell.evaluation.pass_at_1 for cell in cells]
-    if len(cells) == 1:
-        return cells[0].evaluation.interval
-    mean = math.fsum(scores) / len(scores)
-    between = mean_variance(scores)
+def _tokens(cells: Sequence[Cell]) -> int:
+    """Their mean calibration tokens."""
+    return round(math.fsum(c.calibration_tokens for c in cells) / len(cells))
 
-    def reach(side: int) -> float:
-        squares = [(cell.evaluation.interval[side] - cell.evaluation.pass_at_1) ** 2 for cell in cells]
-        return math.sqrt(math.fsum(squares) / len(squares) + Z95**2 * between)
 
-    return max(0.0, mean - reach(0)), min(1.0, mean + reach(1))
+def same_budget(one: int, other: int) -> bool:
+    """Whether two numbers of calibration tokens are one budget."""
+    return max(one, other) <= SAME_BUDGET * min(one, other)
 
 
 def _row(cells: Sequence[Cell], dense: Sequence[Cell]) -> SummaryRow:
-    """One row from the cells of all seeds; ratios are to `dense`, or the ones in the cells where no dense is here."""
+    """One row from the cells of all seeds.
+
+    Seeds may ask other questions, so each is compared with the dense model of its own seed; where none of these is
+    here, with what the cells themselves say of it.
+    """
     first = cells[0]
-    score, length, seconds = (_average(cells, name) for name in ("pass_at_1", "completion_tokens", "seconds"))
     correct = math.fsum(c.evaluation.pass_at_1 * c.evaluation.questions * c.evaluation.samples for c in cells)
-    if dense:
-        lost = 100 * (_average(dense, "pass_at_1") - score)
-        length_ratio = _over(length, _average(dense, "completion_tokens"))
-        time_ratio = _over(seconds, _average(dense, "seconds"))
+    home = {cell.seed: cell for cell in dense}
+    own = [cell for cell in cells if cell.seed in home]
+    if own:
+        base = [home[cell.seed] for cell in own]
+        lost = 100 * (_average(base, "pass_at_1") - _average(own, "pass_at_1"))
+        length_ratio = _over(_average(own, "completion_tokens"), _average(base, "completion_tokens"))
+        alike = all(a.evaluation.side_by_side == b.evaluation.side_by_side for a, b in zip(own, base, strict=True))
+        time_ratio = _over(_average(own, "seconds"), _average(base, "seconds")) if alike else None
     else:
         gain = mean_of(c.evaluation.difference.mean if c.evaluation.difference else None for c in cells)
         lost = None if gain is None else -100 * gain
@@ -409,14 +434,14 @@ def _row(cells: Sequence[Cell], dense: Sequence[Cell]) -> SummaryRow:
         pattern=first.pattern,
         solver=first.solver,
         question_set=first.evaluation.question_set,
-        calibration_tokens=round(math.fsum(c.calibration_tokens for c in cells) / len(cells)),
+        calibration_tokens=_tokens(cells),
         seeds=len(cells),
-        pass_at_1=score,
-        interval=_interval(cells),
+        pass_at_1=_average(cells, "pass_at_1"),
+        interval=share_interval([cell.evaluation.scores for cell in cells]),
         points_lost=lost,
-        completion_tokens=length,
+        completion_tokens=_average(cells, "completion_tokens"),
         length_ratio=length_ratio,
-        seconds=seconds,
+        seconds=_average(cells, "seconds"),
         time_ratio=time_ratio,
         truncated=_average(cells, "truncated"),
         looping=_average(cells, "looping"),
@@ -465,10 +490,10 @@ def groups_of(cells: Sequence[Cell]) -> list[list[Cell]]:
 def summarise(cells: Sequence[Cell]) -> list[SummaryRow]:
     """One row per arm and setting: dense first, then by sparsity, then corpus, prompt, rac, think, others.
 
-    The interval of one seed is the evaluation's own. With n seeds, each side reaches
-    sqrt(mean(reach_i^2) + z^2 s^2 / n) from the mean, where reach_i is how far seed i's own interval goes on that
-    side, s^2 the variance between the seeds' pass@1 and z = 1.96. The first term does not shrink with n because all
-    seeds answer the same questions, so the result is never narrower than the pooled question-level interval.
+    The interval of one seed is the evaluation's own. That of several is Wilson's too, with the number of questions
+    that the variance of the mean stands for (`statistics.share_interval`): between questions, and between seeds where
+    they differ by more than the chance in their answers. Seeds that ask other questions narrow it; seeds that ask the
+    same only take out the chance in one seed's answers.
 
     Raises ValueError when two cells claim the same arm, setting and seed.
     """
@@ -481,7 +506,7 @@ def compare(cells: Sequence[Cell]) -> list[Comparison]:
     """rac against every other arm where all else is equal, and every two solvers of one arm, on the same questions.
 
     The test takes the pruned models as they are: it asks whether they differ on questions like these, and says nothing
-    of other calibration sets. The interval of several seeds has the variance between them added, as in `summarise`.
+    of other calibration sets. The interval of several seeds has in it what they differ by, as in `summarise`.
     """
     groups = [group for group in groups_of(cells) if group[0].arm != "dense"]
     found = []
@@ -489,8 +514,7 @@ def compare(cells: Sequence[Cell]) -> list[Comparison]:
         a, b = setting_of_cell(one[0]), setting_of_cell(other[0])
         by_arm = a == b and one[0].arm != other[0].arm and "rac" in (one[0].arm, other[0].arm)
         by_solver = one[0].arm == other[0].arm and a != b and a._replace(solver="") == b._replace(solver="")
-        tokens = sorted((one[0].calibration_tokens, other[0].calibration_tokens))
-        if (by_arm or by_solver) and tokens[1] <= SAME_BUDGET * tokens[0]:
+        if (by_arm or by_solver) and same_budget(_tokens(one), _tokens(other)):
             first, second = (other, one) if by_arm and other[0].arm == "rac" else (one, other)
             if compared := _compared(first, second):
                 found.append(compared)
@@ -499,30 +523,27 @@ def compare(cells: Sequence[Cell]) -> list[Comparison]:
 
 
 def _compared(first: Sequence[Cell], second: Sequence[Cell]) -> Comparison | None:
-    """None if they have no seed, or no question, in common."""
+    """None if no seed has a question that both answered."""
     by_seed = {cell.seed: cell.evaluation.scores for cell in second}
-    pairs = [(cell.evaluation.scores, by_seed[cell.seed]) for cell in first if cell.seed in by_seed]
-    differences: dict[str, list[float]] = defaultdict(list)
-    for ours, theirs in pairs:
-        for question in ours.keys() & theirs.keys():
-            differences[question].append(ours[question] - theirs[question])
-    if not differences:
+    pairs = [(cell.evaluation.scores, by_seed.get(cell.seed, {})) for cell in first]
+    seeds = [paired for a, b in pairs if (paired := {q: a[q] - b[q] for q in a if q in b})]
+    if not seeds:
         return None
-    values = [math.fsum(values) / len(values) for _, values in sorted(differences.items())]
-    mean = math.fsum(values) / len(values)
-    of_seed = [math.fsum(a[q] - b[q] for q in a.keys() & b.keys()) / max(len(a.keys() & b.keys()), 1) for a, b in pairs]
-    reach = Z95 * math.sqrt(mean_variance(values) + mean_variance(of_seed))
-    p = sign_flip(values)
+    by_question: dict[str, float] = defaultdict(float)
+    for question, difference in (item for paired in seeds for item in paired.items()):
+        by_question[question] += difference
+    p = sign_flip(list(by_question.values()))
     return Comparison(
         sparsity=first[0].sparsity,
         pattern=first[0].pattern,
         question_set=first[0].evaluation.question_set,
         arms=(first[0].arm, second[0].arm),
         solvers=(first[0].solver, second[0].solver),
-        seeds=len(pairs),
-        questions=len(values),
-        mean=mean,
-        interval=(mean - reach, mean + reach),
+        calibration_tokens=(_tokens(first), _tokens(second)),
+        seeds=len(seeds),
+        questions=len(by_question),
+        mean=spread(seeds).mean,
+        interval=difference_interval(seeds),
         p=p,
         p_holm=p,
     )
@@ -560,7 +581,7 @@ def merge(reports: Sequence[Report]) -> Report:
         hardware=_same_or_keyed(reports, lambda r: r.hardware),
         model=first.model,
         recipe=_same_or_keyed(reports, lambda r: r.recipe),
-        recipe_key=" + ".join(distinct(r.recipe_key for r in reports)),
+        recipe_key=" + ".join(distinct(key for r in reports for key in keys_of(r))),
         stages=[
             Stage(
                 name=name,
@@ -570,7 +591,7 @@ def merge(reports: Sequence[Report]) -> Report:
             for name, same in stages.items()
         ],
         traces=merge_traces(distinct(r.traces for r in reports if r.traces)),
-        leaks=merge_leaks([r.leaks for r in reports if r.leaks]),
+        leaks=distinct(check for r in reports for check in r.leaks),
         cells=cells,
         unasked=[
             one for one in _once(one for report in reports for one in report.unasked) if _identity(one) not in asked
@@ -591,7 +612,7 @@ def _once(models: Iterable[M]) -> list[M]:
 
 def _identity(one: Model, without_answers: bool = False) -> str:
     """All that was measured, but for clocks and folders."""
-    answers: Any = True if without_answers else {"seconds", "tokens_per_second"}
+    answers: Any = True if without_answers else {"seconds", "side_by_side", "tokens_per_second"}
     skip = {"path": True, "seconds": True, "evaluation": answers, "layers": {"__all__": {"seconds"}}}
     return one.model_dump_json(exclude=skip)
 
@@ -644,20 +665,6 @@ def merge_traces(stores: Sequence[TraceSummary]) -> TraceSummary | None:
         truncated=weighted([store.truncated for store in stores]),
         dropped=added([store.dropped for store in stores]),
         seconds=math.fsum(store.seconds for store in stores),
-    )
-
-
-def merge_leaks(checks: Sequence[LeakCheck]) -> LeakCheck | None:
-    """Several checks, of several seeds or runs, as one."""
-    if not checks:
-        return None
-    return LeakCheck(
-        evaluation=sum(check.evaluation for check in checks),
-        calibration=sum(check.calibration for check in checks),
-        equal=sum(check.equal for check in checks),
-        near=sum(check.near for check in checks),
-        run=checks[0].run,
-        examples=[text for check in checks for text in check.examples][:3],
     )
 
 

@@ -6,8 +6,9 @@ report (report.json, .md, .html) is written by `page`.
 
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from secateurs import evaluate
-from secateurs.artifacts import canonical_hash
+from secateurs.artifacts import canonical_hash, read_json, write_json
 from secateurs.ask import Answers, Traced, answer, trace
 from secateurs.calibration import batches, region_weights, trace_document
 from secateurs.cell import Case, Pruned, prune, solve_alike
@@ -40,7 +41,6 @@ from secateurs.report import (
     Report,
     Stage,
     compare,
-    merge_leaks,
     merge_traces,
     summarise,
 )
@@ -69,13 +69,14 @@ def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1,
     done: list[list[_Done]] = run_tasks(bench, groups, jobs, progress)
     cells: list[Cell] = []
     unasked: list[Model] = []
+    dense_beside, beside = (min(jobs, len(tasks)) - 1 for tasks in (seeds, groups))
     for seed, found in zip(recipe.seeds, seeds, strict=True):
         if found.answers:
-            cells.append(_dense_cell(found.answers, seed, out / "dense"))
+            cells.append(_dense_cell(found.answers, seed, out / "dense", dense_beside))
         mine = [one for (_, args), group in zip(groups, done, strict=True) if args[0] == seed for one in group]
         for one in mine:
             if one.answers and found.answers:
-                cells.append(_cell(one.pruned, one.answers, found.answers))
+                cells.append(_cell(one.pruned, one.answers, found.answers, beside))
             else:
                 unasked.append(Model.model_validate(_facts(one.pruned)))
     seconds = {"trace": sum(found.traced.summary.seconds for found in seeds)}
@@ -83,6 +84,8 @@ def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1,
         for name, spent in cell.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + spent
     model = dense.checkpoint.model
+    recipe_key = canonical_hash(recipe.model_dump(exclude={"resources", "title"}))
+    all_traced = {seed: found.traced for seed, found in zip(recipe.seeds, seeds, strict=True)}
     return Report(
         title=recipe.title or f"{recipe.model} pruned on its own chain of thought",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -92,10 +95,10 @@ def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1,
         | {"jobs": jobs, "processes": ranks.count, "computes in": str(dense.checkpoint.dtype).removeprefix("torch.")},
         model={"name": recipe.model, "parameters": model.num_parameters(), **dense.key},
         recipe=recipe.model_dump(),
-        recipe_key=canonical_hash(recipe.model_dump(exclude={"resources", "title"})),
+        recipe_key=recipe_key,
         stages=[Stage(name=name, seconds=spent) for name, spent in seconds.items()],
         traces=merge_traces([found.traced.summary for found in seeds]),
-        leaks=merge_leaks([found.leaks for found in seeds if found.leaks]),
+        leaks=[leak_check(recipe, recipe_key, all_traced, dense)] if recipe.evaluate.num_questions else [],
         cells=cells,
         unasked=unasked,
         summary=summarise(cells),
@@ -142,7 +145,6 @@ class _Seed:
 
     traced: Traced
     answers: Answers | None
-    leaks: LeakCheck | None
 
 
 @dataclass(frozen=True)
@@ -156,11 +158,11 @@ def _ask_dense(bench: _Bench, seed: int) -> _Seed:
     recipe, dense = bench.recipe, bench.dense
     traced = trace(recipe, bench.out, seed, dense, bench.progress)
     if not recipe.evaluate.num_questions:
-        return _Seed(traced, None, None)
+        return _Seed(traced, None)
     stage = "evaluate dense"
     answers = answer(recipe, bench.out / "dense", None, "dense", seed, dense, stage, bench.progress)
     dense.forget()
-    return _Seed(traced, answers, leak_check(recipe, seed, traced, dense))
+    return _Seed(traced, answers)
 
 
 def _alike(grid: Sequence[Recipe]) -> list[list[Recipe]]:
@@ -176,11 +178,12 @@ def _do_cells(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe],
     """Prune, export and evaluate some cells of a seed."""
     out, dense, progress = bench.out, bench.dense, bench.progress
     cases = [Case(recipe, out, seed, traced, dense) for recipe in cells]
-    if len(cases) > 1:
-        solve_alike(cases, progress)
+    share = _solved_together(cases, progress)
     done = []
     for number, case in enumerate(cases, start=first):
         recipe, pruned = case.recipe, prune(case, partial(bench.reference, traced), progress)
+        if case.folder in share:
+            pruned = _with_share(pruned, share[case.folder])
         answers = None
         if recipe.evaluate.num_questions:
             pattern = build_pattern(recipe.prune.pattern)
@@ -191,14 +194,48 @@ def _do_cells(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe],
     return done
 
 
-def leak_check(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> LeakCheck:
-    """The evaluation questions of a seed against every text that any arm may have calibrated on."""
+def _solved_together(cases: Sequence[Case], progress: Progress) -> dict[Path, float]:
+    """Solve cells on the same Grams, where there are several; each one's share of the seconds, by folder.
+
+    The shares of a run that is killed before `_with_share` are lost.
+    """
+    missing = [case.folder for case in cases if not (case.folder / "prune.json").exists()]
+    if len(missing) < 2:
+        return {}
+    clock = time.perf_counter()
+    solve_alike(cases, progress)
+    return dict.fromkeys(missing, (time.perf_counter() - clock) / len(missing))
+
+
+def _with_share(pruned: Pruned, seconds: float) -> Pruned:
+    """A cell that knows its share of a solve together, on disk too."""
+    record = pruned.folder / "prune.json"
+    known = {"prune, shared": seconds, **pruned.seconds}
+    facts: Any = read_json(record)
+    write_json(record, facts | {"seconds": known})
+    return replace(pruned, seconds=known)
+
+
+def leak_check(recipe: Recipe, recipe_key: str, traced: Mapping[int, Traced], dense: Dense) -> LeakCheck:
+    """The evaluation questions of all seeds against every text that any arm of any seed may have calibrated on.
+
+    `traced` has each seed's traces.
+    """
     questions = build_questions(recipe.evaluate.questions or recipe.traces.questions)
-    asked = [q.prompt for q in islice(questions.questions("eval", seed), recipe.evaluate.num_questions)]
+    asked: list[str] = []
+    texts: list[str] = []
+    if any(region_weights(arm).get("corpus") for arm in recipe.arms):
+        texts += corpus_texts(recipe, min(traced))  # the same ones whatever the seed
+    for seed, one in traced.items():
+        asked += [q.prompt for q in islice(questions.questions("eval", seed), recipe.evaluate.num_questions)]
+        texts += _calibration_prompts(recipe, seed, one, dense)
+    return LeakCheck(recipe_key=recipe_key, **asdict(overlap(asked, texts)))
+
+
+def _calibration_prompts(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> list[str]:
+    """Every question that any arm of a seed may have calibrated on."""
     texts: list[str] = []
     weights = [region_weights(arm) for arm in recipe.arms]
-    if any(w.get("corpus") for w in weights):
-        texts += corpus_texts(recipe, seed)
     source = build_questions(recipe.traces.questions)
     prompts_only = any(w.get("prompt") and not (w.get("think") or w.get("answer")) for w in weights)
     missing = {t.question_id for t in (*traced.held_out, *traced.traces)}
@@ -210,10 +247,10 @@ def leak_check(recipe: Recipe, seed: int, traced: Traced, dense: Dense) -> LeakC
             tokens += len(render(dense.tokenizer, source.format, question))
         missing.discard(question.id)
         texts.append(question.prompt)
-    return LeakCheck.model_validate(asdict(overlap(asked, texts)))
+    return texts
 
 
-def _dense_cell(answers: Answers, seed: int, folder: Path) -> Cell:
+def _dense_cell(answers: Answers, seed: int, folder: Path, beside: int) -> Cell:
     return Cell(
         arm="dense",
         sparsity=0.0,
@@ -221,7 +258,7 @@ def _dense_cell(answers: Answers, seed: int, folder: Path) -> Cell:
         solver="none",
         seed=seed,
         calibration_tokens=0,
-        evaluation=_measured(answers, None),
+        evaluation=_measured(answers, None, beside),
         hidden_error=None,
         layers=[],
         seconds={"evaluate": answers.seconds},
@@ -229,10 +266,10 @@ def _dense_cell(answers: Answers, seed: int, folder: Path) -> Cell:
     )
 
 
-def _cell(pruned: Pruned, answers: Answers, baseline: Answers) -> Cell:
+def _cell(pruned: Pruned, answers: Answers, baseline: Answers, beside: int) -> Cell:
     facts = _facts(pruned)
     facts["seconds"] = {"evaluate": answers.seconds} | facts["seconds"]
-    return Cell.model_validate(facts | {"evaluation": _measured(answers, baseline)})
+    return Cell.model_validate(facts | {"evaluation": _measured(answers, baseline, beside)})
 
 
 def _facts(pruned: Pruned) -> dict[str, Any]:
@@ -240,7 +277,7 @@ def _facts(pruned: Pruned) -> dict[str, Any]:
     return facts | {"path": str(facts.pop("folder"))}
 
 
-def _measured(answers: Answers, baseline: Answers | None) -> Evaluation:
+def _measured(answers: Answers, baseline: Answers | None, beside: int) -> Evaluation:
     measured = evaluate.measure(
         answers.traces,
         answers.families,
@@ -249,7 +286,7 @@ def _measured(answers: Answers, baseline: Answers | None) -> Evaluation:
         max_new_tokens=answers.max_new_tokens,
         dense=baseline.traces if baseline else None,
     )
-    return Evaluation.model_validate(measured)
+    return Evaluation.model_validate(measured | {"side_by_side": beside})
 
 
 def hardware(device: str) -> dict[str, Any]:

@@ -53,8 +53,8 @@ class QuestionSet(Protocol):
         """Distinct questions of `split` in an order fixed by `seed`; ends when the split is exhausted."""
         ...
 
-    def check(self, question: Question, answer: str) -> bool:
-        """Whether `answer` (the text after the thinking, special tokens removed) is right."""
+    def check(self, question: Question, answer: str) -> bool | None:
+        """Whether `answer` (the text after the thinking, special tokens removed) is right; None if nobody can tell."""
         ...
 
 
@@ -66,6 +66,7 @@ QUESTION_SETS: dict[str, str] = {
     "aime24": "secateurs.questions.jsonl:aime24",
     "aime25": "secateurs.questions.jsonl:aime25",
     "jsonl": "secateurs.questions.jsonl:Jsonl",
+    "prompts": "secateurs.questions.jsonl:prompts",
     "commonsenseqa": "secateurs.questions.choices:commonsenseqa",
     "gpqa": "secateurs.questions.choices:gpqa",
     "choices": "secateurs.questions.choices:Choices",

@@ -13,16 +13,15 @@ from secateurs.questions.math_judge import MathJudge
 from secateurs.rows import read_rows
 
 DATA = Path(__file__).parent / "data"
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d[\d,]*(?:\.\d+)?|(?<!\w)\.\d+)")
 STEP_BY_STEP = PromptFormat(
     system="You solve word problems. Think step by step, then write the final number in \\boxed{}."
 )
 
 
 def last_number(text: str) -> str | None:
-    """The number a reply ends on: the last in a `\\boxed{}`, else the last of all; without commas or `.0`."""
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    found = NUMBER.findall(boxed[-1] if boxed else text)
+    """The number a reference ends on, as in `#### 1,234` or `about .5 kg`; without commas or `.0`."""
+    found = NUMBER.findall(text)
     if not found:
         return None
     value = float(found[-1].replace(",", ""))
@@ -30,28 +29,49 @@ def last_number(text: str) -> str | None:
 
 
 def file_questions(
-    name: str, path: str, eval_path: str, read: Callable[[str, dict[str, Any]], Question], split: str, seed: int
+    name: str,
+    path: str,
+    eval_path: str,
+    read: Callable[[str, dict[str, Any]], Question],
+    split: str,
+    seed: int,
+    evaluates: bool = True,
 ) -> Iterator[Question]:
     """Distinct questions of a `split` of the set `name`, in an order fixed by `seed`; `read` gets place and row.
 
-    With an `eval_path` each split has its file, without a `path` there is nothing to calibrate on (ValueError), else
-    the hash of a question's prompt decides: residue 0 to 6 of 10 calibrates, 7 to 9 evaluates.
+    With an `eval_path` each split has its file, and a question in both evaluates; without a `path` there is nothing to
+    calibrate on (ValueError); else the hash of a question's prompt decides: residue 0 to 6 of 10 calibrates, 7 to 9
+    evaluates. A set that never `evaluates` calibrates with all of it (ValueError for its "eval").
     """
+    if split == "eval" and not evaluates:
+        raise ValueError(
+            f"question set `{name}` has no answers; name another under evaluate.questions, or ask nothing: "
+            "evaluate.num_questions = 0"
+        )
     if split != "eval" and not path:
         raise ValueError(
             f"question set `{name}` is for evaluation only; trace another, such as gsm8k, and name this one "
             "under evaluate.questions"
         )
-    rows: dict[str, Question] = {}
-    for place, row in read_rows(eval_path if split == "eval" and eval_path else path):
-        question = read(place, row)
-        rows.setdefault(question.id, question)
-    ordered = list(rows.values())
-    if not eval_path:
-        evaluated = {row.id for row in ordered if int(sha256(row.prompt.encode()).hexdigest(), 16) % 10 >= 7}
-        ordered = [row for row in ordered if (row.id in evaluated) == (split == "eval")]
+
+    def rows(file: str) -> dict[str, Question]:
+        found: dict[str, Question] = {}
+        for question in (read(place, row) for place, row in read_rows(file)):
+            found.setdefault(question.id, question)
+        return found
+
+    if split == "eval" and eval_path:
+        ordered = list(rows(eval_path).values())
+    else:
+        every = rows(path)
+        held = rows(eval_path) if eval_path else {key for key, row in every.items() if evaluates and _held(row)}
+        ordered = [row for key, row in every.items() if (key in held) == (split == "eval")]
     Random(seed).shuffle(ordered)
     yield from ordered
+
+
+def _held(row: Question) -> bool:
+    return int(sha256(row.prompt.encode()).hexdigest(), 16) % 10 >= 7
 
 
 def stable_id(name: str, prompt: str) -> str:
@@ -61,8 +81,10 @@ def stable_id(name: str, prompt: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Jsonl(Asked):
-    """One row (`rows.py`) with a question and an answer each, compared as numbers or as mathematics (`math_judge`).
+    """One row (`rows.py`) with a question and an answer each, judged by math-verify (`math_judge`).
 
+    With judge "number" the reference is the number that the answer ends on, with "math" it is the whole answer, LaTeX;
+    with "none" there are no answers, so the questions only calibrate.
     The hash of a question decides its split. A set that comes with a test file of its own names it as `eval_path`, and
     then nothing is split; with no `path` it only evaluates (`file_questions`).
     """
@@ -70,36 +92,45 @@ class Jsonl(Asked):
     path: str
     eval_path: str = ""
     name: str = "jsonl"
-    version: int = 1
+    version: int = 2
     question_field: str = "question"
     answer_field: str = "answer"
     family_field: str = ""
-    judge: Literal["number", "math"] = "number"
+    judge: Literal["number", "math", "none"] = "number"
     system: str = STEP_BY_STEP.system
     _math: MathJudge = field(default_factory=MathJudge, init=False, repr=False, compare=False)
 
     def questions(self, split: str, seed: int) -> Iterator[Question]:
         """Distinct questions of `split` in an order fixed by `seed`. ValueError names the line that is wrong."""
-        return file_questions(self.name, self.path, self.eval_path, self._question, split, seed)
+        answered = self.judge != "none"
+        return file_questions(self.name, self.path, self.eval_path, self._question, split, seed, answered)
 
     def _question(self, place: str, row: dict[str, Any]) -> Question:
         try:
-            prompt, answer = str(row[self.question_field]), str(row[self.answer_field])
+            prompt = str(row[self.question_field])
+            answer = "" if self.judge == "none" else str(row[self.answer_field])
             family = str(row[self.family_field]) if self.family_field else ""
         except KeyError as error:
+            needs = [self.question_field] + [self.answer_field] * (self.judge != "none")
             raise ValueError(
-                f"{place}: no field {error}; a question needs `{self.question_field}` and `{self.answer_field}`"
+                f"{place}: no field {error}; a question needs {' and '.join(f'`{field}`' for field in needs)}"
             ) from None
         if self.judge == "number" and last_number(answer) is None:
             raise ValueError(f'{place}: no number in `{self.answer_field}`; for other answers there is judge = "math"')
         return Question(id=stable_id(self.name, prompt), prompt=prompt, answer=answer, family=family)
 
-    def check(self, question: Question, answer: str) -> bool:
-        """Whether the number the reply ends on is the reference's; or, judged as mathematics, the same expression."""
-        if self.judge == "math":
-            return self._math.same(question.answer, answer)
-        found = last_number(answer)
-        return found is not None and found == last_number(question.answer)
+    def check(self, question: Question, answer: str) -> bool | None:
+        """Whether the answer in the reply, in a box or the last one in it, is the reference; None without answers."""
+        if self.judge == "none":
+            return None
+        return self._math.same((self.judge == "number" and last_number(question.answer)) or question.answer, answer)
+
+
+def prompts(path: str, **options: Any) -> Jsonl:
+    """Your own prompts without answers, from a file or the hub, to calibrate on: the `text` of each row."""
+    return Jsonl(
+        **{"name": "prompts", "path": path, "question_field": "text", "judge": "none", "system": "", **options}
+    )
 
 
 def gsm8k(**options: Any) -> Jsonl:
@@ -116,7 +147,7 @@ def svamp(**options: Any) -> Jsonl:
 def math500(**options: Any) -> Jsonl:
     """MATH-500 (Hendrycks et al. 2021, the split of Lightman et al. 2023; MIT): 500 problems, for evaluation only."""
     path = str(DATA / "math500.jsonl.gz")
-    fixed: dict[str, Any] = {"path": "", "eval_path": path, "judge": "math", "family_field": "family", "version": 2}
+    fixed: dict[str, Any] = {"path": "", "eval_path": path, "judge": "math", "family_field": "family"}
     system = "Think step by step, then write the final answer in \\boxed{}."
     return Jsonl(**{"name": "math500", "system": system, **fixed, **options})
 
@@ -132,7 +163,7 @@ def aime25(path: str = "", **options: Any) -> Jsonl:
 
 
 def _aime(name: str, where: str, path: str, options: dict[str, Any]) -> Jsonl:
-    """Answers are whole numbers from 0 to 999, compared as numbers."""
+    """Answers are whole numbers from 0 to 999."""
     if not path:
         raise ValueError(
             f'question set `{name}` does not ship, its problems are the MAA\'s: give a `path`, as in path = "{where}", '

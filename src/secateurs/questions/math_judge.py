@@ -1,28 +1,35 @@
 """Whether two mathematical answers are the same, by math-verify in a process of its own, which may hang or crash.
 
-Run as a program this file is that process: a JSON line in, a JSON line out.
+Run as a program this file is that process: a JSON line when it is ready, then a JSON line in, a JSON line out.
 """
 
 import json
+import os
 import re
 import select
 import subprocess
 import sys
+import tempfile
 import weakref
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 SECONDS = 10.0
+STARTS_IN = 300.0  # seconds, on a busy machine
 MEMORY = 4 << 30
 LONGEST = 20_000  # characters; an answer stands at the end
 BOX = re.compile(r"\\boxed\s*\{")
 BRACE = re.compile(r"[{}]")
+THIN_SPACE = re.compile(r"(?<=\d)\\[,; ](?=\d{3})")  # between thousands
 JOINED = re.compile(r"[\s$,;()\[\]\\]*(?:(?:and|or)[\s$,;()\[\]\\]*)?")
 
 
 @dataclass
 class MathJudge:
-    """Starts its process when first asked. A pair that takes too long, or kills the process, counts as different."""
+    """Starts its process when first asked. A pair that takes too long, or kills the process, counts as different.
+
+    RuntimeError if no process can be started: then nothing can be judged.
+    """
 
     seconds: float = SECONDS
     unjudged: int = 0
@@ -51,8 +58,16 @@ class MathJudge:
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "secateurs.questions.math_judge"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        weakref.finalize(self, _end, process)
+        with tempfile.TemporaryFile() as said:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
+            weakref.finalize(self, _end, process)
+            assert process.stdout is not None
+            ready, _, _ = select.select([process.stdout], [], [], STARTS_IN)
+            if not (ready and process.stdout.readline()):
+                _end(process)
+                said.seek(0)
+                why = said.read().decode(errors="replace").strip().splitlines() or [f"not ready in {STARTS_IN:g} s"]
+                raise RuntimeError(f"the process that judges mathematics does not start: {why[-1]}")
         self._process = process
         return process
 
@@ -93,10 +108,15 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     from math_verify import parse, verify
 
+    print(json.dumps({"ready": True}), flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # from now on nobody reads it
     for line in sys.stdin:
         pair = json.loads(line)
         reference = parse(f"${pair['reference']}$")
-        print(json.dumps({"same": bool(verify(reference, parse(last_boxes(pair["reply"]))))}), flush=True)
+        print(
+            json.dumps({"same": bool(verify(reference, parse(THIN_SPACE.sub("", last_boxes(pair["reply"])))))}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
