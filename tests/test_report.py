@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -528,17 +527,18 @@ def test_a_solve_that_cells_share_is_in_their_seconds_and_stays_there(tmp_path, 
     old = {"arm": "rac", "pattern": "2:4", "sparsity": 0.5, "solver": "s", "seed": 0, "calibration_tokens": 9,
            "layers": [], "hidden_error": {}, "seconds": {"prune": 1.0}}  # fmt: skip
 
-    def prune(case, *_):
+    def prune(case, _=None, __=None, shared=0.0):
         record = case.folder / "prune.json"
         if not record.exists():
-            write_json(record, old)
+            write_json(record, old | {"seconds": old["seconds"] | ({"prune, shared": shared} if shared else {})})
         return Pruned(case.folder, **read_json(record))
 
     for case in cases:
         case.folder.mkdir()
     prune(cases[0])
     monkeypatch.setattr(study, "Case", lambda recipe, *_: recipe)
-    monkeypatch.setattr(study, "solve_alike", lambda *_: time.sleep(0.2))
+    left = [case.folder for case in cases[1:]]
+    monkeypatch.setattr(study, "solve_alike", lambda *_: {left.pop(): 0.2 for _ in range(len(left))})
     monkeypatch.setattr(study, "prune", prune)
     bench = study._Bench(None, tmp_path, silent, given=SimpleNamespace())  # pyright: ignore
     for _ in range(2):  # the second finds all done

@@ -89,6 +89,11 @@ def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path, monkeypa
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("alone", "study")]
     assert [len(report["cells"]) for report in reports] == [5, 5] and len(reports[0]["comparisons"]) == 2
     assert reports[0]["comparisons"] == reports[1]["comparisons"]
+    for arm in ("prompt", "rac"):
+        shares = {cell["seconds"]["prune, shared"] for cell in reports[0]["cells"] if cell["arm"] == arm}
+        assert len(shares) == 1 and min(shares) > 0
+    known = [json.loads(path.read_text())["seconds"] for path in tmp_path.glob("alone/cells/*/prune.json")]
+    assert all(seconds["prune, shared"] > 0 for seconds in known) and len(known) == 4
 
 
 def test_mixtures_nm_and_the_other_solvers_run_too(tmp_path, monkeypatch, capsys):

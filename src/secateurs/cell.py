@@ -147,15 +147,17 @@ class Pruned:
     seconds: dict[str, float]
 
 
-def solve_alike(cases: Sequence[Case], progress: Progress = silent) -> None:
-    """Solve the blocks of several cells on the same Grams, where `prune` finds them.
+def solve_alike(cases: Sequence[Case], progress: Progress = silent) -> dict[Path, float]:
+    """Solve the blocks of several cells on the same Grams, where `prune` finds them; each one's share of the seconds,
+    by folder. Nothing where fewer than two are missing.
 
     The cases differ in pattern and solver only, and their layers see what they see in the dense model.
     """
+    clock = time.perf_counter()
     folders = {case.folder: case for case in cases}
     missing = {folder: case for folder, case in folders.items() if not (folder / "prune.json").exists()}
     if len(missing) < 2:
-        return
+        return {}
     first = cases[0]
     calibration = calibration_set(first)
     plans = {}
@@ -166,10 +168,17 @@ def solve_alike(cases: Sequence[Case], progress: Progress = silent) -> None:
     where = _where(first, calibration)
     batch_tokens = first.recipe.calibration.batch_tokens
     first.dense.together(partial(_solve, calibration, plans, batch_tokens, where, first.out, stage), progress)
+    return dict.fromkeys(missing, (time.perf_counter() - clock) / len(missing))
 
 
-def prune(case: Case, reference: Callable[[], evaluate.Reference], progress: Progress = silent) -> Pruned:
-    """Prune one cell and export it; a finished cell is read back, an unfinished one goes on after its last block."""
+def prune(
+    case: Case, reference: Callable[[], evaluate.Reference], progress: Progress = silent, shared: float = 0.0
+) -> Pruned:
+    """Prune one cell and export it; a finished cell is read back, an unfinished one goes on after its last block.
+
+    `shared` are the seconds that solving it together with others (`solve_alike`) took; those of a run that is killed
+    before the cell is finished are lost.
+    """
     recipe, dense, folder = case.recipe, case.dense, case.folder
     pattern_spec = recipe.prune.pattern
     record = folder / "prune.json"
@@ -181,7 +190,8 @@ def prune(case: Case, reference: Callable[[], evaluate.Reference], progress: Pro
     states = reference()
     clock = time.perf_counter()
     calibration = calibration_set(case)
-    seconds = {"calibrate": time.perf_counter() - clock}
+    seconds = {"prune, shared": shared} if shared else {}
+    seconds["calibrate"] = time.perf_counter() - clock
     clock = time.perf_counter()
     pattern = build_pattern(pattern_spec)
     stage = f"prune {case.label} {pattern}"

@@ -16,7 +16,6 @@ from rich.text import Text
 from secateurs.artifacts import atomic_write
 from secateurs.report import (
     ARMS,
-    SAME_BUDGET,
     Cell,
     Comparison,
     CurvePoint,
@@ -305,7 +304,7 @@ def _budgets(tokens: Iterable[int]) -> list[str]:
     """The different budgets behind these token counts, to two digits."""
     kept: list[int] = []
     for count in sorted(tokens):
-        if not kept or count > SAME_BUDGET * kept[-1]:
+        if not kept or not same_budget(count, kept[-1]):
             kept.append(count)
     return [_count(float(f"{count:.2g}")) for count in kept]
 

@@ -471,7 +471,7 @@ def groups_of(cells: Sequence[Cell]) -> list[list[Cell]]:
     groups: list[list[Cell]] = []
     for cell in sorted(cells, key=lambda cell: (*key(cell), cell.calibration_tokens)):
         first = groups[-1][0] if groups else None
-        if first and key(first) == key(cell) and cell.calibration_tokens <= SAME_BUDGET * first.calibration_tokens:
+        if first and key(first) == key(cell) and same_budget(cell.calibration_tokens, first.calibration_tokens):
             groups[-1].append(cell)
         else:
             groups.append([cell])

@@ -6,9 +6,8 @@ report (report.json, .md, .html) is written by `page`.
 
 import os
 import platform
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from secateurs import evaluate
-from secateurs.artifacts import canonical_hash, read_json, write_json
+from secateurs.artifacts import canonical_hash
 from secateurs.ask import Answers, Traced, answer, trace
 from secateurs.calibration import batches, region_weights, trace_document
 from secateurs.cell import Case, Pruned, prune, solve_alike
@@ -178,12 +177,11 @@ def _do_cells(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe],
     """Prune, export and evaluate some cells of a seed."""
     out, dense, progress = bench.out, bench.dense, bench.progress
     cases = [Case(recipe, out, seed, traced, dense) for recipe in cells]
-    share = _solved_together(cases, progress)
+    shared = solve_alike(cases, progress)
     done = []
     for number, case in enumerate(cases, start=first):
-        recipe, pruned = case.recipe, prune(case, partial(bench.reference, traced), progress)
-        if case.folder in share:
-            pruned = _with_share(pruned, share[case.folder])
+        recipe, reference = case.recipe, partial(bench.reference, traced)
+        pruned = prune(case, reference, progress, shared.get(case.folder, 0.0))
         answers = None
         if recipe.evaluate.num_questions:
             pattern = build_pattern(recipe.prune.pattern)
@@ -192,28 +190,6 @@ def _do_cells(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe],
             answers = answer(recipe, pruned.folder / "answers", model, key, seed, dense, stage, progress)
         done.append(_Done(pruned, answers))
     return done
-
-
-def _solved_together(cases: Sequence[Case], progress: Progress) -> dict[Path, float]:
-    """Solve cells on the same Grams, where there are several; each one's share of the seconds, by folder.
-
-    The shares of a run that is killed before `_with_share` are lost.
-    """
-    missing = [case.folder for case in cases if not (case.folder / "prune.json").exists()]
-    if len(missing) < 2:
-        return {}
-    clock = time.perf_counter()
-    solve_alike(cases, progress)
-    return dict.fromkeys(missing, (time.perf_counter() - clock) / len(missing))
-
-
-def _with_share(pruned: Pruned, seconds: float) -> Pruned:
-    """A cell that knows its share of a solve together, on disk too."""
-    record = pruned.folder / "prune.json"
-    known = {"prune, shared": seconds, **pruned.seconds}
-    facts: Any = read_json(record)
-    write_json(record, facts | {"seconds": known})
-    return replace(pruned, seconds=known)
 
 
 def leak_check(recipe: Recipe, recipe_key: str, traced: Mapping[int, Traced], dense: Dense) -> LeakCheck:

@@ -123,7 +123,8 @@ class Jsonl(Asked):
         """Whether the answer in the reply, in a box or the last one in it, is the reference; None without answers."""
         if self.judge == "none":
             return None
-        return self._math.same((self.judge == "number" and last_number(question.answer)) or question.answer, answer)
+        reference = question.answer if self.judge == "math" else last_number(question.answer) or ""
+        return self._math.same(reference, answer)
 
 
 def prompts(path: str, **options: Any) -> Jsonl:
