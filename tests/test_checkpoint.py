@@ -64,10 +64,12 @@ def test_embeddings_and_head_stay_in_their_files_and_compute_as_if_they_did_not(
     folder = saved(family, tmp_path, dtype)
     whole = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     checkpoint = Checkpoint(str(folder), compute_dtype="float32")
-    few = [Batch(ids, torch.ones_like(ids)) for ids in (torch.tensor([[5, 3, 5, 63], [0, 1, 2, 3]]),)]
-    for compute in (final_states, lambda *arguments: list(logits_of(*arguments))):
-        (found,), (expected,) = compute(checkpoint.model, few, checkpoint.opened), compute(whole, few)
-        assert found.dtype == torch.float32 and torch.equal(found, expected)
+    few = [Batch(ids, torch.ones_like(ids)) for ids in (torch.tensor([[5, 3, 5, 63]]), torch.tensor([[0, 1, 2]]))]
+    for compute in (final_states, lambda *arguments: [logits[:] for logits in logits_of(*arguments)]):
+        for found, expected in zip(compute(checkpoint.model, few, checkpoint.opened), compute(whole, few), strict=True):
+            assert found.dtype == torch.float32 and torch.equal(found, expected)
+    for batch, logits in zip(few, logits_of(whole, few), strict=True):
+        torch.testing.assert_close(logits[1:3], whole(batch.ids).logits[0, 1:3])
     tables = [checkpoint.model.get_input_embeddings(), checkpoint.model.get_output_embeddings()]
     names = {name for name, p in checkpoint.model.named_parameters() if any(p is table.weight for table in tables)}
     assert names and names <= checkpoint.in_file

@@ -28,7 +28,7 @@ from secateurs.prompts import render, turns
 from secateurs.questions import PromptFormat
 from secateurs.questions.tiny import Tiny
 from secateurs.recipe import Recipe, load_recipe
-from secateurs.traces import TraceStore, read_provenance
+from secateurs.traces import TraceStore, read_provenance, read_traces
 
 TOKENIZER = load_tokenizer("bundled")
 SIZE = len(TOKENIZER)
@@ -388,12 +388,12 @@ def served(model):
     return answer
 
 
-def traced(server, folder, tokens=400, at_once=64, **engine_options):
+def traced(servers, folder, tokens=400, at_once=64, **engine_options):
+    urls = [server.url for server in (servers if isinstance(servers, list) else [servers])]
     recipe = Recipe.model_validate(
         {
             "traces": {
-                "engine": {"name": "openai", "servers": [server.url], "model": "bundled", "concurrency": 8}
-                | engine_options,
+                "engine": {"name": "openai", "servers": urls, "model": "bundled", "concurrency": 8} | engine_options,
                 "sampling": {"max_new_tokens": 32},
             },
             "resources": {"batch_size": at_once},
@@ -428,6 +428,38 @@ def test_a_server_with_another_model_is_found_out_after_a_few_traces(tmp_path):
         pytest.raises(ValueError, match=r"tokens of its first [1-7] traces"),
     ):
         traced(server, tmp_path / "few", tokens=30, at_once=1, concurrency=1)
+    assert not [trace for store in tmp_path.glob("*/traces/*") for trace in read_traces(store)]
+
+
+def test_a_wrong_server_beside_a_right_one_or_later_is_found_out_and_nothing_it_said_is_kept(tmp_path):
+    model = load_model("bundled")
+    with (
+        CompletionsServer(SIZE, answer=served(model)) as right,
+        CompletionsServer(SIZE, answer=served(damaged(load_model("bundled")))) as wrong,
+    ):
+        first = traced(right, tmp_path / "later", concurrency=4)
+        assert set(first.surprises) == {right.url} and abs(first.surprises[right.url].gap) < 0.1
+        assert traced(wrong, tmp_path / "later").surprises == {}, "nothing was missing, so nothing was asked"
+        for folder, servers in (("later", wrong), ("beside", [right, wrong])):
+            with pytest.raises(ValueError, match=f"^{wrong.url} does not serve the model to be pruned: .* stored"):
+                traced(servers, tmp_path / folder, tokens=4000)
+        whole = traced(right, tmp_path / "alone", tokens=4000).traces
+    expected = {trace.key: trace for trace in whole}
+    for folder in ("later", "beside"):
+        (store,) = (tmp_path / folder / "traces").iterdir()
+        kept = read_traces(store)
+        assert all(expected.get(trace.key, trace) == trace for trace in kept)
+        assert len(kept) >= (len(first.traces) if folder == "later" else 0)
+
+
+def test_what_servers_said_before_one_failed_is_judged_and_kept(tmp_path):
+    """Fewer than are judged together, and the run ends."""
+    said = served(load_model("bundled"))
+    ends = lambda prompt, attempt: "status 400" if len(server.attempts) > 3 else ""  # noqa: E731
+    with CompletionsServer(SIZE, answer=said, fault=ends) as server, pytest.raises(ValueError, match="status 400"):
+        traced(server, tmp_path, concurrency=1)
+    (store,) = (tmp_path / "traces").iterdir()
+    assert len(read_traces(store)) == 3
 
 
 def test_text_is_refused_unless_it_is_asked_for_and_then_it_is_marked(tmp_path):
@@ -639,12 +671,13 @@ def test_a_run_by_chat_keeps_the_traces_of_one_by_completions_and_says_how_they_
     with CompletionsServer(SIZE, answer=served(load_model("bundled")), tokenizer=TOKENIZER) as server:
         small = {"tokens": 150, "at_once": 1, "concurrency": 4}
         plain = traced(server, tmp_path / "plain", **small)
-        assert traced(server, tmp_path / "plain", endpoint="chat", **small) == plain
+        again = traced(server, tmp_path / "plain", endpoint="chat", **small)
+        assert (again.key, again.held_out, again.traces) == (plain.key, plain.held_out, plain.traces)
         assert server.paths == {"/v1/completions"}, "nothing was asked again"
         assert traced(server, tmp_path / "chat", endpoint="chat", **small).traces == plain.traces
         assert server.paths == {"/v1/completions", "/v1/chat/completions"}
-        assert plain.surprise is not None and abs(plain.surprise.gap) < 0.1
-        assert plain.surprise.num_tokens >= 8
+        assert abs(plain.surprises[server.url].gap) < 0.1
+        assert plain.surprises[server.url].num_tokens >= 8
 
 
 @pytest.mark.parametrize("parser", ["", "reasoning"])
@@ -672,7 +705,8 @@ def test_the_trace_command_shows_how_surprised_the_model_was(tmp_path):
         words += ["--set", "calibration.num_tokens=100", "--set", "calibration.held_out_tokens=50"]
         words += ["--set", "sweep.seed=[0]", "--out", str(tmp_path)]
         shown = json.loads(CliRunner().invoke(cli.app, words, catch_exceptions=False).stdout)
-    assert shown["surprise"]["tokens"] > 50 and abs(shown["surprise"]["gap"]) < 0.1
+    (found,) = shown["surprise"].values()
+    assert found["tokens"] > 50 and abs(found["gap"]) < 0.1
 
 
 def toml(options):

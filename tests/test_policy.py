@@ -13,7 +13,6 @@ from secateurs.engines.hf import hf_engine
 from secateurs.models import load_model, load_tokenizer
 from secateurs.prompts import render
 from secateurs.questions.tiny import Tiny
-from secateurs.traces import Trace
 
 
 @pytest.fixture(scope="module")
@@ -21,60 +20,55 @@ def bundled():
     return load_model("bundled"), load_tokenizer("bundled")
 
 
-def traces_of(model, tokenizer, sampling, count=8):
+def said_by(model, tokenizer, sampling, count=8):
     questions = Tiny()
     asked = [
         Request(question_id=q.id, sample=0, prompt_ids=render(tokenizer, questions.format, q), seed=i)
         for i, q in enumerate(islice(questions.questions("calibration", 0), count))
     ]
-    return [
-        Trace(
-            question_id=c.request.question_id, sample=0, prompt_ids=c.request.prompt_ids, completion_ids=c.ids,
-            think_tokens=len(c.ids), think_closed=True, finish=c.finish, reward=None, seed=c.request.seed,
-        )
-        for c in hf_engine(model, tokenizer, count).generate(asked, sampling)
-    ]  # fmt: skip
+    return list(hf_engine(model, tokenizer, count).generate(asked, sampling))
 
 
 @torch.inference_mode()
-def logits(model, trace):
-    return model(torch.tensor([trace.prompt_ids + trace.completion_ids])).logits[0]
+def logits(model, said):
+    return model(torch.tensor([said.request.prompt_ids + said.ids])).logits[0]
 
 
-def surprise(model, traces, sampling):
-    return policy.surprise((logits(model, trace) for trace in traces), traces, sampling)
+def surprise(model, said, sampling):
+    return policy.surprise((logits(model, one) for one in said), said, sampling)
 
 
-def check_own(model, traces, sampling):
-    return policy.check_own((logits(model, trace) for trace in traces), traces, sampling)
+def check_own(model, said, sampling):
+    return policy.check_own((logits(model, one) for one in said), said, sampling, "http://here")
 
 
 @pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=96), Sampling(temperature=0, max_new_tokens=96)])
 def test_own_samples_are_no_surprise_and_those_of_a_damaged_model_are(bundled, sampling):
     model, tokenizer = bundled
-    own = traces_of(model, tokenizer, sampling)
+    own = said_by(model, tokenizer, sampling)
     found = check_own(model, own, sampling)
-    assert abs(found.gap) < 0.02 and found.num_tokens == sum(len(t.completion_ids) for t in own)
+    assert abs(found.gap) < 0.02 and found.num_tokens == sum(len(one.ids) for one in own)
     assert sampling.temperature == 0 or abs(found.z) < 4
     other = damaged(load_model("bundled"))
-    with pytest.raises(ValueError, match=r"does not serve the model to be pruned: over [\d,]+ tokens.* nats a token"):
-        check_own(model, traces_of(other, tokenizer, sampling), sampling)
+    lesson = r"^http://here does not serve the model to be pruned: over [\d,]+ tokens.* nats a token"
+    with pytest.raises(ValueError, match=lesson):
+        check_own(model, said_by(other, tokenizer, sampling), sampling)
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.7}, {"top_k": 3}, {"top_k": 5, "top_p": 0.8}], ids=str)
 def test_what_top_p_and_top_k_leave_is_what_is_expected(bundled, cut):
     model, tokenizer = bundled
     hot = Sampling(temperature=3.0, max_new_tokens=64, **cut)
-    found = surprise(model, traces_of(model, tokenizer, hot), hot)
+    found = surprise(model, said_by(model, tokenizer, hot), hot)
     assert abs(found.z) < 4
-    uncut = surprise(model, traces_of(model, tokenizer, hot), Sampling(temperature=3.0))
+    uncut = surprise(model, said_by(model, tokenizer, hot), Sampling(temperature=3.0))
     assert uncut.z < -4, "or else the test shows nothing"
 
 
 def test_samples_that_are_too_likely_are_found_out(bundled):
     """As from a server that is asked for a temperature and answers greedily."""
     model, tokenizer = bundled
-    cold = traces_of(model, tokenizer, Sampling(temperature=0, max_new_tokens=64))
+    cold = said_by(model, tokenizer, Sampling(temperature=0, max_new_tokens=64))
     with pytest.raises(ValueError, match=r"does not sample as it was asked to: .* nats a token less surprised"):
         check_own(model, cold, Sampling(temperature=3.0, top_p=0.95))
 
@@ -82,11 +76,11 @@ def test_samples_that_are_too_likely_are_found_out(bundled):
 def test_rare_tokens_within_top_p_are_counted(bundled, monkeypatch):
     model, tokenizer = bundled
     hot = Sampling(temperature=2.0, top_p=0.99, max_new_tokens=32)
-    traces = traces_of(model, tokenizer, hot, 4)
-    whole = surprise(model, traces, hot)
+    said = said_by(model, tokenizer, hot, 4)
+    whole = surprise(model, said, hot)
     monkeypatch.setattr(policy, "LIKELY", 4)
     monkeypatch.setattr(policy, "ROWS", 7)
-    again = surprise(model, traces, hot)
+    again = surprise(model, said, hot)
     assert again.gap == pytest.approx(whole.gap, abs=1e-5) and again.z == pytest.approx(whole.z, abs=1e-3)
 
 
@@ -94,11 +88,11 @@ def test_the_gap_is_the_divergence_of_the_two_models(bundled):
     """Text of the model at temperature 1.5, judged at 1: the mean of KL(1.5 || 1) plus the difference of entropies."""
     model, tokenizer = bundled
     hot = Sampling(temperature=1.5, max_new_tokens=64)
-    texts = traces_of(model, tokenizer, hot, 24)
+    texts = said_by(model, tokenizer, hot, 24)
     found = surprise(model, texts, replace(hot, temperature=1.0))
     expected = variance = count = 0.0
-    for trace in texts:
-        before = logits(model, trace)[len(trace.prompt_ids) - 1 : -1]
+    for text in texts:
+        before = logits(model, text)[len(text.request.prompt_ids) - 1 : -1]
         cool, warm = before.log_softmax(-1), (before / 1.5).log_softmax(-1)
         mean = (warm.exp() * cool).sum(-1)
         expected += float(((cool.exp() * cool).sum(-1) - mean).sum())

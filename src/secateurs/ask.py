@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from itertools import count, islice
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 
 from secateurs.artifacts import canonical_hash, file_hash
 from secateurs.calibration import Batch, region_weights, trace_document
+from secateurs.checkpoint import Checkpoint
 from secateurs.collect import logits_of
 from secateurs.dense import Dense
 from secateurs.engines import Completion, Engine, Request, Sampling, default_sampling
@@ -50,8 +51,8 @@ class Traced:
     """What may calibrate."""
     summary: TraceSummary
     key: str
-    surprise: Surprise | None = None
-    """What the model made of the first ones, where servers sampled them."""
+    surprises: Mapping[str, Surprise] = field(default_factory=dict)
+    """What the model made of the first ones of each server that was asked now."""
 
 
 def _sampling(dense: Dense, overrides: SamplingOverrides) -> Sampling:
@@ -195,6 +196,42 @@ class _Replayed:
             yield self.drawn[index]
 
 
+@dataclass(frozen=True)
+class _Believed:
+    """An engine of servers, of each of which nothing goes on before its first CHECKED_TRACES are the model's own."""
+
+    engine: Engine
+    checkpoint: Checkpoint
+    surprises: dict[str, Surprise]
+    """Of the servers that are believed."""
+
+    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        held: dict[str, list[Completion]] = {}
+        failure = None
+
+        def believed(source: str) -> list[Completion]:
+            said = held.pop(source)
+            if source not in self.surprises:
+                every = [torch.tensor([one.request.prompt_ids + one.ids]) for one in said]
+                batches = [Batch(ids, torch.ones_like(ids)) for ids in every]
+                logits = logits_of(self.checkpoint.model, batches, self.checkpoint.opened)
+                self.surprises[source] = check_own(logits, said, sampling, source)
+            return said
+
+        try:
+            for completion in self.engine.generate(requests, sampling):
+                source = completion.source
+                held.setdefault(source, []).append(completion)
+                if source in self.surprises or len(held[source]) == CHECKED_TRACES:
+                    yield from believed(source)
+        except ValueError as error:  # after which what others have said stays
+            failure = error
+        for source in list(held):
+            yield from believed(source)
+        if failure:
+            raise failure
+
+
 def trace_engine(recipe: Recipe, dense: Dense) -> Engine:
     """Who samples the traces: the model in this process, or servers that hold it."""
     table = recipe.traces.engine
@@ -241,22 +278,17 @@ def trace(
         share = partial(_share_of_traces, recipe, seed)
         ask_together(share, whole, provenance, lambda store: first_ones(store)[1], dense, progress)
     with TraceStore(whole, provenance) as store:
-        engine = cache(partial(trace_engine, recipe, dense))
+        surprises: dict[str, Surprise] = {}
         tokens, ahead = 0, iter(asked)
         following = next(ahead, None)
-        surprise = None
 
-        def trust() -> None:
-            nonlocal surprise
-            if table.name != "hf" and surprise is None:
-                first = list(islice(store, CHECKED_TRACES))
-                logits = logits_of(dense.checkpoint.model, _whole(first), dense.checkpoint.opened)
-                surprise = check_own((each[0] for each in logits), first, sampling)
+        @cache
+        def engine() -> Engine:
+            made = trace_engine(recipe, dense)
+            return made if table.name == "hf" else _Believed(made, dense.checkpoint, surprises)
 
         def enough() -> bool:
             nonlocal tokens, following
-            if len(store) >= CHECKED_TRACES:
-                trust()
             while following and tokens < budget and (found := store.get(following[0].id, following[1])):
                 tokens += found.tokens
                 following = next(ahead, None)
@@ -276,7 +308,6 @@ def trace(
                 enough,
                 budget,
             )
-            trust()  # also where there are only a few
             run, complete = first_ones(store)
             held = _held_out(run, recipe.calibration.held_out_tokens)
             kept, dropped = apply_filters(run[len(held) :], recipe.traces.filters)
@@ -294,7 +325,7 @@ def trace(
         raise ValueError(
             f"no trace passed the filters: {dropped}; loosen traces.filters or look at the model's answers"
         )
-    return Traced(tuple(held), tuple(kept), _trace_summary([*held, *kept], dropped, seconds), key, surprise)
+    return Traced(tuple(held), tuple(kept), _trace_summary([*held, *kept], dropped, seconds), key, surprises)
 
 
 Share = Callable[[Path, Dense, tuple[int, int], Progress], object]
@@ -362,12 +393,6 @@ def _gather_parts(whole: Path) -> None:
                 pass  # which cuts off what a kill has torn
         merge_stores(whole, found)
     shutil.rmtree(_parts(whole), ignore_errors=True)
-
-
-def _whole(traces: Sequence[Trace]) -> list[Batch]:
-    """Each trace as a batch of its own, the last token included."""
-    every = [torch.tensor([trace.prompt_ids + trace.completion_ids]) for trace in traces]
-    return [Batch(ids, torch.ones_like(ids)) for ids in every]
 
 
 def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: float) -> TraceSummary:

@@ -193,8 +193,9 @@ def trace(
         ranks.tell(None)
     for seed, traced in done.items():
         result = {"seed": seed, "store": str(out / "traces" / traced.key), **traced.summary.model_dump()}
-        if traced.surprise:
-            result["surprise"] = {"gap": traced.surprise.gap, "tokens": traced.surprise.num_tokens}
+        if traced.surprises:
+            found = traced.surprises.items()
+            result["surprise"] = {server: {"gap": one.gap, "tokens": one.num_tokens} for server, one in found}
         print(json.dumps(result, indent=None if as_json else 2))
 
 

@@ -211,10 +211,21 @@ def final_states(model: PreTrainedModel, batches: Sequence[Batch], opened: Opene
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel, batches: Sequence[Batch], opened: Opened = nullcontext) -> Iterator[Tensor]:
-    """Logits [batch, seq, vocab] of one batch after the other, block by block."""
-    for stream in _through(model, batches, opened):
-        yield stream.shell.leave(stream.batch, stream.hidden, logits=True)
+def logits_of(model: PreTrainedModel, batches: Sequence[Batch], opened: Opened = nullcontext) -> list["Logits"]:
+    """The logits of batches of one sequence each: all blocks now, the rest as it is looked at."""
+    return [Logits(stream) for stream in _through(model, batches, opened)]
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Of one sequence: `[start:stop]` makes those of some tokens [tokens, vocab], as all are large."""
+
+    stream: Stream
+
+    def __getitem__(self, tokens: slice) -> Tensor:
+        ids = self.stream.batch.ids[:, tokens]
+        some = Batch(ids, torch.ones_like(ids))
+        return self.stream.shell.leave(some, self.stream.hidden[:, tokens], logits=True)[0]
 
 
 def _through(model: PreTrainedModel, batches: Sequence[Batch], opened: Opened) -> list[Stream]:

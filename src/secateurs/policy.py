@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from secateurs.engines import Sampling
-from secateurs.traces import Trace
+from secateurs.engines import Completion, Sampling
 
 LIMIT = 0.1  # nats a token; rounding and 8-bit weights cost a hundredth of it, another model several times it
 DOUBT = 6.0  # standard errors
@@ -27,31 +27,40 @@ class Surprise:
     num_tokens: int
 
 
+class Rows(Protocol):
+    """Logits of one sequence [seq, vocab], whole or made as they are looked at."""
+
+    def __getitem__(self, tokens: slice, /) -> Tensor:
+        """[tokens, vocab]"""
+        ...
+
+
 @torch.inference_mode()
-def surprise(logits: Iterable[Tensor], traces: Sequence[Trace], sampling: Sampling) -> Surprise:
+def surprise(logits: Iterable[Rows], said: Sequence[Completion], sampling: Sampling) -> Surprise:
     """Teacher-forced: the mean of E[log p] - log p(token) over all completion tokens, p at the sampling temperature.
 
     E and Var are over what top-k and top-p leave of p. For samples of the model itself every term has mean 0 and
     variance Var[log p], whatever the text; for another model's the mean is the KL divergence and more. Greedy traces
     are measured against the best token at temperature 1, with z = infinity, as there is nothing random in them.
-    `logits` are the model's for each trace, prompt and completion [seq, vocab].
+    `logits` are the model's for each one, prompt and completion; ROWS of them are looked at together.
     """
     total = variance = 0.0
     count = 0
-    for trace, given in zip(traces, logits, strict=True):
-        before = given[len(trace.prompt_ids) - 1 : -1]
-        tokens = torch.tensor(trace.completion_ids, device=given.device)[:, None]
-        for some, drawn in zip(before.split(ROWS), tokens.split(ROWS), strict=True):
-            log_p = (some.float() / (sampling.temperature or 1.0)).log_softmax(-1)
-            said = log_p.gather(1, drawn)[:, 0]
+    for one, given in zip(said, logits, strict=True):
+        first = len(one.request.prompt_ids) - 1
+        last = first + len(one.ids)
+        for start in range(first, last, ROWS):
+            log_p = (given[start : min(start + ROWS, last)].float() / (sampling.temperature or 1.0)).log_softmax(-1)
+            drawn = torch.tensor(one.ids[start - first :][: len(log_p)], device=log_p.device)
+            of_drawn = log_p.gather(1, drawn[:, None])[:, 0]
             if sampling.temperature == 0:
-                total += float((log_p.amax(-1) - said).sum(dtype=torch.float64))
+                total += float((log_p.amax(-1) - of_drawn).sum(dtype=torch.float64))
             else:
                 log_p, p = _kept(log_p, sampling)
                 mean = (p * log_p).sum(-1)
-                total += float((mean - said).sum(dtype=torch.float64))
+                total += float((mean - of_drawn).sum(dtype=torch.float64))
                 variance += float(((p * log_p**2).sum(-1) - mean**2).clamp_min(0).sum(dtype=torch.float64))
-        count += len(trace.completion_ids)
+        count += len(one.ids)
     z = total / variance**0.5 if variance > 0 else float("inf") if total > 0 else 0.0
     return Surprise(total / max(count, 1), z, count)
 
@@ -72,22 +81,21 @@ def _kept(log_p: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return top, p / p.sum(-1, keepdim=True)
 
 
-def check_own(logits: Iterable[Tensor], traces: Sequence[Trace], sampling: Sampling) -> Surprise:
-    """ValueError, with the numbers, if `traces` are not what the model says: more than LIMIT off, beyond doubt."""
-    found = surprise(logits, traces, sampling)
+def check_own(logits: Iterable[Rows], said: Sequence[Completion], sampling: Sampling, source: str) -> Surprise:
+    """ValueError, with the numbers, if what `source` said is not what the model says: over LIMIT off, beyond doubt."""
+    found = surprise(logits, said, sampling)
     if found.gap < -LIMIT and found.z < -DOUBT:
         raise ValueError(
-            f"the engine does not sample as it was asked to: over {found.num_tokens:,} tokens of its first "
-            f"{len(traces)} traces the local weights are {-found.gap:.2f} nats a token less surprised than by what "
+            f"{source} does not sample as it was asked to: over {found.num_tokens:,} tokens of its first "
+            f"{len(said)} traces the local weights are {-found.gap:.2f} nats a token less surprised than by what "
             f"they would say ({-found.z:.0f} standard errors; {LIMIT:g} nats are allowed), so it takes likely tokens "
-            "too often. Look for a temperature, top-k or do_sample of its own, and delete the trace store that holds "
-            "these."
+            "too often. Look for a temperature, top-k or do_sample of its own. None of these traces was stored."
         )
     if found.gap > LIMIT and found.z > DOUBT:
         raise ValueError(
-            f"the engine does not serve the model to be pruned: over {found.num_tokens:,} tokens of its first "
-            f"{len(traces)} traces the local weights are {found.gap:.2f} nats a token more surprised than by what they "
+            f"{source} does not serve the model to be pruned: over {found.num_tokens:,} tokens of its first "
+            f"{len(said)} traces the local weights are {found.gap:.2f} nats a token more surprised than by what they "
             f"would say ({found.z:.0f} standard errors; {LIMIT:g} nats are allowed). Serve the same weights at the "
-            "temperature that is asked for, and delete the trace store that holds these."
+            "temperature that is asked for. None of these traces was stored."
         )
     return found

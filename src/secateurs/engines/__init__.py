@@ -53,12 +53,16 @@ def default_sampling(generation_config: Any, **overrides: float | int | None) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What came back: the generated ids (eos included), why it ended, and its share of the wall-clock in seconds."""
+    """What came back: the generated ids (eos included), why it ended, and its share of the wall-clock in seconds.
+
+    `source` is the server that made it, "" for a model in this process.
+    """
 
     request: Request
     ids: tuple[int, ...]
     finish: Literal["eos", "length"]
     seconds: float
+    source: str = ""
 
 
 class Engine(Protocol):

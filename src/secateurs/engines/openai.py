@@ -311,7 +311,8 @@ class OpenAI:
             raise _Fault(f"{len(ids)} token ids, where the server counts {counted!r}")
         if not 1 <= len(ids) <= sampling.max_new_tokens:
             raise _Fault(f"{len(ids)} tokens, where 1 to {sampling.max_new_tokens} were asked for")
-        return Completion(request=request, ids=tuple(ids), finish="eos" if reason == "stop" else "length", seconds=0.0)
+        finish: Literal["eos", "length"] = "eos" if reason == "stop" else "length"
+        return Completion(request=request, ids=tuple(ids), finish=finish, seconds=0.0, source=url)
 
     def _sampled(self, answer: dict[str, Any], choice: dict[str, Any], request: Request, url: str) -> Any:
         """The ids that the server says it sampled, in whatever shape they came, after the right prompt."""
