@@ -8,8 +8,9 @@ import torch
 from families import make_model
 from secateurs import planner, pruner
 from secateurs.models import decoder_blocks
-from secateurs.planner import Needs, Shelf, available, choose, needs
+from secateurs.planner import Needs, available, choose, needs, shelf
 from secateurs.tune import Tune
+from test_checkpoint import file_at
 from test_pruner import CALIBRATION, EVERYTHING, PLAN
 
 NEEDS = Needs(around=1, block=1, grams=1, held_out=1, hidden=10, forward=1, solve=2)
@@ -19,23 +20,35 @@ NEEDS = Needs(around=1, block=1, grams=1, held_out=1, hidden=10, forward=1, solv
 def test_hidden_states_on_disk_change_nothing_and_leave_nothing(plan, tmp_path):
     expected, model = make_model("qwen3"), make_model("qwen3")
     results = pruner.prune(expected, CALIBRATION, plan, batch_tokens=100)
-    with Shelf("disk", tmp_path) as place:
-        found = pruner.prune(model, CALIBRATION, plan, batch_tokens=100, place=place)
-        (folder,) = tmp_path.iterdir()
-        assert len(list(folder.iterdir())) >= 8
+    place = shelf("disk", tmp_path / "beside")
+    placed = []
+
+    def noted(hidden):
+        kept = place(hidden)
+        placed.append(file_at(kept.data_ptr()))
+        return kept
+
+    found = pruner.prune(model, CALIBRATION, plan, batch_tokens=100, place=noted)
+    assert len(placed) >= 8 and {file.parent for file in placed} == {tmp_path / "beside"}
     assert [replace(r, seconds=0) for r in found] == [replace(r, seconds=0) for r in results]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "beside").iterdir())
 
 
 @pytest.mark.parametrize("where", ["device", "cpu", "disk"])
 def test_a_shelf_keeps_what_is_put_on_it(where, tmp_path):
     first, second = torch.randn(2, 3, 5, 8).bfloat16()
-    with Shelf(where, tmp_path) as place:
-        kept = place(first.clone())
-        assert torch.equal(kept, first)
-        kept.copy_(second)
-        assert torch.equal(kept, second)
+    kept = shelf(where, tmp_path)(first.clone())
+    assert torch.equal(kept, first)
+    kept.copy_(second)
+    assert torch.equal(kept, second)
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path):
+    place = shelf("disk", tmp_path)
+    with pytest.raises(OSError):
+        place(torch.zeros(1).expand(2**52))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("free, where", [(30, "device"), (12, "disk")])

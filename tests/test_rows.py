@@ -19,6 +19,8 @@ ROWS = [{"text": f"Sentence number {i} is long enough. " * 3, "other": i} for i 
 def files(tmp_path):
     lines = "\n".join(map(json.dumps, ROWS)) + "\n\n"
     (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "lines.json").write_text(lines)
+    (tmp_path / "array.json").write_text(json.dumps(ROWS, indent=1))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     pd.DataFrame(ROWS).to_parquet(tmp_path / "a.parquet")
     pd.DataFrame(ROWS).to_csv(tmp_path / "a.csv", index=False)
@@ -26,11 +28,12 @@ def files(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "a.txt"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "lines.json", "array.json", "a.csv", "a.parquet", "a.txt"])
 def test_every_kind_of_file_gives_its_rows_with_their_places(files, name):
     found = list(read_rows(files / name))
     assert [" ".join(row["text"].split()) for _, row in found] == [row["text"].strip() for row in ROWS]
-    assert found[1][0] == f"{files / name}" + {"a.csv": ":3", "a.parquet": ", row 2", "a.txt": ":6"}.get(name, ":2")
+    places = {"a.csv": ":3", "a.parquet": ", row 2", "array.json": ", row 2", "a.txt": ":6"}
+    assert found[1][0] == f"{files / name}" + places.get(name, ":2")
     recipe = load_recipe("demo", [f'calibration.corpus="{files / name}"'])
     texts = list(corpus.corpus_texts(recipe, 0))
     assert sorted(" ".join(t.split()) for t in texts) == sorted(row["text"].strip() for row in ROWS)
@@ -42,6 +45,8 @@ def test_every_kind_of_file_gives_its_rows_with_their_places(files, name):
     [
         ("a.xlsx", b"x", "a.xlsx: not a known kind of file; known are .jsonl"),
         ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a.jsonl:2: not a JSON object"),
+        ("a.json", b'\n[{"text": "x"}, 1]', r"a.json, row 2: not a JSON object"),
+        ("a.json", b'[{"text": "x"}', r"a.json: not a JSON array \(Expecting ',' delimiter"),
         ("a.jsonl", b"\xff\xfe{}", "a.jsonl: damaged, or not UTF-8"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged"),
         ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + b"\xff" * 40, "a.jsonl.gz: damaged"),

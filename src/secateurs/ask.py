@@ -325,7 +325,8 @@ def trace(
         raise ValueError(
             f"no trace passed the filters: {dropped}; loosen traces.filters or look at the model's answers"
         )
-    return Traced(tuple(held), tuple(kept), _trace_summary([*held, *kept], dropped, seconds), key, surprises)
+    summary = _trace_summary([*held, *kept], dropped, table.ids, seconds)
+    return Traced(tuple(held), tuple(kept), summary, key, surprises)
 
 
 Share = Callable[[Path, Dense, tuple[int, int], Progress], object]
@@ -395,7 +396,7 @@ def _gather_parts(whole: Path) -> None:
     shutil.rmtree(_parts(whole), ignore_errors=True)
 
 
-def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: float) -> TraceSummary:
+def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], ids: str, seconds: float) -> TraceSummary:
     by_region: dict[str, int] = {"prompt": 0, "think": 0, "answer": 0}
     count = max(len(kept), 1)  # a shard may have none
     for one in kept:
@@ -409,6 +410,7 @@ def _trace_summary(kept: Sequence[Trace], dropped: dict[str, int], seconds: floa
         mean_think_tokens=sum(t.think_tokens for t in kept) / count,
         truncated=sum(t.finish == "length" for t in kept) / count,
         dropped=dropped,
+        ids=ids,
         seconds=seconds,
     )
 

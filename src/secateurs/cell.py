@@ -45,7 +45,7 @@ from secateurs.models import Matrix
 from secateurs.narrow import Narrowed, Narrowing, narrow
 from secateurs.parallel import Progress, silent
 from secateurs.patterns import Pattern, Unstructured
-from secateurs.planner import Needs, Shelf, Where, choose, needs
+from secateurs.planner import Needs, Where, choose, needs, shelf
 from secateurs.prompts import render
 from secateurs.recipe import (
     Recipe,
@@ -285,12 +285,11 @@ def _choose_experts(
     """This process's part in what becomes of every block."""
     score: Any = build_solver(recipe.prune.solver)
     dense.forget()
-    with Shelf(where, folder) as place:
-        return drop_experts(
-            dense.checkpoint.model, calibration, cut, score, folder / "experts.json", propagate=recipe.prune.propagate,
-            batch_tokens=recipe.calibration.batch_tokens, place=place, opened=dense.checkpoint.opened,
-            progress=lambda done, total, what: progress(stage, done, total, "blocks"), ranks=dense.ranks,
-        )  # fmt: skip
+    return drop_experts(
+        dense.checkpoint.model, calibration, cut, score, folder / "experts.json", propagate=recipe.prune.propagate,
+        batch_tokens=recipe.calibration.batch_tokens, place=shelf(where, folder), opened=dense.checkpoint.opened,
+        progress=lambda done, total, what: progress(stage, done, total, "blocks"), ranks=dense.ranks,
+    )  # fmt: skip
 
 
 def _narrower(cut: Hidden, case: Case, calibration: CalibrationSet, stage: str, progress: Progress) -> _Solved:
@@ -309,11 +308,11 @@ def _narrow(
     """This process's part in the narrower model."""
     how: Any = build_solver(recipe.prune.solver)
     dense.forget()
-    with Shelf(where, folder) as place:
-        return narrow(
-            dense.checkpoint, calibration, cut, how, folder, batch_tokens=recipe.calibration.batch_tokens, place=place,
-            progress=lambda done, total, what: progress(stage, done, total, "blocks"), ranks=dense.ranks,
-        )  # fmt: skip
+    return narrow(
+        dense.checkpoint, calibration, cut, how, folder,
+        batch_tokens=recipe.calibration.batch_tokens, place=shelf(where, folder),
+        progress=lambda done, total, what: progress(stage, done, total, "blocks"), ranks=dense.ranks,
+    )  # fmt: skip
 
 
 def _solve(
@@ -321,7 +320,7 @@ def _solve(
     plans: Mapping[Path, pruner.Plan],
     batch_tokens: int,
     where: Where,
-    shelf: Path,
+    beside: Path,
     stage: str,
     dense: Dense,
     progress: Progress,
@@ -329,18 +328,17 @@ def _solve(
     """This process's part in a prune: several `plans`, by the folder of their blocks, at once on the same Grams, or one
     of any kind. The first process writes the blocks; results of one plan are returned."""
     dense.forget()  # blocks are read one at a time
-    with Shelf(where, shelf) as place:
-        options: dict[str, Any] = {
-            "opened": dense.checkpoint.opened, "place": place, "batch_tokens": batch_tokens,
-            "progress": lambda done, total, what: progress(stage, done, total, "layers"), "ranks": dense.ranks,
-            "stored": dense.checkpoint.stored,
-        }  # fmt: skip
-        if len(plans) > 1:
-            pruner.solve_alike(dense.checkpoint.model, calibration, plans, **options)
-            return []
-        ((folder, plan),) = plans.items()
-        options["folder"] = folder if dense.ranks.first else None
-        return pruner.prune(dense.checkpoint.model, calibration, plan, **options)
+    options: dict[str, Any] = {
+        "opened": dense.checkpoint.opened, "place": shelf(where, beside), "batch_tokens": batch_tokens,
+        "progress": lambda done, total, what: progress(stage, done, total, "layers"), "ranks": dense.ranks,
+        "stored": dense.checkpoint.stored,
+    }  # fmt: skip
+    if len(plans) > 1:
+        pruner.solve_alike(dense.checkpoint.model, calibration, plans, **options)
+        return []
+    ((folder, plan),) = plans.items()
+    options["folder"] = folder if dense.ranks.first else None
+    return pruner.prune(dense.checkpoint.model, calibration, plan, **options)
 
 
 def _where(case: Case, calibration: CalibrationSet) -> Where:

@@ -798,6 +798,7 @@ def _trace_facts(traces: TraceSummary) -> list[tuple[str, str]]:
         ("mean chain of thought", f"{_count(traces.mean_think_tokens)} tokens"),
         ("truncated", _percent(traces.truncated, 1)),
         *((f"dropped, {reason}", str(n)) for reason, n in traces.dropped.items()),
+        ("ids", traces.ids),
         ("sampling", _duration(traces.seconds)),
     ]
 

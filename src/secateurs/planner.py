@@ -1,9 +1,10 @@
 """What pruning a model will hold in memory, part by part, and where its hidden states should lie."""
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import torch
@@ -154,28 +155,21 @@ def choose(wanted: Needs, device: torch.device, nearby: int = 1) -> Where:
     return "disk"
 
 
-class Shelf:
-    """Where hidden states are kept: `shelf.place(hidden)`. On disk they are files of a folder that goes with it."""
+def shelf(where: Where, folder: Path) -> Place:
+    """What puts hidden states where they are to stay: as they are, on the CPU, or in files that the system pages.
 
-    def __init__(self, where: Where, folder: Path):
-        self.where, self._count = where, 0
-        self._folder = None
-        if where == "disk":
-            folder.mkdir(parents=True, exist_ok=True)
-            self._folder = TemporaryDirectory(prefix="hidden-", dir=folder)
+    Files have no name, so they go with the tensors, and with a process that is killed. OSError if the disk is full.
+    """
 
-    def place(self, hidden: Tensor) -> Tensor:
-        """The tensor, where it is to stay: as it is, on the CPU, or in a file that the system pages in and out."""
-        if self._folder is None:
-            return hidden if self.where == "device" else hidden.cpu()
-        self._count += 1
-        file = Path(self._folder.name) / f"{self._count:06d}"
-        mapped = torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=hidden.dtype)
+    def place(hidden: Tensor) -> Tensor:
+        if where != "disk":
+            return hidden if where == "device" else hidden.cpu()
+        with NamedTemporaryFile(prefix="hidden-", dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):  # or else a full disk is found out by a signal that kills
+                os.posix_fallocate(file.fileno(), 0, max(hidden.nbytes, 1))
+            mapped = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
         return mapped.view(hidden.shape).copy_(hidden)
 
-    def __enter__(self) -> Place:
-        return self.place
-
-    def __exit__(self, *exception: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+    if where == "disk":
+        folder.mkdir(parents=True, exist_ok=True)
+    return place

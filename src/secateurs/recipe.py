@@ -93,9 +93,13 @@ class EngineTable(_Table):
         that exact ids come from, as the prompt's ids are the same; it can where text is put together again."""
         if self.name == "hf":
             return "hf"
-        ids = "retokenised" if self.allow_retokenised else "sampled"
         pieced = {"endpoint": "chat"} if self.allow_retokenised and self.endpoint == "chat" else {}
-        return {"name": self.name, "model": self.model, "ids": ids, **pieced}
+        return {"name": self.name, "model": self.model, "ids": self.ids, **pieced}
+
+    @property
+    def ids(self) -> Literal["sampled", "retokenised"]:
+        """Whether traces hold the ids that were sampled, or those of their text."""
+        return "retokenised" if self.allow_retokenised else "sampled"
 
 
 class Traces(_Table):

@@ -179,6 +179,7 @@ class TraceSummary(_Model):
     mean_think_tokens: Tokens = Field(description="Mean length of the chain of thought.")
     truncated: Fraction = Field(description="Share of traces stopped by the token limit.")
     dropped: dict[str, Count] = Field(description="Traces left out, by reason.")
+    ids: str = Field("sampled", description="`retokenised` where a server gave text, which is nearly on-policy.")
     seconds: Seconds = Field(description="Wall-clock time of the sampling.")
 
 
@@ -664,6 +665,7 @@ def merge_traces(stores: Sequence[TraceSummary]) -> TraceSummary | None:
         mean_think_tokens=weighted([store.mean_think_tokens for store in stores]),
         truncated=weighted([store.truncated for store in stores]),
         dropped=added([store.dropped for store in stores]),
+        ids=", ".join(sorted({store.ids for store in stores})),
         seconds=math.fsum(store.seconds for store in stores),
     )
 

@@ -1,12 +1,13 @@
-"""Rows of files: JSON lines, CSV, Parquet, text; or of the hub. All untrusted; an error names the place. No torch."""
+"""Rows of files (JSON, CSV, Parquet, text) or of the hub. All untrusted; an error names the place. No torch."""
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,8 +21,9 @@ KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row of a file with its place, as in `file:12`: all but Parquet may be gzipped (`.jsonl.gz`).
 
-    A text is cut at blank lines, and each paragraph is a row {"text": ...}. A `path` that starts with `hub:` is a data
-    set there (`hub.py`). ValueError for a file that is not there, is of no known kind (by its name) or is damaged.
+    JSON is an object a line or, in `.json`, an array of objects. A text is cut at blank lines, and each paragraph is a
+    row {"text": ...}. A `path` that starts with `hub:` is a data set there (`hub.py`). ValueError for a
+    file that is not there, is of no known kind (by its name) or is damaged.
     """
     if str(path).startswith(HUB):
         yield from hub_rows(str(path))
@@ -38,9 +40,25 @@ def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8", newline="") as lines:
-            yield from {".txt": _paragraphs, ".csv": _csv}.get(kind, _json_lines)(path, lines)
+            yield from {".txt": _paragraphs, ".csv": _csv, ".json": _json}.get(kind, _json_lines)(path, lines)
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
         raise ValueError(f"{path}: damaged, or not UTF-8 text ({error})") from None
+
+
+def _json(path: Path, lines: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
+    """An array of objects; or lines, which some call so too."""
+    text = lines.read()
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(path, io.StringIO(text))
+        return
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON array ({error})") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number}: not a JSON object")
+        yield f"{path}, row {number}", row
 
 
 def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:

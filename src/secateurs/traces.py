@@ -278,35 +278,40 @@ def merge_stores(into: Path | str, shards: Sequence[Path | str], *, keep_first: 
 
     Returns how many were "added" and how many were there "already". ValueError, and nothing is written, if a shard was
     made with other settings, or if two stores answer one request differently, with the first five named; `keep_first`
-    lets the store that is named first win, `into` before all. Merging twice changes nothing.
+    lets the store that is named first win, `into` before all. Merging twice changes nothing. A store's seconds come
+    along by the share of its tokens that is added.
     """
     if not shards:
         raise ValueError("no trace store to merge: name at least one")
     provenance = read_provenance(shards[0])
     for shard in shards[1:]:
         _check_provenance(Path(shard), expected=provenance, found=read_provenance(shard))
+    there = read_traces(into) if _manifest_path(Path(into)).exists() else []
+    holder = {trace.key: (Path(into), trace) for trace in there}
+    fresh: dict[Key, Trace] = {}
+    conflicts: list[str] = []
+    already, seconds = 0, 0.0
+    for shard in shards:
+        tokens = added = 0
+        for trace in read_traces(shard):
+            tokens += len(trace.completion_ids)
+            where, held = holder.setdefault(trace.key, (Path(shard), trace))
+            if held is trace:
+                fresh[trace.key] = trace
+                added += len(trace.completion_ids)
+            elif held == trace or keep_first:
+                already += 1
+            else:
+                conflicts.append(f"question {trace.question_id!r} sample {trace.sample} in {where} and in {shard}")
+        seconds += _read_seconds(Path(shard)) * added / max(tokens, 1)
+    if conflicts:
+        raise ValueError(
+            f"{len(conflicts)} requests are answered differently: {'; '.join(conflicts[:5])}"
+            f"{', ...' if len(conflicts) > 5 else ''}. Leave a store out, or let the first named win: --keep-first"
+        )
     with TraceStore(into, provenance) as store:
-        holder = {trace.key: (Path(into), trace) for trace in store}
-        fresh: dict[Key, Trace] = {}
-        conflicts: list[str] = []
-        already = 0
-        for shard in shards:
-            for trace in read_traces(shard):
-                where, held = holder.setdefault(trace.key, (Path(shard), trace))
-                if held is trace:
-                    fresh[trace.key] = trace
-                elif held == trace or keep_first:
-                    already += 1
-                else:
-                    conflicts.append(f"question {trace.question_id!r} sample {trace.sample} in {where} and in {shard}")
-        if conflicts:
-            raise ValueError(
-                f"{len(conflicts)} requests are answered differently: {'; '.join(conflicts[:5])}"
-                f"{', ...' if len(conflicts) > 5 else ''}. Leave a store out, or let the first named win: --keep-first"
-            )
         store.append(fresh.values())
-        sources = {holder[key][0] for key in fresh}
-        store.add_seconds(sum(_read_seconds(shard) for shard in sources))
+        store.add_seconds(seconds)
     return {"added": len(fresh), "already": already}
 
 
