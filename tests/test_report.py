@@ -503,9 +503,9 @@ def test_a_study_says_how_many_models_were_asked_side_by_side(tmp_path, monkeypa
     answers: Any = "answers"
 
     def run_tasks(make, tasks, jobs, progress):
-        if tasks[0][0] is study._ask_dense:
+        if tasks and tasks[0][0] is study._ask_dense:
             return [study._Seed(SimpleNamespace(summary=TRACES), answers) for _ in tasks]  # pyright: ignore
-        return [[study._Done(arm, answers)] for arm in ("prompt", "rac")]  # pyright: ignore
+        return [study._Done(arm, answers) for arm in ("prompt", "rac")] if tasks else []  # pyright: ignore
 
     monkeypatch.setattr(study, "Dense", lambda *_: dense)
     monkeypatch.setattr(study, "plan_check", lambda *_: None)
@@ -522,8 +522,8 @@ def test_a_study_says_how_many_models_were_asked_side_by_side(tmp_path, monkeypa
 
 
 def test_a_solve_that_cells_share_is_in_their_seconds_and_stays_there(tmp_path, monkeypatch):
-    cases = [SimpleNamespace(folder=tmp_path / name, recipe=SimpleNamespace(evaluate=SimpleNamespace(num_questions=0)))
-             for name in ("old", "one", "two")]  # fmt: skip
+    asking = SimpleNamespace(num_questions=0)
+    cases = [SimpleNamespace(folder=tmp_path / name, evaluate=asking) for name in ("old", "one", "two")]
     old = {"arm": "rac", "pattern": "2:4", "sparsity": 0.5, "solver": "s", "seed": 0, "calibration_tokens": 9,
            "layers": [], "hidden_error": {}, "seconds": {"prune": 1.0}}  # fmt: skip
 
@@ -542,7 +542,8 @@ def test_a_solve_that_cells_share_is_in_their_seconds_and_stays_there(tmp_path, 
     monkeypatch.setattr(study, "prune", prune)
     bench = study._Bench(None, tmp_path, silent, given=SimpleNamespace())  # pyright: ignore
     for _ in range(2):  # the second finds all done
-        done = study._do_cells(bench, 0, None, cases, 1, 3)  # pyright: ignore
+        study._prune_alike(bench, 0, None, cases)  # pyright: ignore
+        done = [study._do_cell(bench, 0, None, case, "1/3") for case in cases]  # pyright: ignore
         seconds = [one.pruned.seconds for one in done]
         assert seconds[0] == {"prune": 1.0} and seconds[1] == seconds[2]
         assert seconds[1]["prune"] == 1.0 and 0.1 <= seconds[1]["prune, shared"] < 1.0

@@ -81,6 +81,7 @@ def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path, monkeypa
     wait = time.monotonic() + 120
     while not list(tmp_path.glob("study/cells/*/blocks/*.json")) and time.monotonic() < wait:
         time.sleep(0.02)
+    assert process.poll() is None
     process.kill()
     process.wait()
     assert not (tmp_path / "study" / "report.json").exists()

@@ -48,9 +48,10 @@ from secateurs.report import (
 def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1, ranks: Ranks = ALONE) -> Report:
     """Every stage, for every seed and every cell of the recipe's grid; then the report, built but not written.
 
-    `jobs` processes share the work: first the seeds (traces, and the dense model's answers), then the cells. Or there
-    is one job, and other processes (`ranks`) that `dense.follow`, to prune with it. What is on disk is not done again,
-    so a study that was stopped goes on. ValueError if `jobs` is below 1, or above with other ranks.
+    `jobs` processes share the work: first the seeds (traces, and the dense model's answers), then what shares Grams,
+    then the cells. Or there is one job, and other processes (`ranks`) that `dense.follow`, to prune with it. What is on
+    disk is not done again, so a study that was stopped goes on. ValueError if `jobs` is below 1, or above with other
+    ranks.
     """
     if jobs < 1 or (jobs > 1 and ranks.count > 1):
         raise ValueError(f"--jobs is {jobs}; it must be {'1 or more' if jobs < 1 else '1 under torchrun'}")
@@ -59,32 +60,29 @@ def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1,
     plan_check(recipe, dense)
     bench = partial(_Bench, recipe, out, given=dense if jobs == 1 else None)
     seeds: list[_Seed] = run_tasks(bench, [(_ask_dense, (seed,)) for seed in recipe.seeds], jobs, progress)
-    groups: list[Task] = []
-    total = len(recipe.seeds) * len(recipe.grid)
-    for seed, found in zip(recipe.seeds, seeds, strict=True):
-        for recipes in _alike(recipe.grid):
-            first = sum(len(args[2]) for _, args in groups) + 1
-            groups.append((_do_cells, (seed, found.traced, recipes, first, total)))
-    done: list[list[_Done]] = run_tasks(bench, groups, jobs, progress)
+    traced = {seed: found.traced for seed, found in zip(recipe.seeds, seeds, strict=True)}
+    groups: list[Task] = [(_prune_alike, (seed, traced[seed], one)) for seed in traced for one in _alike(recipe.grid)]
+    run_tasks(bench, groups, jobs, progress)
+    todo = [(seed, traced[seed], cell) for seed in traced for cell in recipe.grid]
+    tasks: list[Task] = [(_do_cell, (*one, f"{number}/{len(todo)}")) for number, one in enumerate(todo, start=1)]
+    done: list[_Done] = run_tasks(bench, tasks, jobs, progress)
     cells: list[Cell] = []
     unasked: list[Model] = []
-    dense_beside, beside = (min(jobs, len(tasks)) - 1 for tasks in (seeds, groups))
+    dense_beside, beside = (min(jobs, len(each)) - 1 for each in (seeds, tasks))
     for seed, found in zip(recipe.seeds, seeds, strict=True):
         if found.answers:
             cells.append(_dense_cell(found.answers, seed, out / "dense", dense_beside))
-        mine = [one for (_, args), group in zip(groups, done, strict=True) if args[0] == seed for one in group]
-        for one in mine:
+        for one in (one for one, (of, _, _) in zip(done, todo, strict=True) if of == seed):
             if one.answers and found.answers:
                 cells.append(_cell(one.pruned, one.answers, found.answers, beside))
             else:
                 unasked.append(Model.model_validate(_facts(one.pruned)))
-    seconds = {"trace": sum(found.traced.summary.seconds for found in seeds)}
+    seconds = {"trace": sum(one.summary.seconds for one in traced.values())}
     for cell in (*cells, *unasked):
         for name, spent in cell.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + spent
     model = dense.checkpoint.model
     recipe_key = canonical_hash(recipe.model_dump(exclude={"resources", "title"}))
-    all_traced = {seed: found.traced for seed, found in zip(recipe.seeds, seeds, strict=True)}
     return Report(
         title=recipe.title or f"{recipe.model} pruned on its own chain of thought",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -96,8 +94,8 @@ def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1,
         recipe=recipe.model_dump(),
         recipe_key=recipe_key,
         stages=[Stage(name=name, seconds=spent) for name, spent in seconds.items()],
-        traces=merge_traces([found.traced.summary for found in seeds]),
-        leaks=[leak_check(recipe, recipe_key, all_traced, dense)] if recipe.evaluate.num_questions else [],
+        traces=merge_traces([one.summary for one in traced.values()]),
+        leaks=[leak_check(recipe, recipe_key, traced, dense)] if recipe.evaluate.num_questions else [],
         cells=cells,
         unasked=unasked,
         summary=summarise(cells),
@@ -165,31 +163,32 @@ def _ask_dense(bench: _Bench, seed: int) -> _Seed:
 
 
 def _alike(grid: Sequence[Recipe]) -> list[list[Recipe]]:
-    """Cells that are done by one process, one after the other: those that can share Grams, else each alone."""
+    """Cells that can share Grams, where there are some."""
     cut = any(isinstance(build_pattern(cell.prune.pattern), Cut) for cell in grid)
     if cut or grid[0].prune.propagate != "dense" or grid[0].prune.tune.steps:
-        return [[cell] for cell in grid]
+        return []
     by_arm = sorted(grid, key=lambda cell: repr(cell.calibration.arm))
     return [list(cells) for _, cells in groupby(by_arm, key=lambda cell: repr(cell.calibration.arm))]
 
 
-def _do_cells(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe], first: int, total: int) -> list[_Done]:
-    """Prune, export and evaluate some cells of a seed."""
-    out, dense, progress = bench.out, bench.dense, bench.progress
-    cases = [Case(recipe, out, seed, traced, dense) for recipe in cells]
-    shared = solve_alike(cases, progress)
-    done = []
-    for number, case in enumerate(cases, start=first):
-        recipe, reference = case.recipe, partial(bench.reference, traced)
-        pruned = prune(case, reference, progress, shared.get(case.folder, 0.0))
-        answers = None
-        if recipe.evaluate.num_questions:
-            pattern = build_pattern(recipe.prune.pattern)
-            stage = f"evaluate {pruned.arm} {pruned.solver} {pattern} ({number}/{total})"
-            model, key = pruned.folder / "model", pruned.folder.name
-            answers = answer(recipe, pruned.folder / "answers", model, key, seed, dense, stage, progress)
-        done.append(_Done(pruned, answers))
-    return done
+def _prune_alike(bench: _Bench, seed: int, traced: Traced, cells: Sequence[Recipe]) -> None:
+    """Prune some cells of a seed on the same Grams, and export them."""
+    cases = [Case(recipe, bench.out, seed, traced, bench.dense) for recipe in cells]
+    shared = solve_alike(cases, bench.progress)
+    for case in cases:
+        if case.folder in shared:
+            prune(case, partial(bench.reference, traced), bench.progress, shared[case.folder])
+
+
+def _do_cell(bench: _Bench, seed: int, traced: Traced, recipe: Recipe, number: str) -> _Done:
+    """Prune, export and evaluate a cell of a seed; one that is pruned is only evaluated."""
+    dense, progress = bench.dense, bench.progress
+    pruned = prune(Case(recipe, bench.out, seed, traced, dense), partial(bench.reference, traced), progress)
+    if not recipe.evaluate.num_questions:
+        return _Done(pruned, None)
+    stage = f"evaluate {pruned.arm} {pruned.solver} {build_pattern(recipe.prune.pattern)} ({number})"
+    model, key = pruned.folder / "model", pruned.folder.name
+    return _Done(pruned, answer(recipe, pruned.folder / "answers", model, key, seed, dense, stage, progress))
 
 
 def leak_check(recipe: Recipe, recipe_key: str, traced: Mapping[int, Traced], dense: Dense) -> LeakCheck:
