@@ -4,7 +4,7 @@
     python benchmarks/engine.py http://127.0.0.1:PORT/v1 [--model NAME] [--requests 2000] [--concurrency 64]
 
 Both send the same bodies over as many connections; the bare loop reads the JSON and nothing more. They take turns,
-three times each. The figure is requests a second of the engine over those of the loop.
+three times each. The figure is requests a second of the engine over those of the loop, which has one client of httpx.
 """
 
 import argparse

@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from itertools import islice
@@ -19,6 +20,7 @@ from secateurs.prompts import chat_text, messages, rejoin
 LONGEST_PAUSE = 30.0  # seconds between two attempts, unless a server asks for more
 LONGEST_REQUEST = 600.0  # seconds a server may ask us to wait
 PATIENCE = 1800.0  # seconds that servers may put us off in all while none of them answers
+POOLED = 8  # connections a client, as httpx looks at all of a client, several times, for every request
 BYTES_A_TOKEN = 64  # of an answer's JSON, generously; anything longer is no answer
 ASK_IDS = {"return_token_ids": True, "return_tokens": True, "verbose": True}  # vLLM and SGLang; llama.cpp the others
 ID_FIELDS = ("token_ids", "response_token_ids", "tokens")  # vLLM, SGLang, llama.cpp
@@ -52,10 +54,21 @@ class _Server:
     url: str
     room: int  # requests it may have at once: half as many when it puts us off, one more with every answer
     freed: asyncio.Event
+    clients: dict[httpx.AsyncClient, int] = field(default_factory=dict)  # and how many requests each has
     in_flight: int = 0
     resting: int = 0  # pauses that are not over
     gone: int = 0  # times in a row that it could not be reached
     put_off: float = 0.0  # seconds it put us off by since its last answer
+
+    @contextmanager
+    def client(self) -> Iterator[httpx.AsyncClient]:
+        """The one with the fewest requests, for one more."""
+        client = min(self.clients, key=lambda client: self.clients[client])
+        self.clients[client] += 1
+        try:
+            yield client
+        finally:
+            self.clients[client] -= 1
 
     def free(self, in_flight: int = 0, resting: int = 0) -> None:
         self.in_flight -= in_flight
@@ -144,15 +157,20 @@ class OpenAI:
         freed = asyncio.Event()
         servers = [_Server(url.rstrip("/"), self.concurrency, freed) for url in self.servers]
         pending: set[asyncio.Task[Completion]] = set()
-        async with httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
-            limits=httpx.Limits(max_connections=limit, max_keepalive_connections=limit),
-            timeout=httpx.Timeout(self.timeout, connect=min(self.timeout, 10.0)),
-        ) as client:
+        options: dict[str, Any] = {
+            "headers": {"Authorization": f"Bearer {self._key}"} if self._key else None,
+            "limits": httpx.Limits(max_connections=POOLED, max_keepalive_connections=POOLED),
+            "timeout": httpx.Timeout(self.timeout, connect=min(self.timeout, 10.0)),
+            "verify": httpx.create_ssl_context(),
+        }
+        async with AsyncExitStack() as stack:
+            for server in servers:
+                for _ in range(-(-self.concurrency // POOLED)):
+                    server.clients[await stack.enter_async_context(httpx.AsyncClient(**options))] = 0
             try:
                 while True:
                     for request in islice(queue, limit - len(pending)):
-                        pending.add(asyncio.create_task(self._until_right(client, servers, request, sampling)))
+                        pending.add(asyncio.create_task(self._until_right(servers, request, sampling)))
                     if not pending:
                         return
                     done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -163,9 +181,7 @@ class OpenAI:
                     task.cancel()
                 await asyncio.gather(*pending, return_exceptions=True)
 
-    async def _until_right(
-        self, client: httpx.AsyncClient, servers: list[_Server], request: Request, sampling: Sampling
-    ) -> Completion:
+    async def _until_right(self, servers: list[_Server], request: Request, sampling: Sampling) -> Completion:
         """The answer of whichever server is to be had, asked again and again."""
         failed, tried = 0, None
         while True:
@@ -173,7 +189,8 @@ class OpenAI:
             server.in_flight += 1
             try:
                 async with asyncio.timeout(self.timeout):
-                    completion = await self._ask(client, server.url, request, sampling)
+                    with server.client() as client:
+                        completion = await self._ask(client, server.url, request, sampling)
                 server.gone, server.put_off, server.room = 0, 0.0, min(server.room + 1, self.concurrency)
                 return completion
             except TimeoutError:
