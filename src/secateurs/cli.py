@@ -61,6 +61,13 @@ def _bars(lines: int = 1) -> Iterator[Bars]:
         yield Bars(bars, lines)
 
 
+def _words(value: Any) -> str:
+    """A value of a plan, for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(one)}" for name, one in value.items())
+    return f"{value:,}" if isinstance(value, (int, float)) else str(value)
+
+
 def _plan(dense: Any, as_json: bool) -> None:
     from secateurs.preview import estimate, plan_check
 
@@ -73,7 +80,7 @@ def _plan(dense: Any, as_json: bool) -> None:
     table = Table(show_header=False, title="plan (nothing was run)")
     memory = plan.pop("memory_bytes")
     for name, value in plan.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(name.replace("_", " "), _words(value))
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.0f}" for name, size in memory.items())
     table.add_row("memory of a prune, MB (estimate)", parts)
     Console().print(table)
