@@ -12,14 +12,16 @@ import torch
 from torch import distributed
 
 from families import lively, make_model
-from secateurs import pruner
+from secateurs import ask, cell, pruner
 from secateurs import survey as surveys
 from secateurs.checkpoint import Checkpoint
 from secateurs.cuts import Depth, FewerExperts, Hidden
+from secateurs.dense import Dense, follow
 from secateurs.experts import EXPERT_SCORES, drop_experts
 from secateurs.narrow import NARROWINGS, narrow
 from secateurs.patterns import Unstructured
 from secateurs.ranks import Elsewhere, Ranks, joined
+from secateurs.recipe import load_recipe
 from secateurs.solvers.masking import Masking
 from test_pruner import CALIBRATION, EVERYTHING, PLAN
 
@@ -252,6 +254,43 @@ def test_plans_on_the_same_grams_are_solved_by_several_processes(tmp_path):
     for kind, plan in alike().items():
         expected = pruned(Ranks(), "mixtral", plan, 100)
         assert_equal(pruned(Ranks(), "mixtral", plan, 100, tmp_path / kind), expected)
+
+
+def surveyed(ranks: Ranks, out: Path) -> dict[str, Any] | None:
+    """What surveys of the bundled reasoner lead to, where the first process asks and the others follow."""
+    small = ["traces.sampling.max_new_tokens=48", "calibration.num_tokens=300", "calibration.held_out_tokens=150"]
+    layer, cut = "prune.pattern={name='unstructured',sparsity=0.5,scope='layer'}", "prune.solver={name='obs'}"
+    asked = {
+        "owl": (layer, "prune.allocator={name='owl'}"),
+        "curves": (layer, "prune.allocator={name='curves'}"),
+        "depth": (cut, "prune.pattern={name='depth',sparsity=0.5}"),
+        "loss": (cut, "prune.pattern={name='width',sparsity=0.25,score='loss'}"),
+    }
+    recipes = {name: load_recipe("demo", [*small, "sweep.sparsity=[]", *sets]) for name, sets in asked.items()}
+    dense = Dense(recipes["owl"], ranks)
+    if not ranks.first:
+        return follow(dense)
+    traced = ask.trace(recipes["owl"], out, 0, dense)
+    found: dict[str, Any] = {}
+    for name, recipe in recipes.items():
+        case = cell.Case(recipe.grid[0], out, 0, traced, dense)
+        calibration = cell.calibration_set(case)
+        if name == "loss":
+            roots = cell._loss_roots(case, calibration, lambda *_: None)
+            found[name] = {matrix: float(root.square().sum()) for matrix, root in roots.items()}
+        else:
+            found[name] = {matrix: str(pattern) for matrix, pattern in cell.allocate(case, calibration).items()}
+    if ranks.count > 1:
+        ranks.tell(None)
+    return found
+
+
+def test_surveys_go_to_the_processes_that_follow(tmp_path):
+    found, nothing = in_processes(2, tmp_path, surveyed, tmp_path / "two")
+    expected = surveyed(Ranks(), tmp_path / "one")
+    assert nothing is None and expected is not None
+    assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-3)
+    assert found == expected and all(expected.values())
 
 
 def test_shares_are_alike_and_rounds_start_with_what_is_costly():
