@@ -111,15 +111,16 @@ def secateurs(model: str, ids: dict[str, Any], out: Path, solver: str, how: Any)
 
     from secateurs import pruner
     from secateurs.checkpoint import Checkpoint
-    from secateurs.planner import Shelf
+    from secateurs.planner import shelf
 
     lean = how == "lean"
     calibration, plan = task(ids, solver, "dense" if lean else how)
-    with Meter() as meter, Shelf("disk" if lean else "device", out) as place:
+    with Meter() as meter:
         checkpoint = Checkpoint(model, compute_dtype="auto")
         results = pruner.prune(
             checkpoint.model, calibration, plan, folder=out / "blocks", opened=checkpoint.opened,
-            stored=checkpoint.stored, place=place, batch_tokens=LENGTH if lean else 2048,
+            stored=checkpoint.stored, place=shelf("disk" if lean else "device", out),
+            batch_tokens=LENGTH if lean else 2048,
         )  # fmt: skip
     meter.show()
     write(checkpoint, AutoTokenizer.from_pretrained(model), plan, results, out, ids["held_out"][0][:64])

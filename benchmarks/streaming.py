@@ -26,7 +26,7 @@ from secateurs import pruner
 from secateurs.calibration import CODES, CalibrationSet, Document, batches, region_weights
 from secateurs.checkpoint import INDEX, Checkpoint
 from secateurs.models import model_path
-from secateurs.planner import Shelf, needs
+from secateurs.planner import needs, shelf
 from secateurs.recipe import build_pattern, build_solver
 
 VOCABULARY = 512
@@ -88,11 +88,11 @@ def prune(folder: Path, out: Path, tokens: int, solver: str, where: Any) -> dict
             }
             wanted = needs(checkpoint.model, plan, solver, **sizes)
             print(f"planned: {wanted}", file=sys.stderr)
-            with Shelf(where, out) as place:
-                results = pruner.prune(
-                    checkpoint.model, calibration, plan, folder=out / "blocks", batch_tokens=BATCH_TOKENS, place=place,
-                    opened=checkpoint.opened, progress=lambda done, total, what: print(done, total, file=sys.stderr),
-                )  # fmt: skip
+            results = pruner.prune(
+                checkpoint.model, calibration, plan, folder=out / "blocks", batch_tokens=BATCH_TOKENS,
+                place=shelf(where, out), opened=checkpoint.opened,
+                progress=lambda done, total, what: print(done, total, file=sys.stderr),
+            )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(model_path("bundled"))
         write(checkpoint, tokenizer, plan, results, out, calibration.held_out[0].ids[:64])
     planned = wanted.on_device + (wanted.hidden if where != "disk" else 0)

@@ -237,12 +237,9 @@ def edited(folder: Path, change) -> Path:
 @pytest.mark.parametrize("layer", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
 def test_a_tensor_that_is_missing_is_named(layer, tmp_path):
     folder = edited(saved("llama", tmp_path), lambda tensors: tensors.pop(layer, None))
-    with pytest.raises(ValueError, match=f"the checkpoint has no {layer}"):
-        checkpoint = Checkpoint(str(folder))
-        with checkpoint.opened(0):
-            pass
-        with checkpoint.opened(1):
-            pass
+    for load in (Checkpoint, load_model):  # before anything is asked of it
+        with pytest.raises(ValueError, match=f"cannot be loaded: the checkpoint has no {layer}"):
+            load(str(folder))
 
 
 def test_a_tensor_of_another_shape_is_named_with_both(tmp_path):
@@ -291,3 +288,59 @@ def test_an_exported_folder_loads_in_a_clean_process(tmp_path):
     save_file(tensors, changed / PROBE_FILE, {"device": here})
     with pytest.raises(RuntimeError, match="logits after reloading differ"):
         verify([changed])
+
+
+def test_an_expert_that_is_missing_is_said_in_a_sentence(tmp_path):
+    gone = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+    checkpoint = Checkpoint(str(edited(saved("mixtral", tmp_path), lambda tensors: tensors.pop(gone, None))))
+    with (
+        pytest.raises(ValueError, match="experts.* cannot be put together from the checkpoint's tensors: [^\n]*$"),
+        checkpoint.opened(1),
+    ):
+        pass
+
+
+def configured(folder: Path, **entries) -> Path:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | entries))
+    return folder
+
+
+def test_every_kind_of_quantised_checkpoint_is_refused(tmp_path, monkeypatch):
+    for number, entry in enumerate(
+        [{"quantization_config": {"quant_method": "gptq"}}, {"compression_config": {"format": "x"}},
+         {"quantization": {"bits": 4}}, {"text_config": {"quantization_config": {"quant_method": "awq"}}}]
+    ):  # fmt: skip
+        folder = configured(saved("llama", tmp_path / str(number)), **entry)
+        for load in (Checkpoint, load_model):
+            with pytest.raises(ValueError, match="is quantised .*use the original"):
+                load(str(folder))
+    monkeypatch.setattr("secateurs.checkpoint.snapshot_download", lambda *_, **__: str(folder))
+    with pytest.raises(ValueError, match="`some/model` is quantised"):
+        Checkpoint("some/model")
+    folder = saved("llama", tmp_path / "bare")
+    (folder / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is quantised"):
+        Checkpoint(str(folder))
+    up = "model.layers.0.mlp.up_proj.weight"
+    bytes8 = edited(
+        saved("llama", tmp_path / "8"), lambda t: t.update({up: t[up].to(torch.float8_e4m3fn)} if up in t else {})
+    )
+    with pytest.raises(ValueError, match=rf"{up} is quantised \(F8_E4M3\): use the original"):
+        Checkpoint(str(bytes8))
+
+
+def test_ties_that_the_files_contradict_are_refused(tmp_path):
+    folder = configured(saved("llama", tmp_path), tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="ties .*lm_head.weight.*, which differ: set tie_word_embeddings to false"):
+        Checkpoint(str(folder))
+
+
+def test_of_one_file_and_an_index_both_loaders_read_the_file(tmp_path):
+    folder = saved("llama", tmp_path)
+    assert (folder / "model.safetensors.index.json").exists()
+    other = make_model("llama")
+    save_file(other.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    table = other.get_input_embeddings().weight
+    for model in (Checkpoint(str(folder), compute_dtype="float32").model, load_model(str(folder))):
+        torch.testing.assert_close(model.get_input_embeddings().weight.float(), table, rtol=1e-2, atol=1e-2)

@@ -348,11 +348,12 @@ def _where(case: Case, calibration: CalibrationSet) -> Where:
         return where
     documents = (*calibration.documents, *calibration.held_out)
     padded = sum(batch.ids.numel() for batch in batches(documents, recipe.calibration.batch_tokens))
-    wanted = memory_needs(recipe, dense, padded, sum(len(document.ids) for document in calibration.held_out))
+    longest = max(len(document.ids) for document in documents)
+    wanted = memory_needs(recipe, dense, padded, sum(len(one.ids) for one in calibration.held_out), longest)
     return choose(wanted, dense.checkpoint.device, dense.ranks.nearby)
 
 
-def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int) -> Needs:
+def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int, longest: int) -> Needs:
     """What each process will hold that prunes a cell, for so many tokens, padding and held-out ones included."""
     pattern = build_pattern(recipe.prune.pattern)
     count = dense.ranks.count
@@ -363,6 +364,7 @@ def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int
         tokens=-(-tokens // count),
         held_out_tokens=-(-held_out_tokens // count),
         batch_tokens=recipe.calibration.batch_tokens,
+        longest=longest,
         stored=dense.checkpoint.stored,
         in_file=() if isinstance(pattern, Hidden) else dense.checkpoint.in_file,
     )

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -76,6 +76,7 @@ class Checkpoint:
         check_folder(name, model_path(name))
         try:
             self.folder = self._fetched()
+            check_folder(name, str(self.folder))
             self.places = layout(self.folder)
             config: Any = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
             known = (DTYPES[place.dtype] for place in self.places.values() if place.dtype in DTYPES)
@@ -85,6 +86,12 @@ class Checkpoint:
             self.prefix, self.blocks = decoder_blocks(self.model)
             self._mapping: list[Any] = list(get_model_conversion_mapping(self.model))
             self.names = self._names_in_model()
+            inside = (name for name in self.model.state_dict() if name.startswith(f"{self.prefix}."))
+            if absent := set(inside) - set(self.names.values()):
+                raise ValueError(f"the checkpoint has no {min(absent)}")
+            if odd := [key for key in self.names if self.places[key].dtype.startswith(("F8", "F4"))]:
+                raise ValueError(f"{odd[0]} is quantised ({self.places[odd[0]].dtype}): use the original")
+            self._check_tied()
             tables = self._tables() if self.device.type == "cpu" else {}
             self.in_file = frozenset(self.names[key] for key in tables)
             """Names of parameters that stay in their files, and take no memory but for what is changed in them."""
@@ -101,8 +108,8 @@ class Checkpoint:
         """While open, block `index` of `model` has its weights; before and after they are on the meta device."""
         block, prefix = self.blocks[index], f"{self.prefix}.{index}."
         self._fill([key for key, name in self.names.items() if name.startswith(prefix)])
-        if absent := [name for name, tensor in block.state_dict().items() if tensor.is_meta]:
-            raise ValueError(f"model `{self.name}`: the checkpoint has no {prefix}{absent[0]}")
+        if absent := [name for name, tensor in block.state_dict().items() if tensor.is_meta]:  # an expert of several
+            raise ValueError(f"model `{self.name}`: the checkpoint has no whole {prefix}{absent[0]}")
         try:
             yield
         finally:
@@ -192,6 +199,20 @@ class Checkpoint:
                 names[key] = name
         return names
 
+    def _check_tied(self) -> None:
+        """ValueError if the configuration ties embeddings and head, and the files hold two that differ."""
+        model: Any = self.model
+        wanted = [f"{name_of(model, module)}.weight" for module in _ends(model) if module is not None]
+        tied = [key for key, name in self.names.items() if name in wanted]
+        if not getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False) or len(tied) < 2:
+            return
+        found = []
+        for key in tied:
+            with safe_open(self.folder / self.places[key].file, framework="pt") as file:
+                found.append(file.get_tensor(key))
+        if not torch.equal(*found):
+            raise ValueError(f"config.json ties {' and '.join(tied)}, which differ: set tie_word_embeddings to false")
+
     def _fill(self, keys: Sequence[str]) -> None:
         """Read some tensors into the model. ValueError if one does not fit."""
         dtype: Any = self.dtype
@@ -211,12 +232,14 @@ class Checkpoint:
         if info.mismatched_keys:
             raise _misfit(*min(info.mismatched_keys))
         if info.conversion_errors:
-            raise ValueError("; ".join(f"{name}: {reason}" for name, reason in info.conversion_errors.items()))
+            name, reason = next(iter(info.conversion_errors.items()))  # a traceback, whose other lines are indented
+            said = " ".join(line for line in reason.splitlines()[1:] if line and not line[0].isspace())
+            raise ValueError(f"{name} cannot be put together from the checkpoint's tensors: {said[:300]}")
 
     def _tables(self) -> dict[str, Any]:
         """Embeddings and head, by key, as far as the checkpoint has a tensor of its type for each."""
-        modules: list[Any] = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
-        by_name = {f"{name_of(self.model, module)}.weight": module for module in modules if module is not None}
+        modules = [module for module in _ends(self.model) if module is not None]
+        by_name = {f"{name_of(self.model, module)}.weight": module for module in modules}
         found = {key: by_name[name] for key, name in self.names.items() if name in by_name}
         return {key: found[key] for key in found if DTYPES.get(self.places[key].dtype) == self.stored}
 
@@ -235,12 +258,17 @@ class Checkpoint:
         compute_buffers(model, self.device)
         model.tie_weights()
         mapped = {model.get_parameter(name) for name in self.in_file}
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for module in _ends(model):
             if getattr(module, "weight", None) in mapped and self.stored != self.dtype:
                 _compute_in(self.dtype, module)
         around = (item for item in model.state_dict().items() if not item[0].startswith(f"{self.prefix}."))
         if absent := [name for name, tensor in around if tensor.is_meta]:
             raise ValueError(f"the checkpoint has no {absent[0]}")
+
+
+def _ends(model: PreTrainedModel) -> tuple[Any, Any]:
+    """Embeddings and head."""
+    return model.get_input_embeddings(), model.get_output_embeddings()
 
 
 def _misfit(name: str, found: Sequence[int], wanted: Sequence[int]) -> ValueError:
@@ -313,7 +341,7 @@ class Shards:
 
     def _flush(self) -> None:
         if self._open:
-            save_file(self._open, self._part(len(self._done)), metadata={"format": "pt"})
+            save(self._open, self._part(len(self._done)), {"format": "pt"})
             self._done.append(list(self._open))
             self._open = {}
 
@@ -330,6 +358,14 @@ def faster(stored: torch.dtype, device: torch.device, wanted: ComputeDtype) -> t
     ending = "bf16" if stored == torch.bfloat16 else "fp16"
     units = any(found is True and name.endswith(ending) for name, found in torch.cpu.get_capabilities().items())
     return stored if units else torch.float32
+
+
+def save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. OSError if the disk is full, say, of which that library has an error of its own."""
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{file.name}: {error}") from None
 
 
 @contextmanager
@@ -366,10 +402,11 @@ def layout(folder: Path) -> Mapping[str, Extent]:
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[str]:
-    """The safetensors files of a folder, from its index if it has one. ValueError if one is not there."""
-    index = folder / f"{stem}.safetensors.index.json"
-    single = [f"{stem}.safetensors"]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else single
+    """The safetensors files of a folder: one, or, as transformers has it, else what its index names. ValueError if one
+    is not there."""
+    index, names = folder / f"{stem}.safetensors.index.json", [f"{stem}.safetensors"]
+    if index.exists() and not (folder / names[0]).exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     for name in names:
         if Path(name).name != name or not (folder / name).exists():
             raise ValueError(f"there is no {name} in {folder}; secateurs reads safetensors only")

@@ -65,6 +65,8 @@ def _words(value: Any) -> str:
     """A value of a plan, for people."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_words(one)}" for name, one in value.items())
+    if value is None:
+        return "none, as the whole model has no room here"
     return f"{value:,}" if isinstance(value, (int, float)) else str(value)
 
 
@@ -73,7 +75,7 @@ def _plan(dense: Any, as_json: bool) -> None:
 
     plan = plan_check(dense.recipe, dense)
     times = estimate(dense.recipe, dense, plan)
-    plan["seconds_estimate"] = {stage: round(seconds, 1) for stage, seconds in times.items()}
+    plan["seconds_estimate"] = {stage: round(seconds, 1) for stage, seconds in times.items()} or None
     if as_json:
         print(json.dumps(plan, indent=2))
         return

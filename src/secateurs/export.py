@@ -12,16 +12,16 @@ from typing import Any
 import numpy
 import torch
 from jinja2 import Environment, PackageLoader
-from safetensors.torch import save_file
 
 from secateurs.artifacts import atomic_file, atomic_folder, write_json
 from secateurs.calibration import Batch
-from secateurs.checkpoint import INDEX, Checkpoint
+from secateurs.checkpoint import INDEX, Checkpoint, save
 from secateurs.collect import Opened, Shell, Stream
 from secateurs.models import Matrix, decoder_blocks
 from secateurs.trim import Smaller
 
 SIDE_FILE = "secateurs.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")  # of any kind
 PROBE_FILE = "secateurs.probe"  # not *.safetensors, though it is one: vLLM and SGLang take all of those for weights
 
 RELOAD = """
@@ -95,7 +95,7 @@ def export(
         logits = shell.leave(batch, probe.hidden, logits=True).float().cpu()
         computed = torch.zeros(0, dtype=checkpoint.dtype)  # its type says what in
         with atomic_file(folder / PROBE_FILE) as file:
-            save_file({"ids": ids, "logits": logits, "computed": computed}, file, {"device": model.device.type})
+            save({"ids": ids, "logits": logits, "computed": computed}, file, {"device": model.device.type})
         side = {
             "schema": "secateurs.model",
             "version": 1,
@@ -116,7 +116,7 @@ def mask_hash(weight: torch.Tensor) -> str:
 def copy_beside(source: Path, out: Path) -> None:
     """Copy what lies beside the weights of a folder (configuration, tokenizer, card), but not the probe of these."""
     for file in source.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX, PROBE_FILE):
+        if file.is_file() and file.suffix not in WEIGHTS and file.name not in (INDEX, PROBE_FILE):
             shutil.copyfile(file, out / file.name)
 
 
@@ -136,9 +136,9 @@ def verify(folders: Sequence[Path], tolerance: float = 1e-2, elsewhere: float = 
     command, asked = [sys.executable, "-c", RELOAD], json.dumps({str(one): str(one / PROBE_FILE) for one in folders})
     done = subprocess.run(command, input=asked, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(
-            f"the exported model does not load in a clean process: {done.stderr.strip().splitlines()[-1]}"
-        )
+        said = [*done.stderr.strip().splitlines(), ""] if done.returncode > 0 else []
+        why = said[-2] if len(said) > 1 else f"it ended by signal {-done.returncode}, perhaps for want of memory"
+        raise RuntimeError(f"the exported model does not load in a clean process, though it is written: {why}")
     result = {}
     for folder, (difference, size, same) in json.loads(done.stdout.strip().splitlines()[-1]).items():
         result[folder] = difference / size

@@ -55,10 +55,10 @@ def apply(model: str, pruned: str, out: Path) -> list[Kept]:
     """
     side, found, hashes = side_file(pruned), [], {}
     with atomic_folder(out) as folder:
-        copy_beside(Path(model), folder)
-        target = Checkpoint(model)
+        target = Checkpoint(model, compute_dtype="float32")  # whatever its files hold stays exact
+        copy_beside(target.folder, folder)
         target.copy_to(folder)
-        for index, pairs in _blocks(Checkpoint(pruned), target, _layers(side)):
+        for index, pairs in _blocks(Checkpoint(pruned, compute_dtype="float32"), target, _layers(side)):
             for old, new in pairs:
                 found.append(_kept(old, new))
                 new.weight.masked_fill_(old.weight == 0, 0)
@@ -125,17 +125,23 @@ class KeepZeros(TrainerCallback):
     """Weights that are exactly zero when training starts stay zero: `Trainer(..., callbacks=[KeepZeros()])`.
 
     In a loop of your own: `keep = KeepZeros(); keep.remember(model)`, then `keep.restore()` after every step of the
-    optimiser. Of all trainable parameters with two dimensions or more; costs a byte a weight. Adapters (LoRA) train
-    other parameters and fill the zeros when they are merged: use `secateurs mask apply` on the merged model.
+    optimiser. Of all trainable parameters with two dimensions or more, but those that are zero everywhere, as half of
+    an adapter (LoRA) is when it starts; costs a byte a weight. Adapters train other parameters and fill the zeros when
+    they are merged: use `secateurs mask apply` on the merged model.
     """
 
     def __init__(self) -> None:
         self._zeros: dict[nn.Parameter, Tensor] = {}
 
     def remember(self, model: nn.Module) -> None:
-        """Take down where the zeros are."""
+        """Take down where the zeros are. ValueError if there are none to keep."""
         trained = (p for p in model.parameters() if p.requires_grad and p.ndim > 1)
-        self._zeros = {p: zeros for p in trained if bool((zeros := p.detach() == 0).any())}
+        self._zeros = {p: zeros for p in trained if (zeros := p.detach() == 0).any() and not zeros.all()}
+        if not self._zeros:
+            raise ValueError(
+                "KeepZeros: no trainable parameter has zeros to keep; adapters train others (mask apply, once they are "
+                "merged), and parameters in shards show none"
+            )
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -54,6 +54,9 @@ def model_path(name: str) -> str:
     return str(files("secateurs") / "assets" / "reasoner") if name == BUNDLED else name
 
 
+QUANTISED = ("quantization_config", "compression_config", "quantization")  # in config.json; the last one is MLX's
+
+
 def load_model(name: str, *, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model `name` in its checkpoint's dtype, in eval mode. Safetensors only.
 
@@ -62,9 +65,11 @@ def load_model(name: str, *, device: str = "cpu", trust_remote_code: bool = Fals
     path = model_path(name)
     check_folder(name, path)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+        both: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True, **options)
+        model, found = both
+        if found["missing_keys"]:  # which transformers would make up
+            raise ValueError(f"the checkpoint has no {min(found['missing_keys'])}")
         return model.to(device).eval()
     except Exception as error:  # transformers and safetensors raise many types for the same user mistake
         raise cannot_be_loaded(f"model `{name}`", error) from error
@@ -91,7 +96,7 @@ def check_folder(name: str, path: str) -> None:
     if not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ValueError(f"model `{name}`: no such folder")
-        return  # a hub id: transformers says whether it can be had
+        return  # a hub id, whose files are looked at once they are here
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"model `{name}`: the folder has no config.json, so it is not a Hugging Face checkpoint")
@@ -99,8 +104,10 @@ def check_folder(name: str, path: str) -> None:
         settings = json.loads(config.read_text())
     except ValueError as error:
         raise ValueError(f"model `{name}`: config.json is not valid JSON ({error})") from None
-    if quantised := settings.get("quantization_config"):
-        method = quantised.get("quant_method", "unknown")
+    tables = [settings, settings.get("text_config") or {}]
+    found = [table[key] for table in tables for key in QUANTISED if table.get(key)]
+    if found or (folder / "hf_quant_config.json").exists():
+        method = found[0].get("quant_method", "unknown") if found and isinstance(found[0], dict) else "unknown"
         raise ValueError(
             f"model `{name}` is quantised ({method}): there are no dense weights to prune; use the original"
         )

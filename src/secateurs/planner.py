@@ -57,11 +57,12 @@ def needs(
     tokens: int,
     held_out_tokens: int,
     batch_tokens: int,
+    longest: int = 0,
     stored: torch.dtype | None = None,
     in_file: Collection[str] = (),
 ) -> Needs:
-    """An estimate from shapes alone; `tokens` are all of them, padding and held-out ones included, and `in_file` names
-    parameters that take no memory.
+    """An estimate from shapes alone; `tokens` are all of them, padding and held-out ones included, `longest` those of
+    the longest document, and `in_file` names parameters that take no memory.
 
     Which matrices share an input is guessed: those of one module with as many inputs, but not the last, if it writes
     to the residual stream. An expert is taken to see its share of the tokens.
@@ -88,7 +89,7 @@ def needs(
         copies = max(copies, there)
         widest = max([widest, *(d_in for _, d_in, _ in groups)])
     states = 1 + (plan.goal != "own") + (plan.tune is not None)
-    rows = min(batch_tokens, tokens)
+    rows = min(max(batch_tokens, longest), tokens)
     forward = rows * size * (4 * width + 3 * widest) + min(TOKENS_AT_ONCE, rows) * widest * 4
     return Needs(
         around=around,

@@ -17,7 +17,7 @@ from secateurs.engines.hf import hf_engine
 from secateurs.experts import ExpertScore
 from secateurs.layer import Gram, LayerProblem
 from secateurs.narrow import Narrowing
-from secateurs.planner import choose
+from secateurs.planner import available, choose
 from secateurs.prompts import render
 from secateurs.recipe import Recipe, arm_label, build_pattern, build_questions, build_solver
 
@@ -43,7 +43,9 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
     parameters = model.num_parameters()
     held_out = recipe.calibration.held_out_tokens
     tokens = recipe.calibration.num_tokens + held_out
-    wanted = max((memory_needs(cell, dense, tokens, held_out) for cell in recipe.grid), key=lambda one: one.on_device)
+    longest = recipe.calibration.first_tokens or recipe.traces.sampling.max_new_tokens
+    memory = (memory_needs(cell, dense, tokens, held_out, longest) for cell in recipe.grid)
+    wanted = max(memory, key=lambda one: one.on_device)
     traced = any(w.get("think") or w.get("answer") for w in map(region_weights, recipe.arms))
     return {
         "model": recipe.model,
@@ -63,7 +65,10 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
 
 def estimate(recipe: Recipe, dense: Dense, plan: dict[str, Any]) -> dict[str, float]:
     """Seconds a run will take, by stage, from short probes here: a batch of short replies, a forward pass and a
-    solve with each solver. Assumes that replies are half as long as they may be; rambling takes up to twice as long."""
+    solve with each solver. Assumes that replies are half as long as they may be; rambling takes up to twice as long.
+    Nothing where the whole model has no room."""
+    if plan["parameters"] * dense.checkpoint.dtype.itemsize > available(dense.checkpoint.device):
+        return {}
     questions = build_questions(recipe.traces.questions)
     size = recipe.resources.batch_size
     asked = list(islice(questions.questions("calibration", recipe.seeds[0]), size))

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateurs.artifacts import Behind, atomic_file, read_json, write_json
 from secateurs.calibration import REGIONS, CalibrationSet, worth
-from secateurs.checkpoint import give_back
+from secateurs.checkpoint import give_back, save
 from secateurs.collect import (
     Group,
     Held,
@@ -562,10 +561,7 @@ def save_block(
 
         def to_disk() -> None:
             with atomic_file(path.with_suffix(".safetensors")) as file:
-                try:
-                    save_file(tensors, file)
-                except SafetensorError as error:  # a full disk, say
-                    raise OSError(f"{path.name}: {error}") from None
+                save(tensors, file)
             write_json(path.with_suffix(".json"), [asdict(result) for result in results])
 
         if behind is not None and any(matrix.weight.is_cuda for matrix in matrices):
