@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from families import FAMILIES, make_model
 from secateurs import collect, pruner
 from secateurs.calibration import Batch, batches
-from secateurs.checkpoint import INDEX, Checkpoint, faster, give_back
+from secateurs.checkpoint import INDEX, Checkpoint, faster, give_back, save
 from secateurs.collect import final_states, logits_of
 from secateurs.evaluate import drift, reference_states
 from secateurs.export import PROBE_FILE, export, verify
@@ -344,3 +344,23 @@ def test_of_one_file_and_an_index_both_loaders_read_the_file(tmp_path):
     table = other.get_input_embeddings().weight
     for model in (Checkpoint(str(folder), compute_dtype="float32").model, load_model(str(folder))):
         torch.testing.assert_close(model.get_input_embeddings().weight.float(), table, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("code", "lesson"),
+    [
+        ("import sys; sys.exit('no such thing')", "though it is written: no such thing"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9, perhaps for want of memory"),
+        ("raise SystemExit(3)", "it ended with 3"),
+    ],
+)
+def test_a_reload_that_ends_badly_is_a_sentence(code, lesson, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateurs.export.RELOAD", code)
+    with pytest.raises(RuntimeError, match=lesson):
+        verify([tmp_path])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_is_an_error_of_the_system():
+    with pytest.raises(OSError, match="^full: "):
+        save({"a": torch.zeros(3)}, Path("/dev/full"))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from families import make_model
 from secateurs import masks, pruner
@@ -110,6 +111,39 @@ def test_zeros_stay_through_a_training_loop():
     after = [matrix.weight for block in pruner.prunable(model, PLAN) for matrix in block]
     assert all(torch.equal(now == 0, zero) for now, zero in zip(after, zeros, strict=True))
     assert not any(torch.equal(now, old) for now, old in zip(after, before, strict=True))
+
+
+def test_an_adapter_that_starts_at_zero_trains_and_nothing_to_keep_is_said():
+    adapted = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    torch.nn.init.zeros_(adapted[1].weight)
+    keep = KeepZeros()
+    with pytest.raises(ValueError, match="no trainable parameter has zeros to keep"):
+        keep.remember(adapted)
+    with torch.no_grad():
+        adapted[0].weight[0, 0] = 0
+    keep.remember(adapted)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.add_(1)
+    keep.restore()
+    assert float(adapted[0].weight.detach()[0, 0]) == 0 and bool((adapted[1].weight != 0).all())
+
+
+def test_what_is_applied_rounds_nothing_whatever_the_configuration_says(tmp_path):
+    pruned = pruned_model("qwen3", tmp_path)
+    other = tuned(pruned, tmp_path / "tuned")
+    tensors = {}
+    for file in other.glob("*.safetensors"):
+        here = {name: tensor.float() * 1.0001 for name, tensor in load_file(file).items()}
+        save_file(here, file, metadata={"format": "pt"})
+        tensors |= here
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    apply(str(other), str(pruned), tmp_path / "mended")
+    for file in (tmp_path / "mended").glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            assert torch.equal(tensor, torch.where(tensor == 0, tensor, tensors.pop(name))), name
+    assert not tensors
 
 
 def test_the_commands_say_what_they_found(tmp_path, capsys):

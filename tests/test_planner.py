@@ -100,6 +100,8 @@ def test_parts_that_can_be_counted_are_exact():
     assert wanda.solve == most and found.solve > most
     assert found.grams == sum(4 * d_in**2 for d_in in inputs)
     assert found.held_out == 4 * sum(d_in * (d_in + 25) for d_in in inputs), "a Gram for three quarters of the tokens"
+    long = needs(model, PLAN, "wanda", tokens=700, held_out_tokens=100, batch_tokens=200, longest=400)
+    assert long.forward == needs(model, PLAN, "wanda", tokens=700, held_out_tokens=100, batch_tokens=400).forward
     few = needs(model, PLAN, "wanda", tokens=700, held_out_tokens=24, batch_tokens=200)
     assert few.held_out == 4 * sum(d_in * 24 for d_in in inputs)
     short = needs(model.bfloat16(), PLAN, "wanda", tokens=700, held_out_tokens=100, batch_tokens=200)

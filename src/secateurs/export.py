@@ -136,8 +136,9 @@ def verify(folders: Sequence[Path], tolerance: float = 1e-2, elsewhere: float = 
     command, asked = [sys.executable, "-c", RELOAD], json.dumps({str(one): str(one / PROBE_FILE) for one in folders})
     done = subprocess.run(command, input=asked, capture_output=True, text=True)
     if done.returncode:
-        said = [*done.stderr.strip().splitlines(), ""] if done.returncode > 0 else []
-        why = said[-2] if len(said) > 1 else f"it ended by signal {-done.returncode}, perhaps for want of memory"
+        code, said = done.returncode, done.stderr.strip().splitlines()
+        ended = f"it ended with {code}" if code > 0 else f"it ended by signal {-code}, perhaps for want of memory"
+        why = said[-1] if said and code > 0 else ended
         raise RuntimeError(f"the exported model does not load in a clean process, though it is written: {why}")
     result = {}
     for folder, (difference, size, same) in json.loads(done.stdout.strip().splitlines()[-1]).items():
