@@ -1,8 +1,10 @@
 """The benchmark scripts run and print what they promise; no figure of theirs is a test."""
 
+import ast
 import json
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -26,6 +28,17 @@ def script(monkeypatch, capsys):
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in BENCHMARKS.glob("*.py")))
+def test_what_a_script_takes_from_the_package_is_there(name):
+    """Also where it needs a GPU, a peer or an hour."""
+    for node in ast.walk(ast.parse((BENCHMARKS / name).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "secateurs":
+            module = import_module(node.module)
+            for one in node.names:
+                if not hasattr(module, one.name):
+                    import_module(f"{node.module}.{one.name}")
 
 
 def test_solvers_on_a_synthetic_layer(tmp_path, script):
