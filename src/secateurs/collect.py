@@ -156,8 +156,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 class Stream:
     """One batch on its way through the blocks: its hidden states now, which each block overwrites in their place.
 
-    `dense` is the same in the dense model, where a goal needs it; `goal` what a fine-tune aims at. They may lie on
-    another device than the one that blocks run on.
+    `dense` is the same in the dense model, where a goal needs it; `goal` what a fine-tune aims at. They lie where
+    `place` puts them, which may be another device than the one that blocks run on.
     """
 
     batch: Batch
@@ -168,6 +168,7 @@ class Stream:
     goal: Tensor | None = None
     number: int = 0
     """Its place among those of all processes."""
+    place: Place = lambda hidden: hidden
 
     def run(self, block: nn.Module, index: int, hidden: Tensor | None = None) -> Tensor:
         """What the block makes of the hidden states, or of others."""
@@ -200,7 +201,7 @@ def capture(
         if taker == ranks.index:
             hidden = shell.enter(batch)
             twin_hidden = place(hidden.clone()) if twin else None
-            streams.append(Stream(batch, held_out, shell, place(hidden), twin_hidden, number=number))
+            streams.append(Stream(batch, held_out, shell, place(hidden), twin_hidden, number=number, place=place))
     return streams
 
 
@@ -355,7 +356,7 @@ def collect(
                 stream.run(block, index)
         if keep_goal:
             assert wanted is not None
-            stream.goal = wanted.to(stream.hidden.device)
+            stream.goal = stream.place(wanted)
         if move:
             assert wanted is not None
             (stream.dense if imitate and stream.dense is not None else stream.hidden).copy_(wanted)

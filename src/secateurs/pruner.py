@@ -508,11 +508,10 @@ def _tune_block(
         one.matrix.part_of(mask).copy_(one.mask)
 
     def parts(stream: Stream, weights: Mapping[str, float]) -> list[Example]:
-        device = stream.shell.device
         assert stream.goal is not None
         args, kwargs = stream.shell.call(stream.batch, index)
-        weight = worth(stream.batch.regions, weights).to(device)
-        example = Example(stream.hidden.to(device), args, kwargs, stream.goal.to(device), weight)
+        weight = worth(stream.batch.regions, weights)
+        example = Example(stream.hidden, args, kwargs, stream.goal, weight)
         return list(example.parts(how.tokens))
 
     held = [part for stream in streams if stream.held_out for part in parts(stream, dict.fromkeys(REGIONS, 1.0))]

@@ -44,7 +44,10 @@ class Tune:
 
 @dataclass(frozen=True)
 class Example:
-    """Documents before a block: hidden states, what else the block is called with, the output wanted, token weights."""
+    """Documents before a block: hidden states, what else the block is called with, the output wanted, token weights.
+
+    Wherever they are kept: a step takes its own to the block's device.
+    """
 
     hidden: Float[Tensor, "rows seq d_model"]
     args: tuple[Any, ...]
@@ -136,11 +139,13 @@ def _descend(
 
 def _energies(block: nn.Module, example: Example) -> tuple[Tensor, Tensor]:
     """Of what differs from the goal, and of what the goal adds to the input, summed over weighted tokens."""
-    dtype = next(block.parameters()).dtype
-    out = block(_cast(example.hidden, dtype), *_cast(example.args, dtype), **_cast(dict(example.kwargs), dtype))
+    parameter = next(block.parameters())
+    dtype, device = parameter.dtype, parameter.device
+    hidden, goal, weight = (one.to(device) for one in (example.hidden, example.goal, example.weight[..., None]))
+    out = block(_cast(hidden, dtype), *_cast(example.args, dtype), **_cast(dict(example.kwargs), dtype))
     out = out[0] if isinstance(out, tuple) else out
-    goal, weight = example.goal.float(), example.weight[..., None]
-    return (weight * (goal - out.float()) ** 2).sum(), (weight * (goal - example.hidden.float()) ** 2).sum()
+    goal = goal.float()
+    return (weight * (goal - out.float()) ** 2).sum(), (weight * (goal - hidden.float()) ** 2).sum()
 
 
 def _error(block: nn.Module, examples: Sequence[Example], ranks: Ranks) -> float:
