@@ -365,7 +365,7 @@ def save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None
     try:
         save_file(tensors, file, metadata)
     except SafetensorError as error:
-        raise OSError(f"{file.name}: {error}") from None
+        raise OSError(f"{file.parent}: {error}") from None
 
 
 @contextmanager
