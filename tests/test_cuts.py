@@ -135,6 +135,8 @@ def test_widths_add_up_to_the_parameters_that_were_asked_for():
     assert Width(0.25, "heads").kept(body) == (3, 2, 384) and Width(0.5, "kv_heads").kept(body) == (4, 1, 256)
     with pytest.raises(ValueError, match=r"width 97% would leave no neuron: 512 of them have .* of a block's"):
         Width(0.97, "none").kept(body)
+    with pytest.raises(ValueError, match=r"width 1% takes nothing: neurons go 32 at a time, which is .* % of a block"):
+        Width(0.01).kept(body)
     with pytest.raises(ValueError, match=r"depth 10% is 0 of 2 blocks; it must be 1 to 1"):
         Depth(0.1).count(2)
 
@@ -143,6 +145,35 @@ def test_widths_add_up_to_the_parameters_that_were_asked_for():
 def test_other_models_are_refused(family):
     with pytest.raises(ValueError, match="cannot be cut: every block must have self_attn.q_proj"):
         Width(0.5).patterns(make_model(family))
+
+
+def test_norms_over_all_heads_and_biases_of_blocks_that_go_are_refused():
+    """Where each of four heads has a quarter of the stream, a norm over all of them is as long as that is."""
+    whole = SMALL | {"num_key_value_heads": 4}
+    with pytest.raises(ValueError, match="cannot be cut"):
+        Width(0.5, "heads").patterns(tf.Olmo2ForCausalLM(tf.Olmo2Config(**whole, pad_token_id=0)))
+    biased = tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True))
+    with pytest.raises(ValueError, match="blocks of LlamaForCausalLM have biases that would stay"):
+        Depth(0.5).patterns(biased)
+    assert Width(0.25, multiple=4).patterns(biased)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_kinds_of_blocks_that_the_file_leaves_to_be_computed_are_written(inner, tmp_path):
+    """Blocks that see a window and those that see all take turns: without the first, the others would change sides."""
+    config = tf.Gemma2Config(**(SMALL | {"num_hidden_layers": 4}), head_dim=8, sliding_window=8)
+    torch.manual_seed(0)
+    tf.Gemma2ForCausalLM(config).eval().save_pretrained(tmp_path / "dense")
+    settings = json.loads((tmp_path / "dense" / "config.json").read_text())
+    del settings["layer_types"]
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(settings))
+    checkpoint = Checkpoint(str(tmp_path / "dense"))
+    trimmer = Trimmer(checkpoint, tmp_path)
+    trimmer.blocks, trimmer.sizes = [1, 2, 3], {"intermediate_size": 48}
+    found = trimmer._config({"text_config": settings} if inner else settings)
+    found = found["text_config"] if inner else found
+    kinds = ["sliding_attention", "full_attention"]
+    assert found["layer_types"] == [kinds[index % 2] for index in (1, 2, 3)] and found["num_hidden_layers"] == 3
 
 
 CUTS = {

@@ -344,13 +344,41 @@ def test_without_kernels_the_answers_are_the_same(tmp_path, monkeypatch):
     dense = pruned("qwen2", tmp_path / "dense")
     pack(str(tmp_path / "dense"), tmp_path / "packed")
     monkeypatch.setattr(kernels, "library", lambda: None)
-    model, computes = load_any(str(tmp_path / "packed"))
+    with pytest.warns(UserWarning, match="no compiled kernels here, so the model is unpacked and no faster"):
+        model, computes = load_any(str(tmp_path / "packed"))
     assert computes == "float32, made dense, no compiled kernels"
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match="installed without its compiled kernels"):
         PackedMatrix.of(torch.ones(1, 1), "bf16").multiply(torch.ones(1, 1))
+
+
+def test_kernels_that_cannot_be_used_are_none_and_said(tmp_path, monkeypatch):
+    (tmp_path / f"_packed{kernels.EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.warns(UserWarning, match="the compiled kernels cannot be used .*: install secateurs again"):
+        assert kernels.library.__wrapped__() is None
+
+
+def test_what_a_packed_model_cannot_do_is_said(tmp_path):
+    pruned("qwen2", tmp_path / "dense")
+    pack(str(tmp_path / "dense"), tmp_path / "packed")
+    for expand in (None, True):
+        with pytest.raises(ValueError, match="holds no weights that transformers could save: copy its folder"):
+            load_packed(tmp_path / "packed", expand=expand).save_pretrained(tmp_path / "saved")
+    model = load_packed(tmp_path / "packed")
+    with pytest.raises(RuntimeError, match="tensor of 0 elements"), torch.no_grad():  # as transformers has it
+        model(input_ids=torch.zeros(0, 1, dtype=torch.long))
+    with pytest.raises(ValueError, match="is packed already"):
+        pack(str(tmp_path / "packed"), tmp_path / "again")
+    with pytest.raises(ValueError, match="packed exists: name another folder"):
+        pack(str(tmp_path / "dense"), tmp_path / "packed")
+    with pytest.raises(ValueError, match="is named twice"):
+        bench(["a", "b", "a"])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no GPU that torch can use"):
+            bench(["a"], device="cuda")
 
 
 def test_damage_is_one_sentence(tmp_path):

@@ -118,6 +118,10 @@ def bench(
     `threads` 0 is as many as torch takes. `keep` gets what is known after every round, as a bench may be stopped.
     ValueError for a model that cannot be loaded; RuntimeError if its process dies.
     """
+    if repeated := [name for at, name in enumerate(models) if name in models[:at]]:
+        raise ValueError(f"{repeated[0]} is named twice; to see the noise, name a copy (or a link) of it")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {device}, but there is no GPU that torch can use")
     threads = threads or torch.get_num_threads()
     shapes = [(batch, context) for batch in batches for context in contexts]
     total = len(models) * (1 + rounds * (len(shapes) + 1) + 2 * (recipe is not None))

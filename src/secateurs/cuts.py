@@ -104,7 +104,8 @@ def _sizes(block: nn.Module, config: Any) -> tuple[int, int, int, int, int, int]
         return None
     known = {f"self_attn.{part}_proj" for part in "qkvo"} | {f"mlp.{part}_proj" for part in ("up", "gate", "down")}
     for name, shape in shapes.items():  # a norm over all heads, say, would have to be cut too
-        if name.rsplit(".", 1)[0] not in known and shape not in ((d_model,), (head_dim,)):
+        right = [(head_dim,)] if name.startswith("self_attn.") else [(d_model,), (head_dim,)]
+        if name.rsplit(".", 1)[0] not in known and shape not in right:
             return None
     return heads, kv_heads, head_dim, d_model, d_ff, 1 if gate is None else 2
 
@@ -151,6 +152,11 @@ class Width:
                 f"{self} would leave no neuron: {body.d_ff} of them have {body.d_ff * body.in_neuron:,} of a block's "
                 f"{body.in_block:,} parameters; ask for less, or cut attention too"
             )
+        if self.sparsity and (heads, kv_heads, neurons) == (group, body.kv_heads, body.d_ff):
+            raise ValueError(
+                f"{self} takes nothing: neurons go {multiple} at a time, which is "
+                f"{100 * multiple * body.in_neuron / body.in_block:.2g} % of a block; ask for more, or set multiple"
+            )
         return heads, kv_heads, neurons
 
     def patterns(self, model: PreTrainedModel) -> dict[str, Columns]:
@@ -194,6 +200,10 @@ class Depth:
     def patterns(self, model: PreTrainedModel, dropped: Sequence[int] | None = None) -> dict[str, Columns]:
         """See `Cut.patterns`. Before it is known which blocks go, as if it were the last ones."""
         body = anatomy(model)
+        blocks: Any = decoder_blocks(model)[1]
+        ends = (part for one in blocks for part in (one.self_attn.o_proj, one.mlp.down_proj))
+        if any(part.bias is not None for part in ends):
+            raise ValueError(f"blocks of {type(model).__name__} have biases that would stay: width can be cut")
         count = self.count(body.blocks)
         gone = set(range(body.blocks - count, body.blocks) if dropped is None else dropped)
         found = {}

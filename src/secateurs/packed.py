@@ -282,7 +282,13 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
     Returns how much there is of what. ValueError for a model that cannot be loaded.
     Embeddings stay as they are, and so does a head that is tied to them, but for int8. With int4 a head is int8.
     """
+    if (Path(model) / RECORD).exists():
+        raise ValueError(f"{model} is packed already")
+    if out.exists():
+        raise ValueError(f"{out} exists: name another folder, or remove it")
     checkpoint = Checkpoint(model)
+    if not any(linears(block) for block in checkpoint.blocks):
+        raise ValueError(f"{model} has no linear layers that could be packed")
     counts = {"matrices": 0, "packed": 0, "weights": 0, "zeros": 0, "dense_bytes": 0, "bytes": 0}
     names: dict[str, list[int]] = {}
 

@@ -5,7 +5,9 @@ families in `FAST` take a token of each row in as few as they can; whatever else
 transformers.
 """
 
+import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,7 @@ class FastBlock:
         batch, tokens, _ = hidden_states.shape
         usual = (
             tokens == 1
-            and batch <= FEW
+            and 0 < batch <= FEW
             and not self.training
             and (attention_mask is None or attention_mask.shape[1:3] == (1, 1))
             and attention.config._attn_implementation == "sdpa"
@@ -142,7 +144,7 @@ def _plain(*tensors: Tensor) -> bool:
 
 
 def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = None) -> PreTrainedModel:
-    """The model in a folder that `pack` wrote: `generate` and all else of transformers work on it.
+    """The model in a folder that `pack` wrote: `generate` and all of transformers but `save_pretrained` work on it.
 
     It computes in float32 on a CPU, elsewhere in bfloat16. With `expand` its linear layers are made dense: the same
     results (but for int4, where kernels round vectors) with more memory, slower on a CPU and faster on a GPU. None
@@ -152,7 +154,14 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
     folder, place = Path(path), torch.device(device)
     if expand is False and not has_kernels(place):
         raise ValueError(f"no kernel multiplies packed matrices on {device} here: leave out expand=False")
-    expand = (place.type != "cpu" or not has_kernels(place)) if expand is None else expand
+    if expand is None:
+        expand = place.type != "cpu" or not has_kernels(place)
+        if expand and place.type == "cpu":
+            warnings.warn(
+                "secateurs has no compiled kernels here, so the model is unpacked and no faster than dense: install a "
+                "C compiler, then secateurs again",
+                stacklevel=2,
+            )
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     if not (folder / RECORD).is_file():
         raise ValueError(f"{folder} has no {RECORD}; `secateurs pack` makes such a folder of a pruned model")
@@ -203,7 +212,12 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except Exception as error:  # transformers and safetensors raise many types for the same damage
         raise cannot_be_loaded(f"packed model `{folder}`", error) from error
+    model.save_pretrained = partial(_not_saved, folder)
     return model.eval()
+
+
+def _not_saved(folder: Path, *_: object, **__: object) -> None:
+    raise ValueError(f"a packed model holds no weights that transformers could save: copy its folder, {folder}")
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -85,12 +85,15 @@ class Trimmer:
 
     def _config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The configuration of what is left; `head_dim` is spelled out, as heads no longer share out the width."""
-        config |= self.sizes | {"num_hidden_layers": len(self.blocks), "head_dim": self.body.head_dim}
-        for key in ("layer_types", "mlp_layer_types"):
-            if isinstance(config.get(key), list):
-                config[key] = [config[key][index] for index in self.blocks]
-        if isinstance(config.get("max_window_layers"), int):  # blocks below it attend to everything
-            config["max_window_layers"] = sum(index < config["max_window_layers"] for index in self.blocks)
+        inner = config.get("text_config", config)
+        inner |= self.sizes | {"num_hidden_layers": len(self.blocks), "head_dim": self.body.head_dim}
+        whole: dict[str, Any] = self.checkpoint.model.config.get_text_config(decoder=True).to_dict()
+        for key, value in whole.items():  # what a block is by its index, also where the file leaves it to be computed
+            each = "layer" in key and key != "mlp_only_layers" and isinstance(value, list)
+            if each and len(value) == self.body.blocks:
+                inner[key] = [value[index] for index in self.blocks]
+        if isinstance(inner.get("max_window_layers"), int):  # blocks below it attend to everything
+            inner["max_window_layers"] = sum(index < inner["max_window_layers"] for index in self.blocks)
         return config
 
     def _of(self, weights: dict[str, Tensor], index: int, part: str) -> Tensor:

@@ -40,19 +40,23 @@ class Matrix(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where there are none."""
+    """The compiled kernels; None where there are none, with a warning where there is a file that cannot be used."""
     here = Path(__file__).parent
     file = next(
         (here / f"_packed{suffix}" for suffix in EXTENSION_SUFFIXES if (here / f"_packed{suffix}").exists()), None
     )
     if file is None:
         return None
-    found = ctypes.CDLL(str(file))
     kinds = {"i": ctypes.c_int, "p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
-    for name, arguments in FUNCTIONS.items():
-        function = getattr(found, f"secateurs_{name}")
-        function.argtypes, function.restype = [kinds[one] for one in arguments], None
-    found.secateurs_level_name.restype = ctypes.c_char_p
+    try:
+        found = ctypes.CDLL(str(file))
+        for name, arguments in FUNCTIONS.items():
+            function = getattr(found, f"secateurs_{name}")
+            function.argtypes, function.restype = [kinds[one] for one in arguments], None
+        found.secateurs_level_name.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        warnings.warn(f"the compiled kernels cannot be used ({error}): install secateurs again", stacklevel=2)
+        return None
     return found
 
 
