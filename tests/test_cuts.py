@@ -168,9 +168,13 @@ def test_kinds_of_blocks_that_the_file_leaves_to_be_computed_are_written(inner, 
     del settings["layer_types"]
     (tmp_path / "dense" / "config.json").write_text(json.dumps(settings))
     checkpoint = Checkpoint(str(tmp_path / "dense"))
-    trimmer = Trimmer(checkpoint, tmp_path)
+    (tmp_path / "dense" / "config.json").write_text(json.dumps({"text_config": settings} if inner else settings))
+    (tmp_path / "out").mkdir()
+    trimmer = Trimmer(checkpoint, tmp_path / "out")
     trimmer.blocks, trimmer.sizes = [1, 2, 3], {"intermediate_size": 48}
-    found = trimmer._config({"text_config": settings} if inner else settings)
+    trimmer.close()
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert list(found) == ["text_config"] if inner else "text_config" not in found
     found = found["text_config"] if inner else found
     kinds = ["sliding_attention", "full_attention"]
     assert found["layer_types"] == [kinds[index % 2] for index in (1, 2, 3)] and found["num_hidden_layers"] == 3

@@ -76,7 +76,6 @@ class Checkpoint:
         check_folder(name, model_path(name))
         try:
             self.folder = self._fetched()
-            check_folder(name, str(self.folder))
             self.places = layout(self.folder)
             config: Any = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
             known = (DTYPES[place.dtype] for place in self.places.values() if place.dtype in DTYPES)
@@ -167,8 +166,7 @@ class Checkpoint:
         """What lies around the blocks, under the names and types of its files."""
         for key, name in self.names.items():
             if not name.startswith(f"{self.prefix}."):
-                with safe_open(self.folder / self.places[key].file, framework="pt") as file:
-                    yield key, file.get_tensor(key)
+                yield key, self._tensor(key)
 
     def _fetched(self) -> Path:
         """The checkpoint's folder; of a hub id, the local copy of its files."""
@@ -176,7 +174,9 @@ class Checkpoint:
         if path.is_dir():
             return path
         wanted = ["*.safetensors", "*.json", *(["*.py"] if self.trust_remote_code else [])]
-        return Path(snapshot_download(self.name, allow_patterns=wanted))
+        fetched = snapshot_download(self.name, allow_patterns=wanted)
+        check_folder(self.name, fetched)
+        return Path(fetched)
 
     def _empty_model(self, config: Any, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"):
@@ -201,16 +201,13 @@ class Checkpoint:
 
     def _check_tied(self) -> None:
         """ValueError if the configuration ties embeddings and head, and the files hold two that differ."""
-        model: Any = self.model
-        wanted = [f"{name_of(model, module)}.weight" for module in _ends(model) if module is not None]
-        tied = [key for key, name in self.names.items() if name in wanted]
-        if not getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False) or len(tied) < 2:
-            return
-        found = []
-        for key in tied:
-            with safe_open(self.folder / self.places[key].file, framework="pt") as file:
-                found.append(file.get_tensor(key))
-        if not torch.equal(*found):
+        config: Any = self.model.config.get_text_config(decoder=True)
+        tied = list(self._ends())
+        if (
+            getattr(config, "tie_word_embeddings", False)
+            and len(tied) == 2
+            and not torch.equal(*map(self._tensor, tied))
+        ):
             raise ValueError(f"config.json ties {' and '.join(tied)}, which differ: set tie_word_embeddings to false")
 
     def _fill(self, keys: Sequence[str]) -> None:
@@ -238,15 +235,22 @@ class Checkpoint:
 
     def _tables(self) -> dict[str, Any]:
         """Embeddings and head, by key, as far as the checkpoint has a tensor of its type for each."""
+        return {key: end for key, end in self._ends().items() if DTYPES.get(self.places[key].dtype) == self.stored}
+
+    def _ends(self) -> dict[str, Any]:
+        """Embeddings and head, by key, as far as the checkpoint has a tensor for each."""
         modules = [module for module in _ends(self.model) if module is not None]
         by_name = {f"{name_of(self.model, module)}.weight": module for module in modules}
-        found = {key: by_name[name] for key, name in self.names.items() if name in by_name}
-        return {key: found[key] for key in found if DTYPES.get(self.places[key].dtype) == self.stored}
+        return {key: by_name[name] for key, name in self.names.items() if name in by_name}
+
+    def _tensor(self, key: str) -> Tensor:
+        """As it is stored."""
+        with safe_open(self.folder / self.places[key].file, framework="pt") as file:
+            return file.get_tensor(key)
 
     def _leave_in_file(self, key: str, module: nn.Module) -> None:
         """Map a table's tensor from its file, as it is stored there. ValueError if it does not fit."""
-        with safe_open(self.folder / self.places[key].file, framework="pt") as file:
-            stored = file.get_tensor(key)
+        stored = self._tensor(key)
         empty: Any = module.weight
         if stored.shape != empty.shape:
             raise _misfit(self.names[key], stored.shape, empty.shape)

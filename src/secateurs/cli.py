@@ -65,8 +65,6 @@ def _words(value: Any) -> str:
     """A value of a plan, for people."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_words(one)}" for name, one in value.items())
-    if value is None:
-        return "none, as the whole model has no room here"
     return f"{value:,}" if isinstance(value, (int, float)) else str(value)
 
 
@@ -79,12 +77,13 @@ def _plan(dense: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plan, indent=2))
         return
+    plan["seconds_estimate"] = plan["seconds_estimate"] or "none, as the whole model has no room here"
     table = Table(show_header=False, title="plan (nothing was run)")
     memory = plan.pop("memory_bytes")
     for name, value in plan.items():
         table.add_row(name.replace("_", " "), _words(value))
-    parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.0f}" for name, size in memory.items())
-    table.add_row("memory of a prune, MB (estimate)", parts)
+    parts = {name.replace("_", " "): round(size / 1e6) for name, size in memory.items()}
+    table.add_row("memory of a prune, MB (estimate)", _words(parts))
     Console().print(table)
 
 

@@ -83,18 +83,16 @@ class Trimmer:
         }  # fmt: skip
         return {"was": was, "is": self.sizes | {"num_hidden_layers": len(self.blocks)}, "blocks": self.blocks}
 
-    def _config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The configuration of what is left; `head_dim` is spelled out, as heads no longer share out the width."""
-        inner = config.get("text_config", config)
-        inner |= self.sizes | {"num_hidden_layers": len(self.blocks), "head_dim": self.body.head_dim}
+    def _config(self, config: dict[str, Any]) -> None:
+        """Make it that of what is left; `head_dim` is spelled out, as heads no longer share out the width."""
+        config |= self.sizes | {"num_hidden_layers": len(self.blocks), "head_dim": self.body.head_dim}
         whole: dict[str, Any] = self.checkpoint.model.config.get_text_config(decoder=True).to_dict()
         for key, value in whole.items():  # what a block is by its index, also where the file leaves it to be computed
             each = "layer" in key and key != "mlp_only_layers" and isinstance(value, list)
             if each and len(value) == self.body.blocks:
-                inner[key] = [value[index] for index in self.blocks]
-        if isinstance(inner.get("max_window_layers"), int):  # blocks below it attend to everything
-            inner["max_window_layers"] = sum(index < inner["max_window_layers"] for index in self.blocks)
-        return config
+                config[key] = [value[index] for index in self.blocks]
+        if isinstance(config.get("max_window_layers"), int):  # blocks below it attend to everything
+            config["max_window_layers"] = sum(index < config["max_window_layers"] for index in self.blocks)
 
     def _of(self, weights: dict[str, Tensor], index: int, part: str) -> Tensor:
         return next(tensor for key, tensor in weights.items() if key.endswith(f".{index}.{part}"))
@@ -128,14 +126,12 @@ class ExpertTrimmer:
         _finish(self.checkpoint, self.folder, self._files, self._config)
         return {"was": {"experts": self.before}, "is": {"experts": self.after}}
 
-    def _config(self, config: dict[str, Any]) -> dict[str, Any]:
+    def _config(self, config: dict[str, Any]) -> None:
         """ValueError if no entry says how many experts there are."""
-        inner = config.get("text_config", config)
-        known = [name for name in COUNTS if inner.get(name) == self.before]
+        known = [name for name in COUNTS if config.get(name) == self.before]
         if not known:
             raise ValueError(f"config.json has none of {', '.join(COUNTS)} with {self.before} experts in it")
-        inner |= dict.fromkeys(known, self.after)
-        return config
+        config |= dict.fromkeys(known, self.after)
 
     def _count(self, *blocks: int) -> int:
         """Experts of a mixture in some blocks, or in all."""
@@ -163,16 +159,16 @@ class StreamTrimmer:
         return {"was": {"hidden_size": self.before}, "is": {"hidden_size": embeddings.weight.shape[1]}}
 
 
-def _finish(
-    checkpoint: Checkpoint, folder: Path, files: Shards, changed: Callable[[dict[str, Any]], dict[str, Any]]
-) -> None:
-    """Write what lies around the blocks, the index, and the configuration, changed."""
+def _finish(checkpoint: Checkpoint, folder: Path, files: Shards, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write what lies around the blocks, the index, and the configuration; `change` mends that of the decoder."""
     for key, tensor in checkpoint.around():
         files.add(key, tensor)
     files.close()
     checkpoint.copy_settings(folder)
-    config = folder / "config.json"
-    config.write_text(json.dumps(changed(json.loads(config.read_text())), indent=2))
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config.get("text_config", config))
+    file.write_text(json.dumps(config, indent=2))
 
 
 def _rows(groups: Tensor, size: int) -> Tensor:
