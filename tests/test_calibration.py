@@ -1,5 +1,8 @@
 """What of a trace calibrates, and what judges."""
 
+from pathlib import Path
+from typing import Any
+
 from secateurs import ask, cell
 from secateurs.calibration import CODES, trace_document
 from secateurs.dense import Dense
@@ -33,6 +36,18 @@ def test_the_first_tokens_calibrate_and_whole_traces_judge(tmp_path):
     traced = ask.Traced(traces[:2], traces[2:], summary, "")
     found = cell.calibration_set(cell.Case(recipe, tmp_path, 0, traced, Dense(recipe)))
     assert [len(d.ids) for d in found.held_out] == [42, 42] and [len(d.ids) for d in found.documents] == [11] * 5
+
+
+def test_fewer_tokens_a_batch_go_on_with_a_cell_and_with_a_fine_tune_begin_another(tmp_path):
+    summary: Any = None
+
+    def folder(*sets: str) -> Path:
+        recipe = load_recipe("demo", list(sets))
+        return cell.Case(recipe, tmp_path, 0, ask.Traced((), (), summary, ""), Dense(recipe)).folder
+
+    fewer, tuned = "calibration.batch_tokens=512", "prune.tune={steps=9}"
+    assert folder() == folder(fewer) != folder("calibration.num_tokens=512")
+    assert folder(tuned) != folder(fewer, tuned)
 
 
 def test_what_is_in_a_question_file_is_in_the_key_and_its_name_is_not(tmp_path):

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from completions_server import CompletionsServer
-from secateurs import ask, cli, evaluate
+from secateurs import ask, cli, evaluate, planner, preview
 from secateurs.dense import Dense
 from secateurs.export import PROBE_FILE
 from secateurs.parallel import silent
@@ -102,7 +102,7 @@ def test_embeddings_and_norms_do_not_change_by_a_bit(finished):
 
 
 @pytest.mark.usefixtures("without_reload")
-def test_repeating_a_finished_run_does_nothing_twice(finished, monkeypatch):
+def test_repeating_a_finished_run_does_nothing_twice(finished, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")}
     before |= {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     assert not list(finished.glob("cells/*/blocks")), "a finished cell keeps its model alone"
@@ -111,6 +111,24 @@ def test_repeating_a_finished_run_does_nothing_twice(finished, monkeypatch):
     monkeypatch.setattr(evaluate, "reference_states", lambda *_: pytest.fail("no cell needs them"))
     assert call(monkeypatch, *arguments("run", "demo", "--out", str(finished))) == 0
     assert before == {path: path.stat().st_mtime_ns for path in before} and not left.exists()
+    said = capsys.readouterr().err
+    assert "memory of a prune, estimated: " in said and " of hidden states beside it; " in said
+    assert "more than is free" not in said and "processes" not in said
+
+
+def test_a_plan_without_room_says_so_before_anything_is_done(monkeypatch, capsys):
+    recipe = load_recipe("demo")
+    memory = preview.plan_check(recipe, Dense(recipe))["memory_bytes"]
+    for module in (planner, preview):
+        monkeypatch.setattr(module, "available", lambda device: int(1.3 * (memory["on_device"] + memory["hidden"])))
+    for jobs, said in ((1, "MB (around"), (3, "MB in each of 3 processes (around")):
+        plan = preview.plan_check(recipe, Dense(recipe, Ranks(nearby=jobs)))
+        assert plan["processes"] == jobs and plan["hidden_states"] == ("device" if jobs == 1 else "disk")
+        cli._memory(plan)
+        printed = " ".join(capsys.readouterr().err.split())
+        assert said in printed and ("that is more than is free" in printed) == (jobs == 3)
+    recipe = load_recipe("demo", ["resources.hidden_states='cpu'"])
+    assert preview.plan_check(recipe, Dense(recipe))["hidden_states"] == "cpu"
 
 
 @pytest.mark.usefixtures("without_reload")

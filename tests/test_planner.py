@@ -9,6 +9,7 @@ from families import make_model
 from secateurs import planner, pruner
 from secateurs.models import decoder_blocks
 from secateurs.planner import Needs, available, choose, needs, shelf
+from secateurs.ranks import Ranks
 from secateurs.tune import Tune
 from test_checkpoint import file_at
 from test_pruner import CALIBRATION, EVERYTHING, PLAN
@@ -64,14 +65,44 @@ def test_beside_a_gpu_there_is_the_cpu(free, where, monkeypatch):
     assert choose(NEEDS, torch.device("cuda")) == where
 
 
-def test_the_limit_of_the_control_group_counts(tmp_path, monkeypatch):
+def test_jobs_share_a_device_and_processes_of_torchrun_the_machine_only(monkeypatch):
+    monkeypatch.setattr(planner, "available", lambda device: {"cuda": 30, "cpu": 25}[device.type])
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    places = [choose(NEEDS, cuda), choose(NEEDS, cuda, Ranks(nearby=2)), choose(NEEDS, cuda, Ranks(0, 2, nearby=2))]
+    assert places == ["device", "cpu", "device"]
+    monkeypatch.setattr(planner, "available", lambda device: {"cuda": 15, "cpu": 25}[device.type])
+    assert [choose(NEEDS, cuda, Ranks(0, count, nearby=count)) for count in (2, 4)] == ["cpu", "disk"]
+    assert [choose(NEEDS, cpu), choose(NEEDS, cpu, Ranks(nearby=2))] == ["device", "disk"]
+
+
+def test_every_limit_of_this_process_counts(tmp_path, monkeypatch):
     files = {"/proc/meminfo": ["MemTotal: 99 kB", "MemAvailable: 50 kB"]}
     monkeypatch.setattr(planner, "_lines", lambda file: files.get(file, []))
-    assert available(torch.device("cpu")) == 50 * 1024
+
+    def free() -> int:
+        return available(torch.device("cpu"))
+
+    assert free() == 50 * 1024
+    files["/proc/self/cgroup"] = ["1:cpu:/slice/job", "0::/slice/job"]
     files |= {"/sys/fs/cgroup/memory.max": ["9000"], "/sys/fs/cgroup/memory.current": ["2000"]}
-    assert available(torch.device("cpu")) == 7000
-    files["/sys/fs/cgroup/memory.max"] = ["max"]
-    assert available(torch.device("cpu")) == 50 * 1024
+    assert free() == 7000, "a container's group is the root that it sees"
+    files["/sys/fs/cgroup/memory.stat"] = ["anon 100", "inactive_file 500", "slab 7"]
+    assert free() == 7500, "pages of files are given back"
+    files |= {"/sys/fs/cgroup/slice/memory.max": ["4000"], "/sys/fs/cgroup/slice/memory.current": ["1000"]}
+    files |= {"/sys/fs/cgroup/slice/job/memory.max": ["max"], "/sys/fs/cgroup/slice/job/memory.current": ["900"]}
+    assert free() == 3000, "a group is limited by those it is in"
+    files["/proc/self/limits"] = ["Max cpu time  unlimited  unlimited  seconds", "Max address space  6000  9000  bytes"]
+    files["/proc/self/status"] = ["VmPeak:  9 kB", "VmSize:  4 kB"]
+    assert free() == 6000 - 4096
+    files["/proc/self/limits"] = ["Max address space  unlimited  unlimited  bytes"]
+    old = "/sys/fs/cgroup/memory/job/memory"
+    files["/proc/self/cgroup"] = ["4:hugetlb,memory:/job"]
+    assert free() == 50 * 1024
+    files |= {f"{old}.limit_in_bytes": ["5000"], f"{old}.usage_in_bytes": ["4500"]}
+    files[f"{old}.stat"] = ["inactive_file 1", "total_inactive_file 1500"]
+    assert free() == 2000
+    files[f"{old}.usage_in_bytes"] = ["9000"]
+    assert free() == 0
 
 
 def test_parts_that_can_be_counted_are_exact():

@@ -82,9 +82,10 @@ class Case:
     def calibrated_on(self) -> dict[str, Any]:
         """For a key: the model, and every token that it is calibrated and judged on, and how exactly."""
         filters, dense = self.recipe.traces.filters, self.dense
+        rounds_only = set() if self.recipe.prune.tune.steps else {"batch_tokens"}  # a step of a fine-tune is a batch
         return {
             **dense.computed, "traces": self.traced.key, "filters": {"of calibration": filters} if filters else {},
-            "calibration": self.recipe.calibration.model_dump(), "seed": self.seed, **dense.key,
+            "calibration": self.recipe.calibration.model_dump(exclude=rounds_only), "seed": self.seed, **dense.key,
             "corpus": dense.corpus_hash,
         }  # fmt: skip
 
@@ -343,14 +344,19 @@ def _solve(
 
 def _where(case: Case, calibration: CalibrationSet) -> Where:
     """Where hidden states are to be kept while a cell is pruned."""
-    recipe, dense = case.recipe, case.dense
-    if (where := recipe.resources.hidden_states) != "auto":
-        return where
+    recipe = case.recipe
     documents = (*calibration.documents, *calibration.held_out)
     padded = sum(batch.ids.numel() for batch in batches(documents, recipe.calibration.batch_tokens))
     longest = max(len(document.ids) for document in documents)
-    wanted = memory_needs(recipe, dense, padded, sum(len(one.ids) for one in calibration.held_out), longest)
-    return choose(wanted, dense.checkpoint.device, dense.ranks.nearby)
+    held_out_tokens = sum(len(one.ids) for one in calibration.held_out)
+    return hidden_states(recipe, case.dense, memory_needs(recipe, case.dense, padded, held_out_tokens, longest))
+
+
+def hidden_states(recipe: Recipe, dense: Dense, wanted: Needs) -> Where:
+    """Where hidden states are to be kept: where the recipe says, or where they fit."""
+    if recipe.resources.hidden_states != "auto":
+        return recipe.resources.hidden_states
+    return choose(wanted, dense.checkpoint.device, dense.ranks)
 
 
 def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int, longest: int) -> Needs:

@@ -79,12 +79,30 @@ def _plan(dense: Any, as_json: bool) -> None:
         return
     plan["seconds_estimate"] = plan["seconds_estimate"] or "none, as the whole model has no room here"
     table = Table(show_header=False, title="plan (nothing was run)")
-    memory = plan.pop("memory_bytes")
+    memory = _megabytes(plan.pop("memory_bytes"))
     for name, value in plan.items():
         table.add_row(name.replace("_", " "), _words(value))
-    parts = {name.replace("_", " "): round(size / 1e6) for name, size in memory.items()}
-    table.add_row("memory of a prune, MB (estimate)", _words(parts))
+    table.add_row("memory of a prune, MB (estimate)", _words(memory))
     Console().print(table)
+
+
+def _megabytes(memory: dict[str, int]) -> dict[str, int]:
+    return {name.replace("_", " "): round(size / 1e6) for name, size in memory.items()}
+
+
+def _memory(plan: dict[str, Any]) -> None:
+    """Print what pruning will hold, before it begins."""
+    memory = _megabytes(plan["memory_bytes"])
+    hidden, taken, free = (memory.pop(name) for name in ("hidden", "on device", "free"))
+    processes = plan["processes"]
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    place = {"device": "beside it", "cpu": "on the CPU", "disk": "on disk"}[plan["hidden_states"]]
+    said = (
+        f"memory of a prune, estimated: {taken:,} MB{each} ({_words(memory)}), {hidden:,} MB of hidden states {place}"
+    )
+    console.print(f"{said}; {free:,} MB are free", highlight=False, soft_wrap=True)
+    if taken * processes > free:
+        console.print("[bold red]that is more than is free[/]: docs/scale.md says what takes less", highlight=False)
 
 
 def _show(report: Any, out: Path, as_json: bool) -> None:
@@ -105,19 +123,19 @@ def _show(report: Any, out: Path, as_json: bool) -> None:
 def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: bool, jobs: int | None = 1) -> None:
     from secateurs import page
     from secateurs.dense import Dense, follow
-    from secateurs.ranks import joined
+    from secateurs.ranks import Ranks, joined
     from secateurs.recipe import load_recipe
     from secateurs.study import reload, study
 
     recipe = load_recipe(name, overrides)
     with joined(recipe.resources.device) as ranks:
+        jobs = (2 if ranks.count == 1 else 1) if jobs is None else jobs
         if dry_run:
             if ranks.first:
-                _plan(Dense(recipe, ranks), as_json)
+                _plan(Dense(recipe, ranks if jobs == 1 else Ranks(nearby=jobs)), as_json)
         elif ranks.first:
-            jobs = (2 if ranks.count == 1 else 1) if jobs is None else jobs
             with _bars(jobs) as progress:
-                report = study(recipe, out, progress, jobs, ranks)
+                report = study(recipe, out, progress, jobs, ranks, _memory)
             ranks.tell(None)  # the others follow until then
             page.write(report, out)
             try:

@@ -15,6 +15,7 @@ from secateurs.collect import Place, solve_cost
 from secateurs.layer import TOKENS_AT_ONCE
 from secateurs.models import Matrix, computes_in, decoder_blocks
 from secateurs.pruner import Plan, prunable
+from secateurs.ranks import ALONE, Ranks
 
 Where = Literal["device", "cpu", "disk"]
 SAFE = 0.8  # of the memory that is free now
@@ -126,32 +127,54 @@ def _groups(matrices: Sequence[Matrix], width: int) -> list[tuple[int, int, floa
 
 
 def available(device: torch.device) -> int:
-    """Bytes that are free on a device now, within the limit of this process's control group."""
+    """Bytes that are free on a device now, within what this process and its control groups may take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        numbers = [line for file in (limit, used) for line in _lines(file) if line.isdigit()]
-        if len(numbers) == 2:
-            free.append(int(numbers[0]) - int(numbers[1]))
+    free = [1024 * found for found in _numbers("/proc/meminfo", "MemAvailable:")]
+    may_take = _numbers("/proc/self/limits", "Max address space")  # ulimit -v
+    free += [most - 1024 * taken for most in may_take for taken in _numbers("/proc/self/status", "VmSize:")]
+    for line in _lines("/proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        old = "memory" in controllers.split(",")
+        root = Path("/sys/fs/cgroup/memory" if old else "/sys/fs/cgroup")
+        group = root / path.lstrip("/")  # not there in a container that sees only its own, as the root
+        for folder in (group, *group.parents) if old or not controllers else ():
+            if folder.is_relative_to(root):
+                free += _free_in_group(folder)
     return max(min(free), 0) if free else 2**63
+
+
+def _free_in_group(folder: Path) -> list[int]:
+    """What a control group's limit leaves, counting file pages that the system would give back; nothing without one."""
+    for limit, used, idle in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        most, taken = (_numbers(str(folder / file), "") for file in (limit, used))
+        if most and taken:
+            return [most[0] - taken[0] + sum(_numbers(str(folder / "memory.stat"), f"{idle} "))]
+    return []
+
+
+def _numbers(file: str, what: str) -> list[int]:
+    """The first word after `what`, of the lines that start with it, if it is a number."""
+    rest = (line.removeprefix(what).split() for line in _lines(file) if line.startswith(what))
+    return [int(words[0]) for words in rest if words and words[0].isdecimal()]
 
 
 def _lines(file: str) -> list[str]:
     return Path(file).read_text().splitlines() if Path(file).exists() else []
 
 
-def choose(wanted: Needs, device: torch.device, nearby: int = 1) -> Where:
+def choose(wanted: Needs, device: torch.device, ranks: Ranks = ALONE) -> Where:
     """Where hidden states fit: the device if it has room for them beside the rest, else the CPU, else the disk.
 
-    A GPU belongs to one process, the memory of the machine to the `nearby` ones that work on it.
+    What is free is shared with the processes that work there too.
     """
-    if wanted.on_device + wanted.hidden <= SAFE * available(device) / (nearby if device.type == "cpu" else 1):
+    if wanted.on_device + wanted.hidden <= SAFE * available(device) / ranks.sharing(device):
         return "device"
-    if device.type != "cpu" and wanted.hidden <= SAFE * available(torch.device("cpu")) / nearby:
+    cpu = torch.device("cpu")
+    if device != cpu and wanted.hidden <= SAFE * available(cpu) / ranks.sharing(cpu):
         return "cpu"
     return "disk"
 

@@ -9,7 +9,7 @@ import torch
 
 from secateurs import evaluate, pruner
 from secateurs.calibration import batches, plain_document, region_weights
-from secateurs.cell import memory_needs, plan_of
+from secateurs.cell import hidden_states, memory_needs, plan_of
 from secateurs.corpus import corpus_documents
 from secateurs.dense import Dense
 from secateurs.engines import Request, Sampling
@@ -17,7 +17,7 @@ from secateurs.engines.hf import hf_engine
 from secateurs.experts import ExpertScore
 from secateurs.layer import Gram, LayerProblem
 from secateurs.narrow import Narrowing
-from secateurs.planner import available, choose
+from secateurs.planner import available
 from secateurs.prompts import render
 from secateurs.recipe import Recipe, arm_label, build_pattern, build_questions, build_solver
 
@@ -58,8 +58,9 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
         "answers": recipe.evaluate.num_questions * recipe.evaluate.samples
         * len(recipe.seeds) * (1 + models),
         "computes_in": str(dense.checkpoint.dtype).removeprefix("torch."),
-        "memory_bytes": asdict(wanted) | {"on_device": wanted.on_device},
-        "hidden_states": choose(wanted, dense.checkpoint.device, dense.ranks.nearby),
+        "memory_bytes": asdict(wanted) | {"on_device": wanted.on_device, "free": available(dense.checkpoint.device)},
+        "processes": dense.ranks.sharing(dense.checkpoint.device),
+        "hidden_states": hidden_states(recipe, dense, wanted),
     }  # fmt: skip
 
 

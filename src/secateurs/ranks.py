@@ -24,20 +24,25 @@ class Elsewhere(Exception):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, of `count`, of which `nearby` share its machine. Alone, it sends nothing and waits for nobody.
+    """This process, of `count`. Alone, it sends nothing and waits for nobody.
 
-    All but `shares` and `rounds` are collective: every process calls them, in the same order. RuntimeError if another
-    one is gone.
+    All but `sharing`, `shares` and `rounds` are collective: every process calls them, in the same order. RuntimeError
+    if another one is gone.
     """
 
     index: int = 0
     count: int = 1
     nearby: int = 1
+    """How many work on its machine: of these, or of the jobs of a study."""
 
     @property
     def first(self) -> bool:
         """Whether this is the process that samples, writes files and speaks."""
         return self.index == 0
+
+    def sharing(self, device: torch.device) -> int:
+        """How many work on this device: all nearby, but processes that torchrun started have a GPU each."""
+        return 1 if device.type == "cuda" and self.count > 1 else self.nearby
 
     def shares(self, costs: Sequence[float]) -> list[int]:
         """Who takes each item, so that all have alike to do: the costliest goes first, to who has least."""

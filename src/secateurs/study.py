@@ -6,10 +6,10 @@ report (report.json, .md, .html) is written by `page`.
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from itertools import groupby, islice
 from pathlib import Path
@@ -45,20 +45,29 @@ from secateurs.report import (
 )
 
 
-def study(recipe: Recipe, out: Path, progress: Progress = silent, jobs: int = 1, ranks: Ranks = ALONE) -> Report:
+def study(
+    recipe: Recipe,
+    out: Path,
+    progress: Progress = silent,
+    jobs: int = 1,
+    ranks: Ranks = ALONE,
+    planned: Callable[[dict[str, Any]], None] = lambda plan: None,
+) -> Report:
     """Every stage, for every seed and every cell of the recipe's grid; then the report, built but not written.
 
     `jobs` processes share the work: first the seeds (traces, and the dense model's answers), then what shares Grams,
     then the cells. Or there is one job, and other processes (`ranks`) that `dense.follow`, to prune with it. What is on
-    disk is not done again, so a study that was stopped goes on. ValueError if `jobs` is below 1, or above with other
+    disk is not done again, so a study that was stopped goes on. `planned` is told the plan (`preview`) before anything
+    is done. ValueError if `jobs` is below 1, or above with other
     ranks.
     """
     if jobs < 1 or (jobs > 1 and ranks.count > 1):
         raise ValueError(f"--jobs is {jobs}; it must be {'1 or more' if jobs < 1 else '1 under torchrun'}")
+    ranks = ranks if jobs == 1 else Ranks(nearby=jobs)
     dense = Dense(recipe, ranks)
     out.mkdir(parents=True, exist_ok=True)
-    plan_check(recipe, dense)
-    bench = partial(_Bench, recipe, out, given=dense if jobs == 1 else None)
+    planned(plan_check(recipe, dense))
+    bench = partial(_Bench, recipe, out, dense=dense if jobs == 1 else Dense(recipe, ranks))  # one without weights
     seeds: list[_Seed] = run_tasks(bench, [(_ask_dense, (seed,)) for seed in recipe.seeds], jobs, progress)
     traced = {seed: found.traced for seed, found in zip(recipe.seeds, seeds, strict=True)}
     groups: list[Task] = [(_prune_alike, (seed, traced[seed], one)) for seed in traced for one in _alike(recipe.grid)]
@@ -119,12 +128,8 @@ class _Bench:
     recipe: Recipe
     out: Path
     progress: Progress
-    given: Dense | None = None
+    dense: Dense
     states: tuple[str, evaluate.Reference] | None = None
-
-    @cached_property
-    def dense(self) -> Dense:
-        return self.given or Dense(self.recipe)
 
     def reference(self, traced: Traced) -> evaluate.Reference:
         """The dense model's hidden states on what is held out of some traces; the last ones are remembered."""
