@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from families import FAMILIES, SMALL, make_model
+from families import FAMILIES, SMALL, lively, make_model
 from secateurs import checkpoint as checkpoint_file
 from secateurs import pruner
 from secateurs.calibration import REGIONS, Batch, CalibrationSet, plain_document, region_weights
@@ -18,7 +18,7 @@ from secateurs.collect import Shell
 from secateurs.cuts import Depth, Width, anatomy
 from secateurs.export import PROBE_FILE
 from secateurs.gains import gains
-from secateurs.layer import LayerProblem
+from secateurs.layer import LayerProblem, relative_error
 from secateurs.linalg import masked_refit
 from secateurs.models import load_model, load_tokenizer
 from secateurs.patterns import NM, Columns, Unstructured, stack
@@ -26,7 +26,7 @@ from secateurs.prompts import render
 from secateurs.questions.tiny import Tiny
 from secateurs.solvers import CUT_SOLVERS
 from secateurs.solvers.obs import OBS
-from secateurs.survey import blocks_to_drop, loss_roots
+from secateurs.survey import BY_GRADIENTS, blocks_to_drop, loss_roots, taylor_costs
 from secateurs.trim import Trimmer
 from test_checkpoint import Tokenizer, exported
 from test_pruner import CALIBRATION, PLAN
@@ -288,8 +288,9 @@ def test_who_gains_depends_on_what_is_left():
 def test_what_errors_cost_is_the_spread_of_the_gradients():
     """One document and one output at a time, by a zero that is added to the output and asked for its gradient."""
     model, names = make_model("qwen3"), ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
+    columns = {names[0]: Columns(30), names[1]: Columns(1, size=16)}
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    roots = loss_roots(model, CALIBRATION, names)
+    roots = loss_roots(model, CALIBRATION, columns)
     assert learning == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert all(parameter.grad is None for parameter in model.parameters())
     for name in names:
@@ -306,6 +307,39 @@ def test_what_errors_cost_is_the_spread_of_the_gradients():
             tokens += len(document.ids)
         found = roots[name].double().T @ roots[name].double()
         torch.testing.assert_close(found, spread / tokens, rtol=1e-3, atol=1e-3 * float((spread / tokens).abs().max()))
+
+
+def test_what_a_neuron_or_head_does_is_the_gradient_of_a_gate_on_it():
+    """One document at a time, by a gate on each group of inputs at each token that is 1 and asked for its gradient."""
+    model = lively("qwen3")
+    columns = {"model.layers.0.mlp.down_proj": Columns(30), "model.layers.1.self_attn.o_proj": Columns(3, size=8)}
+    found = taylor_costs(model, CALIBRATION, columns)
+    for name, pattern in columns.items():
+        effects, tokens = 0.0, 0
+        for document in CALIBRATION.documents:
+            ids = torch.tensor([document.ids])
+            counts = torch.tensor([0.0, *(CALIBRATION.weights.get(region, 0.0) for region in REGIONS)])
+            linear = model.get_submodule(name)
+            gates = torch.ones(1, len(document.ids), linear.in_features // pattern.size, requires_grad=True)
+            spread = gates.repeat_interleave(pattern.size, dim=-1)
+            hook = linear.register_forward_pre_hook(lambda module, args, spread=spread: (args[0] * spread,))
+            surprise = -model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+            (gradient,) = torch.autograd.grad((surprise * counts[torch.tensor(document.codes[1:])]).sum(), gates)
+            hook.remove()
+            effects, tokens = effects + gradient[0].square().sum(0), tokens + len(document.ids)
+        torch.testing.assert_close(found[name], effects / tokens, rtol=1e-3, atol=1e-3 * float(found[name].max()))
+
+
+def test_what_is_said_to_cost_least_goes_and_what_stays_makes_up_for_it():
+    p = problem(Columns(15, size=2), d_in=68)
+    costs = torch.arange(34.0).roll(5)
+    found = OBS().solve(replace(p, costs=costs))
+    assert found.mask[0].view(34, 2).all(1).nonzero().squeeze(-1).tolist() == [*range(5), *range(24, 34)]
+    kept = found.mask.any(0)
+    alone = OBS().solve(replace(p, costs=kept.view(34, 2).any(1).float()))
+    assert torch.equal(found.weight, alone.weight)
+    masked = relative_error(p.weight * found.mask, p.weight, p.gram)
+    assert relative_error(found.weight, p.weight, p.gram) < 0.9 * masked
 
 
 def test_inputs_go_by_the_outputs_that_matter_and_what_stays_is_refitted_for_all():
@@ -338,9 +372,9 @@ def test_a_cut_by_loss_keeps_more_of_it():
 
     dense = load_model("bundled").float()
     plan, more = plan_of(Width(0.3, "none", multiple=8), dense), {}
-    roots = loss_roots(dense, worked, list(plan.patterns))
-    for score, known in (("output", {}), ("loss", roots)):
+    known = {score: {what: ask(dense, worked, plan.patterns)} for score, (what, ask) in BY_GRADIENTS.items()}
+    for score, of_plan in {"output": {}, **known}.items():
         model = load_model("bundled").float()
-        pruner.prune(model, worked, replace(plan, loss_roots=known))
+        pruner.prune(model, worked, replace(plan, **of_plan))
         more[score] = surprise(model) - surprise(dense)
     assert more["loss"] < 0.85 * more["output"]

@@ -19,7 +19,7 @@ from secateurs.cuts import Depth, FewerExperts, Hidden
 from secateurs.dense import Dense, follow
 from secateurs.experts import EXPERT_SCORES, drop_experts
 from secateurs.narrow import NARROWINGS, narrow
-from secateurs.patterns import Unstructured
+from secateurs.patterns import Columns, Unstructured
 from secateurs.ranks import Elsewhere, Ranks, joined
 from secateurs.recipe import load_recipe
 from secateurs.solvers.masking import Masking
@@ -120,6 +120,7 @@ def every_survey(ranks: Ranks, folder: Path) -> tuple[dict[str, Any], dict[str, 
     """What processes find of a model together, exactly and in numbers: surveys, what goes, a narrower stream."""
     dense, exact, numbers = Checkpoint(str(folder / "dense")), {}, {}
     names = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
+    columns = {names[0]: Columns(30), names[1]: Columns(3, size=8)}
     some: dict[str, Any] = {"batch_tokens": 100, "ranks": ranks}
     with patch.object(surveys, "PROBE_BATCH", 60):
         for model in (lively("llama"), lively("mixtral")):
@@ -129,7 +130,9 @@ def every_survey(ranks: Ranks, folder: Path) -> tuple[dict[str, Any], dict[str, 
             numbers[f"curves of {type(model)}"] = [loss for layer in layers for _, loss in layer.curve]
         model = lively("llama")
         exact["blocks"] = surveys.blocks_to_drop(model, CALIBRATION, Depth(0.5), ranks=ranks)
-        roots = surveys.loss_roots(model, CALIBRATION, names, ranks=ranks)
+        roots = surveys.loss_roots(model, CALIBRATION, columns, ranks=ranks)
+        costs = surveys.taylor_costs(model, CALIBRATION, columns, ranks=ranks)
+    numbers["taylor"] = torch.cat([costs[name] for name in names]).numpy()
     if ranks.first:  # it alone is told
         numbers["loss"] = torch.stack([roots[name].T @ roots[name] for name in names]).numpy()
     mixture, record = make_model("mixtral"), folder / f"{ranks.count}.json"
@@ -265,6 +268,7 @@ def surveyed(ranks: Ranks, out: Path) -> dict[str, Any] | None:
         "curves": (layer, "prune.allocator={name='curves'}"),
         "depth": (cut, "prune.pattern={name='depth',sparsity=0.5}"),
         "loss": (cut, "prune.pattern={name='width',sparsity=0.25,score='loss'}"),
+        "taylor": (cut, "prune.pattern={name='width',sparsity=0.25,score='taylor'}"),
     }
     recipes = {name: load_recipe("demo", [*small, "sweep.sparsity=[]", *sets]) for name, sets in asked.items()}
     dense = Dense(recipes["owl"], ranks)
@@ -275,9 +279,9 @@ def surveyed(ranks: Ranks, out: Path) -> dict[str, Any] | None:
     for name, recipe in recipes.items():
         case = cell.Case(recipe.grid[0], out, 0, traced, dense)
         calibration = cell.calibration_set(case)
-        if name == "loss":
-            roots = cell._loss_roots(case, calibration, lambda *_: None)
-            found[name] = {matrix: float(root.square().sum()) for matrix, root in roots.items()}
+        if name in surveys.BY_GRADIENTS:
+            ((_, known),) = cell._by_gradients(case, calibration, lambda *_: None).items()
+            found[name] = {matrix: float(one.square().sum()) for matrix, one in known.items()}
         else:
             found[name] = {matrix: str(pattern) for matrix, pattern in cell.allocate(case, calibration).items()}
     if ranks.count > 1:
@@ -289,7 +293,8 @@ def test_surveys_go_to_the_processes_that_follow(tmp_path):
     found, nothing = in_processes(2, tmp_path, surveyed, tmp_path / "two")
     expected = surveyed(Ranks(), tmp_path / "one")
     assert nothing is None and expected is not None
-    assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-3)
+    for score in surveys.BY_GRADIENTS:
+        assert found.pop(score) == pytest.approx(expected.pop(score), rel=1e-3)
     assert found == expected and all(expected.values())
 
 

@@ -59,7 +59,7 @@ from secateurs.recipe import (
     solver_label,
 )
 from secateurs.solvers.masking import Masking
-from secateurs.survey import blocks_to_drop, loss_roots, survey
+from secateurs.survey import BY_GRADIENTS, blocks_to_drop, survey
 from secateurs.trim import ExpertTrimmer, Smaller, StreamTrimmer, Trimmer
 
 
@@ -202,8 +202,7 @@ def prune(
         done = _narrower(pattern, case, calibration, stage, progress)
     else:
         patterns = allocate(case, calibration, progress)
-        roots = _loss_roots(case, calibration, progress)
-        plan = replace(plan_of(recipe, dense), patterns=patterns, loss_roots=roots)
+        plan = replace(plan_of(recipe, dense), patterns=patterns, **_by_gradients(case, calibration, progress))
         where = _where(case, calibration)
         batch_tokens, plans = recipe.calibration.batch_tokens, {folder / "blocks": plan}
         work = partial(_solve, calibration, plans, batch_tokens, where, folder, stage)
@@ -449,12 +448,13 @@ def _choose_blocks(calibration: CalibrationSet, cut: Depth, stage: str, dense: D
     )  # fmt: skip
 
 
-def _find_roots(
-    calibration: CalibrationSet, names: Sequence[str], stage: str, dense: Dense, progress: Progress
+def _ask_gradients(
+    calibration: CalibrationSet, cut: Width, stage: str, dense: Dense, progress: Progress
 ) -> dict[str, Tensor]:
-    """This process's part in what errors cost the model."""
-    return loss_roots(
-        dense.model, calibration, names, ranks=dense.ranks,
+    """This process's part in what its gradients say of the model."""
+    _, ask = BY_GRADIENTS[cut.score]
+    return ask(
+        dense.model, calibration, cut.patterns(dense.model), ranks=dense.ranks,
         progress=lambda done, total, what: progress(stage, done, total, "batches"),
     )  # fmt: skip
 
@@ -472,15 +472,17 @@ def _without_blocks(cut: Depth, case: Case, calibration: CalibrationSet, progres
     return {**cut.patterns(case.dense.checkpoint.model, found["dropped"])}
 
 
-def _loss_roots(case: Case, calibration: CalibrationSet, progress: Progress) -> dict[str, Tensor]:
-    """What errors of the matrices that a cut prunes cost the model, if the cut goes by that; kept in out/surveys."""
+def _by_gradients(case: Case, calibration: CalibrationSet, progress: Progress) -> dict[str, dict[str, Tensor]]:
+    """What a plan has to know of the model's loss, if its cut goes by that; kept in out/surveys."""
     cut = build_pattern(case.recipe.prune.pattern)
-    if not isinstance(cut, Width) or cut.score != "loss":
+    if not isinstance(cut, Width) or cut.score not in BY_GRADIENTS:
         return {}
+    what, _ = BY_GRADIENTS[cut.score]
     names = list(cut.patterns(case.dense.checkpoint.model))
-    record = case.survey_file(".safetensors", {"loss roots": names})
+    record = case.survey_file(".safetensors", {what: [names, cut.attention]})
     if not record.exists():
-        roots = case.dense.together(partial(_find_roots, calibration, names, f"survey {case.label} {cut}"), progress)
+        work = partial(_ask_gradients, calibration, cut, f"survey {case.label} {cut}")
+        found = case.dense.together(work, progress)
         record.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(record, save(roots))
-    return load_file(record)
+        atomic_write(record, save(found))
+    return {what: load_file(record)}

@@ -118,13 +118,14 @@ class Width:
     many of each group that shares keys and values; or whole groups with their keys and values, which makes the cache
     smaller too. Heads come first, as near below `sparsity` as they can; neurons make up the rest, rounded to `multiple`
     (0: the largest power of two up to 256 that leaves sixteen choices). `score` says what a cost is: of a layer's
-    "output", or of the model's "loss" (`survey.loss_roots`; for solver obs only, and with the whole model in memory).
+    "output", of the model's "loss", or what a neuron or head does to that loss by itself, "taylor" (`survey`: both for
+    solver obs only, and with the whole model in memory).
     """
 
     sparsity: float
     attention: Literal["none", "heads", "kv_heads"] = "none"
     multiple: int = 0
-    score: Literal["output", "loss"] = "output"
+    score: Literal["output", "loss", "taylor"] = "output"
 
     def __post_init__(self):
         _check_sparsity(self.sparsity)
@@ -132,7 +133,7 @@ class Width:
 
     def __str__(self) -> str:
         what = {"none": "", "heads": " heads too", "kv_heads": " kv-heads too"}[self.attention]
-        return f"width {100 * self.sparsity:.6g}%{what}" + ("" if self.score == "output" else " by loss")
+        return f"width {100 * self.sparsity:.6g}%{what}" + ("" if self.score == "output" else f" by {self.score}")
 
     def kept(self, body: Anatomy) -> tuple[int, int, int]:
         """Query heads of each group of keys and values, such groups, and neurons. ValueError if nothing would stay."""

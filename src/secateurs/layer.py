@@ -134,6 +134,8 @@ class LayerProblem:
     target: Float[Tensor, "d_out d_in"] | None = None
     loss_root: Float[Tensor, "rank d_out"] | None = None
     """R, where an error e of an output costs the model |R e|^2 (`survey.loss_roots`), on any device; None: |e|^2."""
+    costs: Float[Tensor, " groups"] | None = None
+    """Of each group of inputs, where that alone decides which go (`survey.taylor_costs`), on any device."""
 
     def __post_init__(self):
         d_out, d_in = self.weight.shape

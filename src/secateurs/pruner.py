@@ -60,6 +60,8 @@ class Plan:
     """For matrices that get another one than `pattern`: what an allocator decided, by name."""
     loss_roots: Mapping[str, Tensor] = field(default_factory=dict)
     """What errors of a matrix's outputs cost the model, where that decides what goes, by name."""
+    costs: Mapping[str, Tensor] = field(default_factory=dict)
+    """What groups of a matrix's inputs are to the model, where that decides what goes, by name."""
     propagate: Propagate = "block"
     goal: Goal = "own"
     tune: Tune | None = None
@@ -423,6 +425,7 @@ def _solutions(aims: Sequence[_Aim], gram: Gram, plan: Plan) -> list[LayerSoluti
                     pattern=pattern,
                     target=aim.target,
                     loss_root=plan.loss_roots.get(aim.matrix.name),
+                    costs=plan.costs.get(aim.matrix.name),
                 )
             )
             for aim, pattern in zip(aims, patterns, strict=True)

@@ -306,8 +306,8 @@ class Recipe(_Table):
                     f"solver `{name}` cannot solve for pattern `{pattern['name']}`; those that can: "
                     + ", ".join(allowed)
                 )
-            if isinstance(built, Width) and built.score == "loss" and name != "obs":
-                raise ValueError(f'pattern `width` with score = "loss" needs solver `obs`, found `{name}`')
+            if isinstance(built, Width) and built.score != "output" and name != "obs":
+                raise ValueError(f'pattern `width` with score = "{built.score}" needs solver `obs`, found `{name}`')
             if own_way and (self.prune.goal != "own" or self.prune.tune.steps):
                 raise ValueError(f"pattern `{pattern['name']}` has a way of its own: it takes no goal and no tune")
             if isinstance(built, Hidden) and self.prune.propagate != "block":

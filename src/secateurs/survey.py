@@ -1,6 +1,6 @@
 """What an allocator or a cut wants to know of the dense model: outliers, and what each part does for it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from secateurs.collect import (
 from secateurs.cuts import Depth
 from secateurs.layer import Gram, LayerProblem, relative_error
 from secateurs.models import Matrix, decoder_blocks
-from secateurs.patterns import Unstructured
+from secateurs.patterns import Columns, Unstructured
 from secateurs.ranks import ALONE, Ranks
 from secateurs.scores import wanda
 from secateurs.solvers.admm import ADMM
@@ -289,12 +289,12 @@ def blocks_to_drop(
 def loss_roots(
     model: PreTrainedModel,
     calibration: CalibrationSet,
-    names: Sequence[str],
+    columns: Mapping[str, Columns],
     *,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
-    """R [rank, d_out] of some linears: an error e of an output costs about |R e|^2 / 2 nats a token.
+    """R [rank, d_out] of the linears named in `columns`: an error e of an output costs about |R e|^2 / 2 nats a token.
 
     R^T R is the mean over tokens of g g^T, where g is the gradient of what the tokens that count surprise the model by
     with respect to the output: the factor for outputs of the Fisher information as K-FAC splits it (Martens & Grosse
@@ -302,14 +302,64 @@ def loss_roots(
     Cost: three forward passes of them; memory: the whole model, the activations and logits of the longest document, and
     a float32 d_out x d_out sum for every linear. All `ranks` share the tokens; the first one is given what they say.
     """
+    grams = {name: Gram.zeros(model.get_submodule(name).out_features, model.device) for name in columns}
+
+    def watch(name: str, x: Tensor, gradient: Tensor) -> None:
+        grams[name].update(gradient)
+
+    _gradients(model, calibration, list(columns), watch, progress, ranks)
+    grams = {name: added(gram, ranks, 0) for name, gram in grams.items()}
+    return {name: _root(gram) for name, gram in grams.items()} if ranks.first else {}
+
+
+def taylor_costs(
+    model: PreTrainedModel,
+    calibration: CalibrationSet,
+    columns: Mapping[str, Columns],
+    *,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    ranks: Ranks = ALONE,
+) -> dict[str, Tensor]:
+    """What each group of inputs of some linears does for the model, to first order: float32 [groups] by name.
+
+    The mean over tokens of (sum over the group of x_j dL/dx_j)^2, with L as in `loss_roots`: how much it would change
+    without the group at that token (Molchanov et al. 2019, arXiv 1906.10771, eq. 8, for inputs instead of weights).
+    Unlike `loss_roots`, nothing is known of how other inputs would make up for it. Cost and memory are as there, but
+    the inputs of the linears on all tokens of a batch instead of the sums. All `ranks` share the tokens.
+    """
+    sums = {name: torch.zeros(2, model.get_submodule(name).in_features // c.size) for name, c in columns.items()}
+
+    def watch(name: str, x: Tensor, gradient: Tensor) -> None:
+        effects = x.float() * (gradient.float() @ model.get_submodule(name).weight.float())
+        of_groups = effects.view(len(x), -1, columns[name].size).sum(-1).square()
+        sums[name] += torch.stack((of_groups.sum(0).cpu(), torch.full((of_groups.shape[1],), float(len(x)))))
+
+    _gradients(model, calibration, list(columns), watch, progress, ranks)
+    for pair in sums.values():
+        ranks.add(pair)
+    return {name: pair[0] / pair[1] for name, pair in sums.items()}
+
+
+# What is known of the model before a width is cut, by `Width.score`; the field of a `Plan` that it goes to.
+BY_GRADIENTS = {"loss": ("loss_roots", loss_roots), "taylor": ("costs", taylor_costs)}
+
+
+def _gradients(
+    model: PreTrainedModel,
+    calibration: CalibrationSet,
+    names: Sequence[str],
+    watch: Callable[[str, Tensor, Tensor], None],
+    progress: Callable[[int, int, str], None],
+    ranks: Ranks,
+) -> None:
+    """Show the inputs of some linears [tokens, d_in], and the gradients of the loss with respect to their outputs
+    [tokens, d_out], to `watch`: this process's batches, real tokens only."""
     probe = _probe(calibration, LOSS_TOKENS)[ranks.index :: ranks.count]
-    linears: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    grams = {name: Gram.zeros(linear.out_features, model.device) for name, linear in linears.items()}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
-            out.register_hook(lambda gradient: grams[name].update(gradient[real]))
+            out.register_hook(lambda gradient: watch(name, args[0].detach()[real], gradient[real]))
 
         return hook
 
@@ -319,8 +369,8 @@ def loss_roots(
             parameter.requires_grad_(False)
         embeddings: Any = model.get_input_embeddings()
         stack.callback(embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_()).remove)
-        for name, linear in linears.items():
-            stack.callback(linear.register_forward_hook(note(name)).remove)
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(note(name)).remove)
         for done, batch in enumerate(probe, start=1):
             ids, regions = batch.ids.to(model.device), batch.regions.to(model.device)
             counts, real = worth(regions, calibration.weights), regions > 0
@@ -328,8 +378,6 @@ def loss_roots(
             surprise = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             (surprise * counts[:, 1:].flatten()).sum().backward()
             progress(done, len(probe), "gradients")
-    grams = {name: added(gram, ranks, 0) for name, gram in grams.items()}
-    return {name: _root(gram) for name, gram in grams.items()} if ranks.first else {}
 
 
 def _root(gram: Gram) -> Float32[Tensor, "rank d"]:

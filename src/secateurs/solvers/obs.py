@@ -31,7 +31,8 @@ class OBS:
     Differs from ZipLM: groups of a step are removed together, by one factorisation, and the last solve takes out what
     rounding has added up. Weights of dead inputs cost nothing, so those go first. With a `loss_root` R the cost is
     tr(R W_R (C_RR)^-1 W_R^T R^T): what the model's loss would rise by, to second order, if outputs were independent of
-    inputs (K-FAC, Martens & Grosse 2015). What stays is the same either way: least squares goes row by row.
+    inputs (K-FAC, Martens & Grosse 2015). What stays is the same either way: least squares goes row by row. With
+    `costs` those decide what goes, all at once.
 
     Only for `Columns`. Cost: about 2 d_in^3 flops and 2 d_out d_in^2, whatever is removed; three d_in x d_in matrices.
     """
@@ -67,8 +68,11 @@ class OBS:
         except NotPositiveDefiniteError as error:
             raise NotPositiveDefiniteError(f"{problem.name}: {error}") from None
         target = (goal * unit.scale).masked_fill_(dead, 0)
-        judged = target if problem.loss_root is None else problem.loss_root.to(target) @ target
-        kept = self._choose(judged, inverse, pattern)
+        if problem.costs is not None:
+            kept = pattern.kept(problem.costs.to(target))
+        else:
+            judged = target if problem.loss_root is None else problem.loss_root.to(target) @ target
+            kept = self._choose(judged, inverse, pattern)
         weight = torch.zeros_like(goal)
         if bool(kept.all()):
             weight.copy_(goal)
