@@ -3,13 +3,15 @@
     python benchmarks/streaming.py OUT [--layers 128] [--width 1024] [--tokens 4096] [--limit 1000] [--solver NAME]
 
 The model has Llama's shapes and bfloat16 weights, a shard a block. A process of its own prunes and exports it, within
-`--limit` megabytes (a memory control group, which needs root; without one the run says so). Peak is of anonymous
-memory, sampled every 10 ms: pages of files do not count, as the system takes them back when it needs to.
+`--limit` megabytes (a memory control group, which needs root; without one the run says so), and has the result read
+again: as a whole where that has room, else block by block. Peak is of anonymous memory, sampled every 10 ms: pages of
+files do not count, as the system takes them back when it needs to.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ from secateurs.checkpoint import INDEX, Checkpoint
 from secateurs.models import model_path
 from secateurs.planner import needs, shelf
 from secateurs.recipe import build_pattern, build_solver
+from secateurs.reload import verify
 
 VOCABULARY = 512
 BATCH_TOKENS = 4096
@@ -95,11 +98,14 @@ def prune(folder: Path, out: Path, tokens: int, solver: str, where: Any) -> dict
             )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(model_path("bundled"))
         write(checkpoint, tokenizer, plan, results, out, calibration.held_out[0].ids[:64])
+    started = time.perf_counter()
+    (again,) = verify([out / "model"]).values()
     planned = wanted.on_device + (wanted.hidden if where != "disk" else 0)
     zeros = sum(result.zeros for result in results) / sum(a * b for a, b in (result.shape for result in results))
     return {
         "planned_MB": planned / 1e6, "used_MB": both.megabytes, "before_MB": both.before / 1e6, "sparsity": zeros,
         "seconds": pruning.seconds, "export_seconds": both.seconds - pruning.seconds,
+        "reload_seconds": time.perf_counter() - started, "reloaded_whole": again.whole, "reloaded_off": again.off,
     }  # fmt: skip
 
 
@@ -141,6 +147,7 @@ def main() -> None:
         return
     size = sum(file.stat().st_size for file in model.glob("*.safetensors")) if model.exists() else 0
     size = size or make(model, options.layers, options.width)
+    shutil.rmtree(options.out / "blocks", ignore_errors=True)  # of an earlier run, which this one would go on with
     with limited(options.limit) as group:
         command = [sys.executable, __file__, *sys.argv[1:], "--child"]
 

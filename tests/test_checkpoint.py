@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import asdict, replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from families import FAMILIES, make_model
-from secateurs import collect, pruner
+from secateurs import cell, collect, pruner, reload
 from secateurs.calibration import Batch, batches
 from secateurs.checkpoint import INDEX, Checkpoint, faster, give_back, save
 from secateurs.collect import final_states, logits_of
 from secateurs.evaluate import drift, reference_states
-from secateurs.export import PROBE_FILE, export, verify
-from secateurs.models import load_model
+from secateurs.export import PROBE_FILE, export
+from secateurs.models import load_model, window
+from secateurs.reload import Reloaded, verify
 from test_pruner import CALIBRATION, EVERYTHING, PLAN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -172,7 +174,7 @@ def exported(checkpoint: Checkpoint, tokenizer, plan: pruner.Plan, out: Path, **
     selected = pruner.prunable(checkpoint.model, plan)
     opened, layers = pruner.results_in(blocks, selected, checkpoint.opened), [asdict(result) for result in results]
     facts = {"provenance": FACTS, "layers": layers, "probe_ids": [3, 4, 5]}
-    export(checkpoint, tokenizer, selected, opened, out, **facts, **options)
+    export(checkpoint, tokenizer, selected, opened, out, **(facts | options))
     return results
 
 
@@ -267,7 +269,7 @@ def test_a_shard_that_is_missing_or_elsewhere_is_named(tmp_path):
         Checkpoint(str(folder))
 
 
-def test_an_exported_folder_loads_in_a_clean_process(tmp_path):
+def test_an_exported_folder_loads_in_a_clean_process(tmp_path, monkeypatch):
     tokenizer = tf.AutoTokenizer.from_pretrained(Path(pruner.__file__).parent / "assets" / "reasoner")
     plan, half = replace(PLAN, targets=("mlp.*",)), tmp_path / "half"
     load_model("bundled").bfloat16().save_pretrained(half)
@@ -281,14 +283,48 @@ def test_an_exported_folder_loads_in_a_clean_process(tmp_path):
     tensors["logits"][0, 0, 0] += 0.02 * tensors["logits"].abs().max()
     save_file(tensors, changed / PROBE_FILE, {"device": elsewhere})
     found = verify([*folders, changed])
-    assert 0.01 < found.pop(str(changed)) < 0.03, "another kind of device rounds otherwise"
-    assert found == {str(folder): 0 for folder in folders}
+    assert 0.01 < found.pop(str(changed)).off < 0.03, "another kind of device rounds otherwise"
+    assert found == {str(folder): Reloaded(0, whole=True) for folder in folders}
+    monkeypatch.setattr(reload, "available", lambda device: 0)
+    found = verify([*folders, changed])
+    assert 0.01 < found.pop(str(changed)).off < 0.03
+    assert found == {str(folder): Reloaded(0, whole=False) for folder in folders}, "block by block, to the bit as well"
     stored = [name for file in folders[0].glob("*.safetensors") for name in load_file(file)]
     assert set(stored) <= set(load_model("bundled").state_dict()), "vLLM and SGLang read all of these files"
     assert not [file for kind in ("bin", "pt", "pth", "gguf") for file in folders[0].glob(f"*.{kind}")]
     save_file(tensors, changed / PROBE_FILE, {"device": here})
+    monkeypatch.setattr(reload, "available", lambda device: 10**12)
     with pytest.raises(RuntimeError, match="logits after reloading differ"):
         verify([changed])
+
+
+def test_a_model_has_room_as_what_it_is_computed_in(tmp_path, monkeypatch):
+    """Stored in 16 bits and computed in 32, with ten and with five sixths of its room."""
+    out = tmp_path / "out"
+    exported(Checkpoint(str(saved("qwen3", tmp_path, "bfloat16")), compute_dtype="float32"), Tokenizer(), PLAN, out)
+    size = sum(4 * tensor.numel() for tensor in load_model(str(out)).state_dict().values())
+    asked = []
+    monkeypatch.setattr(reload, "_asked", lambda code, folders, trust: asked.append(code) or {})
+    for room in (10 / 6, 5 / 6):
+        monkeypatch.setattr(reload, "available", lambda device, room=room: room * size)
+        verify([out])
+    assert asked == [reload.TRANSFORMERS, reload.BLOCKS]
+
+
+def test_a_probe_goes_beyond_windows_and_keeps_what_comes_last(tmp_path):
+    windows = {family: window(make_model(family)) for family in ("gemma3", "gpt_oss", "qwen3", "llama")}
+    assert windows == {"gemma3": 8, "gpt_oss": 8, "qwen3": 0, "llama": 0}
+    ids = list(islice(cycle(range(64)), 90))
+    folder = saved("gemma3", tmp_path)
+    exported(Checkpoint(str(folder)), Tokenizer(), PLAN, tmp_path / "out", probe_ids=ids)
+    probe, model = load_file(tmp_path / "out" / PROBE_FILE), load_model(str(tmp_path / "out"))
+    assert probe["ids"].tolist() == [ids] and probe["logits"].shape[:2] == (1, 64)
+    with torch.inference_mode():
+        logits = model(input_ids=probe["ids"]).logits[:, -64:]
+    torch.testing.assert_close(probe["logits"], logits, rtol=1e-4, atol=1e-5)
+    known = CALIBRATION.held_out[0].ids
+    assert cell._probe(CALIBRATION, len(known) + 2) == [*known, *CALIBRATION.held_out[1].ids[:2]]
+    assert cell._probe(replace(CALIBRATION, held_out=()), 3) == list(CALIBRATION.documents[0].ids[:3])
 
 
 def test_an_expert_that_is_missing_is_said_in_a_sentence(tmp_path):
@@ -356,7 +392,8 @@ def test_of_one_file_and_an_index_both_loaders_read_the_file(tmp_path):
     ],
 )
 def test_a_reload_that_ends_badly_is_a_sentence(code, lesson, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateurs.export.RELOAD", code)
+    monkeypatch.setattr(reload, "TRANSFORMERS", code)
+    monkeypatch.setattr(reload, "_in_memory", lambda folder: 0)
     with pytest.raises(RuntimeError, match=lesson):
         verify([tmp_path])
 

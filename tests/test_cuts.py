@@ -127,7 +127,11 @@ def test_widths_add_up_to_the_parameters_that_were_asked_for():
     body = anatomy(model)
     assert body.in_block == sum(p.numel() for p in model.model.layers[0].parameters() if p.dim() == 2)
     for sparsity in (0.0, 0.1, 0.25, 0.5, 0.6):
-        for attention in ("none", "heads", "kv_heads"):
+        for attention, count in (("none", 1), ("heads", 4), ("kv_heads", 2)):
+            if attention != "none" and 0 < sparsity < 1 / count:
+                with pytest.raises(ValueError, match=f"takes none of the {count} .*: ask for {100 // count} % or more"):
+                    Width(sparsity, attention, multiple=4).kept(body)
+                continue
             heads, kv_heads, neurons = Width(sparsity, attention, multiple=4).kept(body)
             left = 2 * kv_heads * (heads + 1) * body.head_dim * body.d_model + neurons * body.in_neuron
             assert abs(1 - left / body.in_block - sparsity) <= 2 * body.in_neuron / body.in_block
@@ -156,6 +160,13 @@ def test_norms_over_all_heads_and_biases_of_blocks_that_go_are_refused():
     with pytest.raises(ValueError, match="blocks of LlamaForCausalLM have biases that would stay"):
         Depth(0.5).patterns(biased)
     assert Width(0.25, multiple=4).patterns(biased)
+    with pytest.raises(ValueError, match="takes none of a group's only head: ask for another attention"):
+        Width(0.5, "heads", multiple=4).patterns(tf.LlamaForCausalLM(tf.LlamaConfig(**whole)))
+    with pytest.raises(ValueError, match="ask for 33.4 % or more, or for another attention"):
+        Width(0.3, "kv_heads").kept(replace(anatomy(biased), heads=6, kv_heads=3))
+    of_places = tf.DiffLlamaForCausalLM(tf.DiffLlamaConfig(**SMALL, eos_token_id=0))
+    with pytest.raises(ValueError, match=r"DiffLlamaForCausalLM depend on their place \(self_attn.lambda_init\)"):
+        Depth(0.5).patterns(of_places)
 
 
 @pytest.mark.parametrize("inner", [False, True])

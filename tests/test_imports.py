@@ -18,7 +18,7 @@ ORDER = [
     {"collect", "trim"},
     {"pruner", "survey"},
     {"export", "evaluate", "planner", "experts", "narrow"},
-    {"report", "masks", "packed"},
+    {"report", "masks", "packed", "reload"},
     {"page", "runtime"},
     {"recipe", "gains"},
     {"corpus"},

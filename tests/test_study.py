@@ -123,7 +123,7 @@ def test_mixtures_nm_and_the_other_solvers_run_too(tmp_path, monkeypatch, capsys
     assert after.unasked == before and after.reloaded is None, "a model that does not load loses nothing of the report"
 
 
-def refuse(_):
+def refuse(_, **__):
     raise RuntimeError("the exported model does not load")
 
 

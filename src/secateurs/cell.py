@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
 from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ from secateurs.corpus import corpus_documents
 from secateurs.cuts import Cut, Depth, FewerExperts, Hidden, Width
 from secateurs.dense import Dense
 from secateurs.experts import ExpertScore, Verdict, drop_experts, keeping
-from secateurs.export import export, rename_probe
-from secateurs.models import Matrix
+from secateurs.export import PROBE_TOKENS, export, rename_probe
+from secateurs.models import Matrix, window
 from secateurs.narrow import Narrowed, Narrowing, narrow
 from secateurs.parallel import Progress, silent
 from secateurs.patterns import Pattern, Unstructured
@@ -238,7 +239,7 @@ def prune(
             "recipe": recipe.model_dump(exclude={"resources"}), "held_out": hidden,
         },
         layers=layers,
-        probe_ids=(calibration.held_out or calibration.documents)[0].ids[:64],
+        probe_ids=_probe(calibration, window(done.checkpoint.model) + PROBE_TOKENS),
         smaller=done.smaller,
     )  # fmt: skip
     seconds["export"] = time.perf_counter() - clock
@@ -246,6 +247,12 @@ def prune(
     write_json(record, data)
     _forget_the_way(folder)
     return Pruned(folder, **data)
+
+
+def _probe(calibration: CalibrationSet, tokens: int) -> list[int]:
+    """The first tokens of held-out documents, or of others where there are none."""
+    documents = calibration.held_out or calibration.documents
+    return list(islice(chain.from_iterable(document.ids for document in documents), tokens))
 
 
 def _forget_the_way(folder: Path) -> None:

@@ -140,7 +140,7 @@ def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: boo
             page.write(report, out)
             try:
                 with _bars() as progress:
-                    report = reload(report, progress)
+                    report = reload(report, progress, trust_remote_code=recipe.resources.trust_remote_code)
                 page.write(report, out)
             finally:  # a model that does not load loses nothing of what was measured
                 _show(report, out, as_json)

@@ -8,6 +8,7 @@ columns of both. Then `trim` writes a checkpoint without what nothing reads any 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
@@ -140,10 +141,10 @@ class Width:
         group, heads, kv_heads = body.heads // body.kv_heads, body.heads // body.kv_heads, body.kv_heads
         removed = 0
         if self.attention == "heads":
-            heads = group - int(self.sparsity * group)
+            heads = group - self._gone(group, f"the {group} heads of a group" if group > 1 else "a group's only head")
             removed = 2 * (group - heads) * body.kv_heads * body.head_dim * body.d_model
         elif self.attention == "kv_heads":
-            kv_heads = body.kv_heads - int(self.sparsity * body.kv_heads)
+            kv_heads = body.kv_heads - self._gone(body.kv_heads, f"the {body.kv_heads} groups of keys and values")
             removed = body.in_attention * (body.kv_heads - kv_heads) // body.kv_heads
         multiple = self.multiple or _suits(body.d_ff)
         wanted = body.d_ff - (self.sparsity * body.in_block - removed) / body.in_neuron
@@ -159,6 +160,15 @@ class Width:
                 f"{100 * multiple * body.in_neuron / body.in_block:.2g} % of a block; ask for more, or set multiple"
             )
         return heads, kv_heads, neurons
+
+    def _gone(self, count: int, of_what: str) -> int:
+        """How many of so many go. ValueError if none do that should."""
+        gone = int(self.sparsity * count)
+        if self.sparsity and not gone:
+            least = f"ask for {ceil(1000 / count) / 10:g} % or more, or for" if count > 1 else "ask for"
+            other = "kv_heads or none" if self.attention == "heads" else "heads or none"
+            raise ValueError(f"{self} takes none of {of_what}: {least} another attention ({other})")
+        return gone
 
     def patterns(self, model: PreTrainedModel) -> dict[str, Columns]:
         """See `Cut.patterns`."""
@@ -205,6 +215,11 @@ class Depth:
         ends = (part for one in blocks for part in (one.self_attn.o_proj, one.mlp.down_proj))
         if any(part.bias is not None for part in ends):
             raise ValueError(f"blocks of {type(model).__name__} have biases that would stay: width can be cut")
+        if (number := _by_place(blocks)) is not None:
+            raise ValueError(
+                f"blocks of {type(model).__name__} depend on their place ({number}), and would have others: width can "
+                "be cut"
+            )
         count = self.count(body.blocks)
         gone = set(range(body.blocks - count, body.blocks) if dropped is None else dropped)
         found = {}
@@ -212,6 +227,17 @@ class Depth:
             for index, name in enumerate(body.each(part)):
                 found[name] = Columns(0 if index in gone else 1, size)
         return found
+
+
+def _by_place(blocks: Sequence[nn.Module]) -> str | None:
+    """A number that a block has by its place alone, if there is one, as DiffLlama's `lambda_init`."""
+    found: dict[str, set[float]] = {}
+    for block in blocks:
+        for name, module in block.named_modules():
+            for key, value in vars(module).items():
+                if isinstance(value, float):
+                    found.setdefault(f"{name}.{key}".lstrip("."), set()).add(value)
+    return next((name for name, values in found.items() if len(values) > 1), None)
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,16 @@ def check_folder(name: str, path: str) -> None:
         )
 
 
+def window(model: PreTrainedModel) -> int:
+    """How many tokens the narrowest attention of a model sees; 0 if all see everything."""
+    config: Any = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and not {"sliding_attention", "chunked_attention"} & set(kinds):
+        return 0
+    sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((size for size in sizes if size), default=0)
+
+
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
     """The decoder blocks in order, and the name of the list that holds them. ValueError if there is no such list."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers

@@ -765,7 +765,10 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if report.reloaded is not None:
         models = "model" if len(pruned) == 1 else "models"
         off = f"off by at most {report.reloaded:.1g} of the largest" if report.reloaded else "the same to the bit"
-        facts.append(("reloaded", f"{len(pruned)} {models}, with transformers alone: logits are {off}"))
+        how = "with transformers alone"
+        if report.reloaded_in_blocks:
+            how = f"{report.reloaded_in_blocks} of them block by block, as the whole had no room"
+        facts.append(("reloaded", f"{len(pruned)} {models}, {how}: logits are {off}"))
     facts.append(("written", report.created))
     return facts
 

@@ -285,6 +285,11 @@ class Report(_Model):
         description="After all pruned models were loaded again in a clean process: the largest difference of their "
         "logits from those at export, over the largest logit. null when they were not.",
     )
+    reloaded_in_blocks: int = Field(
+        default=0,
+        description="How many of them had no room as a whole, and were read block by block instead of by transformers "
+        "alone.",
+    )
     summary: list[SummaryRow] = Field(description="`summarise(cells)`.")
     comparisons: list[Comparison] = Field(description="`compare(cells)`.")
 
@@ -598,6 +603,7 @@ def merge(reports: Sequence[Report]) -> Report:
             one for one in _once(one for report in reports for one in report.unasked) if _identity(one) not in asked
         ],
         reloaded=None if None in reloaded else max(one for one in reloaded if one is not None),
+        reloaded_in_blocks=sum(report.reloaded_in_blocks for report in reports),
         summary=summarise(cells),
         comparisons=compare(cells),
     )

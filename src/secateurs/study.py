@@ -25,13 +25,13 @@ from secateurs.cell import Case, Pruned, prune, solve_alike
 from secateurs.corpus import corpus_texts
 from secateurs.cuts import Cut
 from secateurs.dense import Dense
-from secateurs.export import verify
 from secateurs.leaks import overlap
 from secateurs.parallel import Progress, Task, run_tasks, silent
 from secateurs.preview import plan_check
 from secateurs.prompts import render
 from secateurs.ranks import ALONE, Ranks
 from secateurs.recipe import Recipe, build_pattern, build_questions
+from secateurs.reload import verify
 from secateurs.report import (
     Cell,
     Evaluation,
@@ -112,13 +112,14 @@ def study(
     )
 
 
-def reload(report: Report, progress: Progress = silent) -> Report:
+def reload(report: Report, progress: Progress = silent, *, trust_remote_code: bool = False) -> Report:
     """The report, with how its pruned models did when loaded again, in a clean process. RuntimeError if one does
     not load, or says other."""
     progress("reload models", 0, 0, "")
     made = [*report.unasked, *(cell for cell in report.cells if cell.arm != "dense")]
-    found = verify([Path(one.path) / "model" for one in made])
-    return report.model_copy(update={"reloaded": max(found.values(), default=None)})
+    found = verify([Path(one.path) / "model" for one in made], trust_remote_code=trust_remote_code).values()
+    off, in_blocks = max((one.off for one in found), default=None), sum(not one.whole for one in found)
+    return report.model_copy(update={"reloaded": off, "reloaded_in_blocks": in_blocks})
 
 
 @dataclass

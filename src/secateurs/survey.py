@@ -302,7 +302,8 @@ def loss_roots(
     Cost: three forward passes of them; memory: the whole model, the activations and logits of the longest document, and
     a float32 d_out x d_out sum for every linear. All `ranks` share the tokens; the first one is given what they say.
     """
-    grams = {name: Gram.zeros(model.get_submodule(name).out_features, model.device) for name in columns}
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in columns}
+    grams = {name: Gram.zeros(linear.out_features, model.device) for name, linear in linears.items()}
 
     def watch(name: str, x: Tensor, gradient: Tensor) -> None:
         grams[name].update(gradient)
@@ -327,10 +328,11 @@ def taylor_costs(
     Unlike `loss_roots`, nothing is known of how other inputs would make up for it. Cost and memory are as there, but
     the inputs of the linears on all tokens of a batch instead of the sums. All `ranks` share the tokens.
     """
-    sums = {name: torch.zeros(2, model.get_submodule(name).in_features // c.size) for name, c in columns.items()}
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in columns}
+    sums = {name: torch.zeros(2, linear.in_features // columns[name].size) for name, linear in linears.items()}
 
     def watch(name: str, x: Tensor, gradient: Tensor) -> None:
-        effects = x.float() * (gradient.float() @ model.get_submodule(name).weight.float())
+        effects = x.float() * (gradient.float() @ linears[name].weight.float())
         of_groups = effects.view(len(x), -1, columns[name].size).sum(-1).square()
         sums[name] += torch.stack((of_groups.sum(0).cpu(), torch.full((of_groups.shape[1],), float(len(x)))))
 
