@@ -429,6 +429,7 @@ def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["bytes"] < 0.3 * 2 * 840_000
     words = ["bench", "bundled", str(tmp_path / "packed"), "--batch", "1", "--context", "8", "--tokens", "2"]
     words += ["--rounds", "2", "--threads", "1", "--recipe", "demo", "--set", "evaluate.num_questions=2", "--json"]
+    words += ["--asked", "2"]
     kept = []
     monkeypatch.setattr(
         "secateurs.artifacts.write_json", lambda path, data: (kept.append(data), write_json(path, data))
@@ -436,10 +437,14 @@ def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, *words, "--out", str(tmp_path / "figures.json")) == 0
     result = json.loads(capsys.readouterr().out)
     told = [[bool(row["quality"]) for row in found["rows"] if row["speeds"]] for found in kept]
-    assert told == [[False, False], [False, False], [True, True]]  # after each round, and after the questions
+    assert told == [[False, False]] * 2 + [[True, True]] * 2, "after each round, and each time they were asked"
     assert result == json.loads((tmp_path / "figures.json").read_text())
     page = (tmp_path / "figures.html").read_text()
-    assert "1 row after 8 tokens" in page and "(2 of 2)" in page and page.count('<tr><th scope="row">bundled') == 3
+    assert (
+        "1 row after 8 tokens" in page
+        and "(2 of 2: 34 to 100 %" in page
+        and page.count('<tr><th scope="row">bundled') == 3
+    )
     dense, packed = result["rows"]
     assert dense["speeds"][0]["times_first"] == 1 and packed["speeds"][0]["tokens_per_second"] > 0
     assert packed["weight_bytes"] < 0.5 * dense["weight_bytes"] and dense["quality"]["questions"] == 2
@@ -467,9 +472,13 @@ def test_packed_models_can_be_made_dense_and_a_model_that_is_never_right_has_no_
     with pytest.raises(ValueError, match="no kernel multiplies packed matrices on cpu here"):
         load_packed(tmp_path / "packed", expand=False)
     rows = [Row(name, "float32", 1, speeds=[Speed(1, 8, 0.1, 5.0, 1.0)]) for name in ("a", "b")]
-    rows[0].quality, rows[1].quality = Quality(2, 1, 10, 3.0), Quality(2, 0, 10, 3.0)
+    lengths = {"one": 4, "two": 6}
+    rows[0].quality = Quality({"one": 1.0, "two": 0.0}, lengths, [3.0, 2.0, 4.0])
+    rows[1].quality = Quality({"one": 0.0, "two": 0.0}, lengths, [3.0])
     found = table(rows)
+    assert [row["quality"]["points"] for row in found] == [0.0, -0.5]
+    assert found[0]["quality"]["spread"] == 2 and found[1]["quality"]["of_first_interval"][1] is None
     assert [row["quality"]["seconds_per_correct"] for row in found] == [3.0, None]
     page = to_html({"rows": found, "machine": {"cpu": "x", "threads": 1, "torch": "2"}})
-    assert "3.00 s (1 of 2)" in page and "- s (0 of 2)" in page
+    assert "3.00 s (1 of 2: 5 to 95 %)" in page and "- s (0 of 2: 0 to 66 %; ratio -)" in page
     json.dumps(found, allow_nan=False)

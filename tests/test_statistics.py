@@ -7,7 +7,7 @@ from statistics import variance
 import numpy as np
 import pytest
 
-from secateurs.statistics import difference_interval, holm, share_interval, sign_flip, spread
+from secateurs.statistics import cost_ratio_interval, difference_interval, holm, share_interval, sign_flip, spread
 
 
 def seed(values, start=0):
@@ -155,3 +155,21 @@ def test_it_bears_the_extremes():
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_a_ratio_of_costs_has_the_interval_of_resampled_questions():
+    """Half of the time for each question; the same time and accuracy, two hundred times; nothing right at all."""
+    first = {str(n): (2.0, 1.0) for n in range(9)}
+    second = {str(n): (1.0, 1.0) for n in range(9)}
+    assert cost_ratio_interval(first, second) == (0.5, 0.5)
+    rng = np.random.default_rng(3)
+    inside = 0
+    for _ in range(200):  # both right three times of four and independent, with the same costs: the ratio is 1
+        draws = [{str(n): (1.0, float(rng.random() < 0.75)) for n in range(60)} for _ in range(2)]
+        low, high = cost_ratio_interval(*draws, draws=400)
+        inside += low <= 1 <= high
+    assert 180 <= inside <= 199
+    assert cost_ratio_interval(first, {name: (1.0, 0.0) for name in first})[1] == math.inf
+    assert cost_ratio_interval({name: (1.0, 0.0) for name in first}, first) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="the same questions"):
+        cost_ratio_interval(first, {"other": (1.0, 1.0)})

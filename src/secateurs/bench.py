@@ -4,6 +4,7 @@ Every model has a process of its own and the turns go round, so that a disturban
 are medians. A name is a folder, a packed folder or a hub id, with `@float32` or `@bfloat16` to compute in that type.
 """
 
+import math
 import os
 import platform
 import resource
@@ -31,6 +32,7 @@ from secateurs.page import templates
 from secateurs.parallel import MISTAKES, portable, settle, start
 from secateurs.recipe import Recipe, build_questions
 from secateurs.runtime import PackedEmbedding, PackedLinear, load_packed
+from secateurs.statistics import cost_ratio_interval, difference_interval, share_interval, sign_flip
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,19 +51,52 @@ class Speed:
     """Largest over smallest time of a round."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Quality:
-    """Answers to a recipe's evaluation questions, one after the other batch; seconds of sampling."""
+    """Answers to a recipe's evaluation questions, one batch after the other, once or several times."""
 
-    questions: int
-    correct: int
-    tokens: int
-    seconds: float
+    right: dict[str, float]
+    """By question, of the first time; 1 for a right answer."""
+    lengths: dict[str, int]
+    """Tokens of these answers."""
+    times: list[float]
+    """Seconds of sampling, each time."""
+
+    @property
+    def correct(self) -> int:
+        """Right answers."""
+        return sum(score == 1 for score in self.right.values())
+
+    @property
+    def seconds(self) -> float:
+        """The median."""
+        return statistics.median(self.times)
 
     @property
     def seconds_per_correct(self) -> float | None:
         """What a right answer takes; None where there is none."""
         return self.seconds / self.correct if self.correct else None
+
+    def costs(self) -> dict[str, tuple[float, float]]:
+        """Seconds and right answers of every question, where the time is shared out by tokens."""
+        each = self.seconds / max(sum(self.lengths.values()), 1)
+        return {name: (each * self.lengths[name], score) for name, score in self.right.items()}
+
+    def table(self, first: "Quality") -> dict[str, Any]:
+        """What is shown of it beside the first model's, with 95 % intervals; None where no answer was right, or an
+        interval has no end."""
+        mine, base = self.seconds_per_correct, first.seconds_per_correct
+        differences = {name: score - first.right[name] for name, score in self.right.items()}
+        ends = cost_ratio_interval(first.costs(), self.costs())
+        return {
+            "questions": len(self.right), "correct": self.correct, "tokens": sum(self.lengths.values()),
+            "seconds": self.seconds, "spread": max(self.times) / min(self.times),
+            "interval": share_interval([self.right]),
+            "points": sum(differences.values()) / len(differences),
+            "points_interval": difference_interval([differences]), "p": sign_flip(list(differences.values())),
+            "seconds_per_correct": mine, "of_first": mine / base if mine and base else None,
+            "of_first_interval": [end if math.isfinite(end) else None for end in ends],
+        }  # fmt: skip
 
 
 @dataclass
@@ -110,10 +145,11 @@ def bench(
     threads: int = 0,
     device: str = "cpu",
     recipe: Recipe | None = None,
+    asked: int = 1,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """Measure every model in turns, `rounds` times; with a recipe, ask each its evaluation questions once.
+    """Measure every model in turns, `rounds` times; with a recipe, ask each its evaluation questions, `asked` times.
 
     `threads` 0 is as many as torch takes. `keep` gets what is known after every round, as a bench may be stopped.
     ValueError for a model that cannot be loaded; RuntimeError if its process dies.
@@ -124,7 +160,7 @@ def bench(
         raise ValueError(f"device is {device}, but there is no GPU that torch can use")
     threads = threads or torch.get_num_threads()
     shapes = [(batch, context) for batch in batches for context in contexts]
-    total = len(models) * (1 + rounds * (len(shapes) + 1) + 2 * (recipe is not None))
+    total = len(models) * (1 + rounds * (len(shapes) + 1) + 2 * asked * (recipe is not None))
     done = 0
 
     with ExitStack() as stack:
@@ -161,9 +197,13 @@ def bench(
                     times = ask(name, "decode", batch, context, new_tokens)
                     taken.setdefault((name, batch, context), []).append(times)
             keep(known())
-        if recipe:
+        for _ in range(asked if recipe else 0):
             for name in models:
-                rows[name].quality = Quality(**ask(name, "answer", recipe))
+                found = ask(name, "answer", recipe)
+                before = rows[name].quality
+                rows[name].quality = (
+                    Quality(before.right, before.lengths, before.times + found.times) if before else found
+                )
             keep(known())
     return list(rows.values())
 
@@ -200,9 +240,7 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for speed, mine, base in zip(data["speeds"], row.speeds, first.speeds, strict=True):
             speed["times_first"] = mine.tokens_per_second / base.tokens_per_second
         if row.quality and first.quality:
-            mine, base = row.quality.seconds_per_correct, first.quality.seconds_per_correct
-            data["quality"]["seconds_per_correct"] = mine
-            data["quality"]["of_first"] = mine / base if mine and base else None
+            data["quality"] = row.quality.table(first.quality)
         found.append(data)
     return found
 
@@ -217,6 +255,12 @@ def short(name: str) -> str:
 def figure(value: float | None, digits: int = 2) -> str:
     """A number as it is shown; a dash for none."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def span(ends: Sequence[float | None], times: float = 1, digits: int = 2) -> str:
+    """An interval as it is shown."""
+    shown = ["" if end is None else f"{times * end:.{digits}f}" for end in ends]
+    return " to ".join(shown) if all(shown) else f"above {shown[0]}" if shown[0] else "-"
 
 
 def to_html(result: dict[str, Any]) -> str:
@@ -242,9 +286,14 @@ def to_html(result: dict[str, Any]) -> str:
     quality, note = [], ""
     if all(row["quality"] for row in rows):
         found = [row["quality"] for row in rows]
-        texts = [f"{figure(one['seconds_per_correct'])} s ({one['correct']} of {one['questions']})" for one in found]
+        texts = [
+            f"{figure(one['seconds_per_correct'])} s ({one['correct']} of {one['questions']}: "
+            f"{span(one['interval'], 100, 0)} %" + (f"; ratio {span(one['of_first_interval'])})" if place else ")")
+            for place, one in enumerate(found)
+        ]
         quality = bars([one["seconds_per_correct"] for one in found], [one["of_first"] for one in found], texts)
-        note = f"{found[0]['questions']} questions tell large differences in accuracy only."
+        questions = found[0]["questions"]
+        note = f"{questions} questions. In brackets 95 %: of accuracy, and of the ratio, by resampling questions."
     fastest = max(rows, key=lambda row: row["speeds"][0]["tokens_per_second"])
     best = fastest["speeds"][0]
     headline = (
@@ -326,7 +375,7 @@ class _Bench:
         out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
-    def answer(self, recipe: Recipe) -> dict[str, Any]:
+    def answer(self, recipe: Recipe) -> Quality:
         """Ask the recipe's evaluation questions."""
         tokenizer = load_tokenizer(self.name.partition("@")[0])
         questions = build_questions(recipe.evaluate.questions or recipe.traces.questions)
@@ -339,12 +388,11 @@ class _Bench:
         done = list(hf_engine(self.model, tokenizer, recipe.resources.batch_size).generate(requests, sampling))
         seconds = time.perf_counter() - clock
         traces = [trace_of(one, tokenizer, questions, by_id[one.request.question_id]) for one in done]
-        return {
-            "questions": len(asked),
-            "correct": sum(trace.reward == 1 for trace in traces),
-            "tokens": sum(len(trace.completion_ids) for trace in traces),
-            "seconds": seconds,
-        }
+        return Quality(
+            {trace.question_id: float(trace.reward == 1) for trace in traces},
+            {trace.question_id: len(trace.completion_ids) for trace in traces},
+            [seconds],
+        )
 
     def peak(self) -> int:
         """Memory at its highest, above what there was before the model."""

@@ -314,6 +314,7 @@ def bench_(
     recipe: Annotated[
         str, typer.Option(help="Also ask this recipe's evaluation questions: seconds per right answer.")
     ] = "",
+    asked: Annotated[int, typer.Option(min=1, help="How often each is asked them, in turns; the median counts.")] = 1,
     overrides: Set = [],
     out: Annotated[
         Path | None, typer.Option(help="A JSON file for all figures, kept every round; a page beside it.")
@@ -344,7 +345,7 @@ def bench_(
     with _bars() as progress:
         rows = bench.bench(
             models, **shapes, new_tokens=tokens, rounds=rounds, threads=threads, device=device,
-            recipe=loaded, keep=keep,
+            recipe=loaded, asked=asked, keep=keep,
             progress=lambda done, total, what: progress("bench", done, total, "turns"),
         )  # fmt: skip
     result = measured(rows)
@@ -355,7 +356,7 @@ def bench_(
 
 
 def _show_bench(result: dict[str, Any]) -> None:
-    from secateurs.bench import figure, short
+    from secateurs.bench import figure, short, span
 
     screen = Console(width=None if sys.stdout.isatty() else 160)
     where = result["machine"]
@@ -379,12 +380,18 @@ def _show_bench(result: dict[str, Any]) -> None:
             )  # fmt: skip
     screen.print(speeds)
     if rows[0]["quality"]:
-        answers = Table("model", "right", "tokens", "seconds", "seconds per right answer", "of the first")
+        answers = Table(
+            "model", "right", "95 %", "points of first", "p", "tokens", "seconds", "spread", "seconds per right answer",
+            "of first", "95 %",
+        )  # fmt: skip
         for row in rows:
             one = row["quality"]
+            points = f"{100 * one['points']:+.1f} ({span(one['points_interval'], 100, 0)})"
             answers.add_row(
-                short(row["model"]), f"{one['correct']} of {one['questions']}", f"{one['tokens']:,}",
-                f"{one['seconds']:.1f}", figure(one["seconds_per_correct"], 3), figure(one["of_first"]),
+                short(row["model"]), f"{one['correct']} of {one['questions']}", span(one["interval"], 100, 0),
+                *(("", "") if row is rows[0] else (points, f"{one['p']:.2g}")), f"{one['tokens']:,}",
+                f"{one['seconds']:.1f}", f"{one['spread']:.2f}", figure(one["seconds_per_correct"], 3),
+                figure(one["of_first"]), "" if row is rows[0] else span(one["of_first_interval"]),
             )  # fmt: skip
         screen.print(answers)
 
