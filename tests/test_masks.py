@@ -1,6 +1,7 @@
 """Zeros that training, merging or another export may fill: found, put back, or kept from the start."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from secateurs.cli import app
 from secateurs.export import PROBE_FILE, SIDE_FILE
 from secateurs.masks import KeepZeros, apply, check
 from secateurs.models import load_model
+from secateurs.packed import pack
 from test_checkpoint import Tokenizer, exported, saved
 from test_pruner import CALIBRATION, PLAN
 
@@ -144,6 +146,19 @@ def test_what_is_applied_rounds_nothing_whatever_the_configuration_says(tmp_path
         for name, tensor in load_file(file).items():
             assert torch.equal(tensor, torch.where(tensor == 0, tensor, tensors.pop(name))), name
     assert not tensors
+
+
+def test_packing_says_where_zeros_have_moved(tmp_path, capsys):
+    pruned = pruned_model("qwen3", tmp_path)
+    other = tuned(pruned, tmp_path / "tuned")
+    shutil.copyfile(pruned / SIDE_FILE, other / SIDE_FILE)
+    apply(str(other), str(pruned), tmp_path / "mended")
+    moved = [pack(str(folder), tmp_path / f"{folder.name}-packed")["moved"] for folder in (pruned, other)]
+    assert moved == [0, 14] and pack(str(tmp_path / "mended"), tmp_path / "again")["moved"] == 0
+    said = "in 14 matrices zeros are not where they were when it was pruned: `secateurs mask apply` puts them back"
+    for folder, expected in ((other, True), (pruned, False)):
+        app(["pack", str(folder), "--out", str(tmp_path / f"{folder.name}-told")], standalone_mode=False)
+        assert (said in " ".join(capsys.readouterr().err.split())) == expected
 
 
 def test_the_commands_say_what_they_found(tmp_path, capsys):

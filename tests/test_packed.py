@@ -385,6 +385,13 @@ def test_damage_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"has no packed.json; `secateurs pack` makes such a folder"):
         load_packed(model_path(BUNDLED))
     pack(BUNDLED, tmp_path / "packed")
+    record = tmp_path / "packed" / "packed.json"
+    sound = record.read_text()
+    for damaged in ("[]", "{}", json.dumps({**json.loads(sound), "matrices": []})):
+        record.write_text(damaged)
+        with pytest.raises(ValueError, match="packed.json is not of this version of secateurs: pack the model again"):
+            load_packed(tmp_path / "packed")
+    record.write_text(sound)
     file = tmp_path / "packed" / "packed.safetensors"
     tensors = load_file(file)
     save_file({key: tensor for key, tensor in tensors.items() if "layers.1.mlp.up_proj" not in key}, file)

@@ -293,6 +293,12 @@ def pack(
         f"{found['packed']} of {found['matrices']} matrices packed, {100 * found['density']:.1f} % of weights kept: "
         f"{before:,.1f} MB as bf16, {after:,.1f} MB now ({after / before:.2f})"
     )
+    if found["moved"]:
+        console.print(
+            f"[bold red]in {found['moved']} matrices zeros are not where they were when it was pruned[/]: "
+            "`secateurs mask apply` puts them back",
+            soft_wrap=True,
+        )
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -17,9 +17,9 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from secateurs import kernels
-from secateurs.artifacts import atomic_folder, write_json
+from secateurs.artifacts import atomic_folder, read_json, write_json
 from secateurs.checkpoint import Checkpoint, Shards
-from secateurs.export import copy_beside
+from secateurs.export import SIDE_FILE, copy_beside, mask_hash
 from secateurs.models import linears, name_of
 
 Weights = Literal["bf16", "int8", "int4"]
@@ -279,7 +279,8 @@ def _int4(weight: Float32[Tensor, "rows d_in"]) -> dict[str, Tensor]:
 def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
     """Write the model in the folder or hub id `model` to `out` with its linear layers packed; one block at a time.
 
-    Returns how much there is of what. ValueError for a model that cannot be loaded.
+    Returns how much there is of what, and in how many matrices (`moved`) zeros are not where they were when it was
+    pruned, as its side file has them. ValueError for a model that cannot be loaded.
     Embeddings stay as they are, and so does a head that is tied to them, but for int8. With int4 a head is int8.
     """
     if (Path(model) / RECORD).exists():
@@ -291,6 +292,9 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
         raise ValueError(f"{model} has no linear layers that could be packed")
     counts = {"matrices": 0, "packed": 0, "weights": 0, "zeros": 0, "dense_bytes": 0, "bytes": 0}
     names: dict[str, list[int]] = {}
+    side: Any = read_json(file) if (file := checkpoint.folder / SIDE_FILE).exists() else {}
+    masks = {row["name"]: row["mask_sha256"] for row in side.get("layers", []) if "mask_sha256" in row}
+    moved = 0
 
     with atomic_folder(out) as folder:
         files = Shards(folder, STEM)
@@ -310,6 +314,8 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
                 place = f"{checkpoint.prefix}.{index}"
                 inside = linears(block)
                 for name, linear in inside.items():
+                    known = masks.get(f"{place}.{name}")
+                    moved += known not in (None, mask_hash(linear.weight))
                     add(f"{place}.{name}", linear.weight)
                 for name, tensor in block.state_dict().items():
                     if name.removesuffix(".weight") not in inside:
@@ -325,4 +331,4 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
         files.close()
         copy_beside(checkpoint.folder, folder)
         write_json(folder / RECORD, {"schema": SCHEMA, "version": VERSION, "weights": weights, "matrices": names})
-    return {"weights": weights, **counts, "density": 1 - counts["zeros"] / counts["weights"]}
+    return {"weights": weights, **counts, "moved": moved, "density": 1 - counts["zeros"] / counts["weights"]}

@@ -166,7 +166,8 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
     if not (folder / RECORD).is_file():
         raise ValueError(f"{folder} has no {RECORD}; `secateurs pack` makes such a folder of a pruned model")
     record: Any = read_json(folder / RECORD)
-    if record.get("schema") != SCHEMA or record.get("version") != VERSION:
+    known = isinstance(record, dict) and (record.get("schema"), record.get("version")) == (SCHEMA, VERSION)
+    if not known or not isinstance(record.get("matrices"), dict):
         raise ValueError(f"{folder / RECORD} is not of this version of secateurs: pack the model again")
     try:
         config: Any = AutoConfig.from_pretrained(folder)
