@@ -182,7 +182,7 @@ def test_memory_does_not_grow_with_the_number_of_requests():
 
     peak(50)
     # How many answers lie in sockets at once is chance, on a busy machine a large one; growth would show every time.
-    assert any(peak(600) < 1.5 * peak(150) for _ in range(3))
+    assert any(peak(400) < 1.5 * peak(100) for _ in range(3))
 
 
 def test_no_more_are_drawn_ahead_than_are_in_flight():
@@ -447,13 +447,11 @@ def test_a_wrong_server_beside_a_right_one_or_later_is_found_out_and_nothing_it_
     stores = [next((tmp_path / folder / "traces").iterdir()) for folder in ("later", "beside")]
     assert {trace.key for trace in (*first.held_out, *first.traces)} <= {trace.key for trace in read_traces(stores[0])}
     questions, asked = Tiny(), {trace.question_id: trace for store in stores for trace in read_traces(store)}
-    for question in islice(questions.questions("calibration", 0), 200):
-        if trace := asked.pop(question.id, None):
-            request = ask.request_for(question, 0, TOKENIZER, questions, 0)
-            sampling = default_sampling(model.generation_config, max_new_tokens=32)
-            (own,) = hf_engine(model, TOKENIZER, 1).generate([request], sampling)
-            assert own.ids == trace.completion_ids
-    assert not asked
+    known = [one for one in islice(questions.questions("calibration", 0), 200) if one.id in asked]
+    again = [ask.request_for(question, 0, TOKENIZER, questions, 0) for question in known]
+    sampling = default_sampling(model.generation_config, max_new_tokens=32)
+    own = {one.request.question_id: one.ids for one in hf_engine(model, TOKENIZER, 32).generate(again, sampling)}
+    assert own == {question: trace.completion_ids for question, trace in asked.items()}
 
 
 def test_what_servers_said_before_one_failed_is_judged_and_kept(tmp_path):
