@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from secateurs.parallel import deaf, run_tasks, silent
+from secateurs.parallel import Task, Workers, deaf, silent
 
 
 class Bench:
@@ -39,35 +39,46 @@ def sleep(bench: Bench, folder: str) -> None:
     time.sleep(120)
 
 
+def tasks(jobs: int, *wanted: Task) -> list:
+    with Workers(Bench, jobs, silent) as workers:
+        return workers.run(wanted)
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_results_come_in_order_and_everyones_progress_arrives(jobs):
     heard = []
-    results = run_tasks(Bench, [(work, (n,)) for n in range(9)], jobs, lambda *words: heard.append(words))
+    with Workers(Bench, jobs, lambda *words: heard.append(words)) as workers:
+        results = workers.run([(work, (n,)) for n in range(9)])
+        again = workers.run([(work, (n,)) for n in (5, 6, 7)])
+        assert workers.run([(work, (5,))])[0] == (25, os.getpid()), "one task alone is done here"
+    del heard[9:]
     assert [square for square, _ in results] == [n**2 for n in range(9)]
     assert sorted(heard) == [("squares", n, 9, "numbers") for n in range(9)]
     processes = {process for _, process in results}
     assert len(processes) <= jobs and (os.getpid() in processes) == (jobs == 1)
+    assert [square for square, _ in again] == [25, 36, 49] and {process for _, process in again} <= processes
+    assert not any(_lives(process) for process in processes - {os.getpid()})
 
 
 @pytest.mark.parametrize("error", [ValueError("sparsity is 2"), FileNotFoundError(2, "no such file", "a.toml")])
 def test_a_tasks_error_is_raised_here_and_ends_the_others(error, tmp_path):
     clock = time.monotonic()
     with pytest.raises(type(error)) as found:
-        run_tasks(Bench, [(sleep, (str(tmp_path),)), (fail, (error,))], 2, silent)
+        tasks(2, (sleep, (str(tmp_path),)), (fail, (error,)))
     assert str(found.value) == str(error)
     assert time.monotonic() - clock < 110, "the other slept on"
 
 
 def test_a_process_that_dies_is_named(tmp_path):
     with pytest.raises(RuntimeError, match="ended by signal 9, perhaps for want of memory; what is done is kept"):
-        run_tasks(Bench, [(sleep, (str(tmp_path),)), (die, ())], 2, silent)
+        tasks(2, (sleep, (str(tmp_path),)), (die, ()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process ends at its next word of progress")
 def test_no_process_outlives_its_parent(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_parallel as t; "
-        "t.run_tasks(t.Bench, [(t.sleep, (sys.argv[2],))] * 2, 2, t.silent)"
+        "t.tasks(2, *[(t.sleep, (sys.argv[2],))] * 2)"
     )
     guarded = f"if __name__ == '__main__':\n    {code}"
     (tmp_path / "main.py").write_text(guarded)

@@ -502,14 +502,14 @@ def test_a_study_says_how_many_models_were_asked_side_by_side(tmp_path, monkeypa
     dense = SimpleNamespace(checkpoint=checkpoint, key={})
     answers: Any = "answers"
 
-    def run_tasks(make, tasks, jobs, progress):
+    def run(_, tasks):
         if tasks and tasks[0][0] is study._ask_dense:
             return [study._Seed(SimpleNamespace(summary=TRACES), answers) for _ in tasks]  # pyright: ignore
         return [study._Done(arm, answers) for arm in ("prompt", "rac")] if tasks else []  # pyright: ignore
 
     monkeypatch.setattr(study, "Dense", lambda *_: dense)
     monkeypatch.setattr(study, "plan_check", lambda *_: None)
-    monkeypatch.setattr(study, "run_tasks", run_tasks)
+    monkeypatch.setattr(study.Workers, "run", run)
     monkeypatch.setattr(study, "leak_check", lambda _, key, *__: checked(key))
     monkeypatch.setattr(study, "_dense_cell", lambda _, seed, __, others: beside(HELPS[0], others))
     monkeypatch.setattr(study, "_cell", lambda arm, _, __, others: beside(cell(arm, 0.5, 0, 0.8, 100.0), others))

@@ -8,8 +8,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -28,48 +29,71 @@ def silent(stage: str, done: float, total: float, unit: str) -> None:
     """No progress shown."""
 
 
-def run_tasks(make: Callable[[Progress], Any], tasks: Sequence[Task], jobs: int, progress: Progress) -> list[Any]:
-    """function(made, *args) of every (function, args), in order; `made` is make(progress), once a process.
+class Workers:
+    """`jobs` processes that share tasks until the `with` that they are made in ends; `run` starts those it needs.
 
-    With `jobs` above 1 everything must be picklable, and each process gets its share of torch's threads. A task's error
-    is raised here and ends the others at once, so tasks must leave nothing behind that a kill would spoil. A process
-    that dies is a RuntimeError; one whose parent dies is killed with it on Linux, elsewhere it ends at its next word
-    of progress.
+    Each works with what make(progress) gives there, once. With one job, and for one task alone, that is this process.
+    With more everything must be picklable. A process whose parent dies is killed with it on Linux, elsewhere it ends at
+    its next word of progress.
     """
-    if jobs == 1 or len(tasks) < 2:
-        made = make(progress)
-        return [function(made, *args) for function, args in tasks]
-    jobs = min(jobs, len(tasks))
-    results: dict[int, Any] = {}
-    waiting = list(enumerate(tasks))
-    with ExitStack() as stack:
-        workers: dict[Connection, Any] = {}
-        for _ in range(jobs):
-            ours, worker = start(stack, _serve, make, max(1, torch.get_num_threads() // jobs))
-            workers[ours] = worker
-            ours.send(waiting.pop(0))
+
+    def __init__(self, make: Callable[[Progress], Any], jobs: int, progress: Progress) -> None:
+        self.make, self.jobs, self.progress = make, jobs, progress
+        self._processes: dict[Connection, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @cached_property
+    def _here(self) -> Any:
+        return self.make(self.progress)
+
+    def run(self, tasks: Sequence[Task]) -> list[Any]:
+        """function(made, *args) of every (function, args), in order, with a share of torch's threads for each process.
+
+        A task's error is raised here, and ends the others at once with the `with`, so tasks must leave nothing behind
+        that a kill would spoil. A process that dies is a RuntimeError.
+        """
+        if self.jobs == 1 or len(tasks) < 2:
+            return [function(self._here, *args) for function, args in tasks]
+        count = min(self.jobs, len(tasks))
+        threads = max(1, torch.get_num_threads() // count)
+        while len(self._processes) < count:
+            pipe, process = start(self._stack, _serve, self.make, threads)
+            self._processes[pipe] = process
+        results: dict[int, Any] = {}
+        waiting = list(enumerate(tasks))
+        for pipe in list(self._processes)[:count]:
+            pipe.send((threads, *waiting.pop(0)))
         while len(results) < len(tasks):
-            for pipe in wait(list(workers)):
+            for pipe in wait(list(self._processes)):
                 assert isinstance(pipe, Connection)
-                try:
-                    kind, *content = pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    workers[pipe].join()
-                    code = workers[pipe].exitcode
-                    reason = f"by signal {-code}, perhaps for want of memory" if code and code < 0 else f"with {code}"
-                    raise RuntimeError(
-                        f"a worker process ended {reason}; what is done is kept, so run the command again, with fewer "
-                        "jobs if memory was short"
-                    ) from None
+                kind, *content = self._hear(pipe)
                 if kind == "progress":
-                    progress(*content)
+                    self.progress(*content)
                 elif kind == "failed":
                     raise content[0]
                 else:
                     index, results[index] = content
                     if waiting:
-                        pipe.send(waiting.pop(0))
-    return [results[index] for index in range(len(tasks))]
+                        pipe.send((threads, *waiting.pop(0)))
+        return [results[index] for index in range(len(tasks))]
+
+    def _hear(self, pipe: Connection) -> tuple[Any, ...]:
+        try:
+            return pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._processes[pipe].join()
+            code = self._processes[pipe].exitcode
+            reason = f"by signal {-code}, perhaps for want of memory" if code and code < 0 else f"with {code}"
+            raise RuntimeError(
+                f"a worker process ended {reason}; what is done is kept, so run the command again, with fewer "
+                "jobs if memory was short"
+            ) from None
 
 
 def _serve(pipe: Connection, make: Callable[[Progress], Any], threads: int, parent: int) -> None:
@@ -82,7 +106,8 @@ def _serve(pipe: Connection, make: Callable[[Progress], Any], threads: int, pare
 
         made = make(progress)
         while True:
-            index, (function, args) = pipe.recv()
+            threads, index, (function, args) = pipe.recv()
+            torch.set_num_threads(threads)
             pipe.send(("done", index, function(made, *args)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(1)  # nobody is left to tell

@@ -26,7 +26,7 @@ from secateurs.corpus import corpus_texts
 from secateurs.cuts import Cut
 from secateurs.dense import Dense
 from secateurs.leaks import overlap
-from secateurs.parallel import Progress, Task, run_tasks, silent
+from secateurs.parallel import Progress, Task, Workers, silent
 from secateurs.preview import plan_check
 from secateurs.prompts import render
 from secateurs.ranks import ALONE, Ranks
@@ -68,13 +68,13 @@ def study(
     out.mkdir(parents=True, exist_ok=True)
     planned(plan_check(recipe, dense))
     bench = partial(_Bench, recipe, out, dense=dense if jobs == 1 else Dense(recipe, ranks))  # one without weights
-    seeds: list[_Seed] = run_tasks(bench, [(_ask_dense, (seed,)) for seed in recipe.seeds], jobs, progress)
-    traced = {seed: found.traced for seed, found in zip(recipe.seeds, seeds, strict=True)}
-    groups: list[Task] = [(_prune_alike, (seed, traced[seed], one)) for seed in traced for one in _alike(recipe.grid)]
-    run_tasks(bench, groups, jobs, progress)
-    todo = [(seed, traced[seed], cell) for seed in traced for cell in recipe.grid]
-    tasks: list[Task] = [(_do_cell, (*one, f"{number}/{len(todo)}")) for number, one in enumerate(todo, start=1)]
-    done: list[_Done] = run_tasks(bench, tasks, jobs, progress)
+    with Workers(bench, jobs, progress) as workers:
+        seeds: list[_Seed] = workers.run([(_ask_dense, (seed,)) for seed in recipe.seeds])
+        traced = {seed: found.traced for seed, found in zip(recipe.seeds, seeds, strict=True)}
+        workers.run([(_prune_alike, (seed, traced[seed], one)) for seed in traced for one in _alike(recipe.grid)])
+        todo = [(seed, traced[seed], cell) for seed in traced for cell in recipe.grid]
+        tasks: list[Task] = [(_do_cell, (*one, f"{at}/{len(todo)}")) for at, one in enumerate(todo, start=1)]
+        done: list[_Done] = workers.run(tasks)
     cells: list[Cell] = []
     unasked: list[Model] = []
     dense_beside, beside = (min(jobs, len(each)) - 1 for each in (seeds, tasks))
