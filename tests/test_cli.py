@@ -25,6 +25,7 @@ from secateurs.export import PROBE_FILE
 from secateurs.parallel import silent
 from secateurs.ranks import Ranks
 from secateurs.recipe import load_recipe
+from secateurs.study import side_by_side
 from secateurs.traces import TraceStore, read_traces
 
 SMALL = [
@@ -129,6 +130,12 @@ def test_a_plan_without_room_says_so_before_anything_is_done(monkeypatch, capsys
         assert said in printed and ("that is more than is free" in printed) == (jobs == 3)
     recipe = load_recipe("demo", ["resources.hidden_states='cpu'"])
     assert preview.plan_check(recipe, Dense(recipe))["hidden_states"] == "cpu"
+    for dry_run in ([], ["--dry-run"]):
+        assert call(monkeypatch, "study", "demo", "--jobs", "0", *dry_run) == 2
+        assert "--jobs is 0; it must be 1 or more" in capsys.readouterr().err
+    assert side_by_side(1, Ranks()) == Ranks() and side_by_side(2, Ranks()) == Ranks(nearby=2)
+    with pytest.raises(ValueError, match="--jobs is 2; it must be 1 under torchrun"):
+        side_by_side(2, Ranks(0, 2))
 
 
 @pytest.mark.usefixtures("without_reload")

@@ -123,16 +123,16 @@ def _show(report: Any, out: Path, as_json: bool) -> None:
 def _run(name: str, out: Path, overrides: list[str], as_json: bool, dry_run: bool, jobs: int | None = 1) -> None:
     from secateurs import page
     from secateurs.dense import Dense, follow
-    from secateurs.ranks import Ranks, joined
+    from secateurs.ranks import joined
     from secateurs.recipe import load_recipe
-    from secateurs.study import reload, study
+    from secateurs.study import reload, side_by_side, study
 
     recipe = load_recipe(name, overrides)
     with joined(recipe.resources.device) as ranks:
         jobs = (2 if ranks.count == 1 else 1) if jobs is None else jobs
         if dry_run:
             if ranks.first:
-                _plan(Dense(recipe, ranks if jobs == 1 else Ranks(nearby=jobs)), as_json)
+                _plan(Dense(recipe, side_by_side(jobs, ranks)), as_json)
         elif ranks.first:
             with _bars(jobs) as progress:
                 report = study(recipe, out, progress, jobs, ranks, _memory)

@@ -61,9 +61,7 @@ def study(
     is done. ValueError if `jobs` is below 1, or above with other
     ranks.
     """
-    if jobs < 1 or (jobs > 1 and ranks.count > 1):
-        raise ValueError(f"--jobs is {jobs}; it must be {'1 or more' if jobs < 1 else '1 under torchrun'}")
-    ranks = ranks if jobs == 1 else Ranks(nearby=jobs)
+    ranks = side_by_side(jobs, ranks)
     dense = Dense(recipe, ranks)
     out.mkdir(parents=True, exist_ok=True)
     planned(plan_check(recipe, dense))
@@ -110,6 +108,13 @@ def study(
         summary=summarise(cells),
         comparisons=compare(cells),
     )
+
+
+def side_by_side(jobs: int, ranks: Ranks) -> Ranks:
+    """These processes, or one of so many `jobs`. ValueError if there are both, or fewer than one job."""
+    if jobs < 1 or (jobs > 1 and ranks.count > 1):
+        raise ValueError(f"--jobs is {jobs}; it must be {'1 or more' if jobs < 1 else '1 under torchrun'}")
+    return ranks if jobs == 1 else Ranks(nearby=jobs)
 
 
 def reload(report: Report, progress: Progress = silent, *, trust_remote_code: bool = False) -> Report:
