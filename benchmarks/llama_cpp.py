@@ -39,7 +39,8 @@ def converter(work: Path) -> Path:
 
 def convert(work: Path, folder: Path, kind: str) -> Path:
     """The GGUF file of a folder, made if it is not there."""
-    file = work / f"{folder.resolve().as_posix().strip('/').replace('/', '-')}-{kind}.gguf"
+    written = max(one.stat().st_mtime_ns for one in folder.glob("*.safetensors"))
+    file = work / f"{folder.resolve().as_posix().strip('/').replace('/', '-')}-{written}-{kind}.gguf"
     if not file.exists():
         sources = converter(work)
         with_gguf = os.environ | {"PYTHONPATH": str(sources / "gguf-py")}
@@ -59,7 +60,8 @@ def expected(folder: Path) -> tuple[list[list[int]], list[list[int]]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     draw = torch.Generator().manual_seed(0)
     prompts = torch.randint(2, model.config.vocab_size, (PROMPTS, LENGTH), generator=draw)
-    said = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=TOKENS)
+    options = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": TOKENS}
+    said = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return prompts.tolist(), [list(takewhile(lambda id: id not in ends, row)) for row in said[:, LENGTH:].tolist()]

@@ -47,7 +47,9 @@ def test_fewer_tokens_a_batch_go_on_with_a_cell_and_with_a_fine_tune_begin_anoth
 
     fewer, tuned = "calibration.batch_tokens=512", "prune.tune={steps=9}"
     assert folder() == folder(fewer) != folder("calibration.num_tokens=512")
-    assert folder(tuned) != folder(fewer, tuned)
+    experts = ("sweep.sparsity=[]", "prune.pattern={name='experts', sparsity=0.5}", "prune.solver={name='output'}")
+    for by_batch in ((tuned,), experts):
+        assert folder(*by_batch) != folder(fewer, *by_batch)
 
 
 def test_what_is_in_a_question_file_is_in_the_key_and_its_name_is_not(tmp_path):

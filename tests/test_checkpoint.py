@@ -280,6 +280,7 @@ def test_an_exported_folder_loads_in_a_clean_process(tmp_path, monkeypatch):
     changed = tmp_path / "changed"
     shutil.copytree(folders[0], changed)
     tensors = load_file(changed / PROBE_FILE)
+    del tensors["computed"]  # as before 25 November 2026
     tensors["logits"][0, 0, 0] += 0.02 * tensors["logits"].abs().max()
     save_file(tensors, changed / PROBE_FILE, {"device": elsewhere})
     found = verify([*folders, changed])
@@ -322,9 +323,12 @@ def test_a_probe_goes_beyond_windows_and_keeps_what_comes_last(tmp_path):
     with torch.inference_mode():
         logits = model(input_ids=probe["ids"]).logits[:, -64:]
     torch.testing.assert_close(probe["logits"], logits, rtol=1e-4, atol=1e-5)
-    known = CALIBRATION.held_out[0].ids
-    assert cell._probe(CALIBRATION, len(known) + 2) == [*known, *CALIBRATION.held_out[1].ids[:2]]
-    assert cell._probe(replace(CALIBRATION, held_out=()), 3) == list(CALIBRATION.documents[0].ids[:3])
+    every = [id for one in (*CALIBRATION.held_out, *CALIBRATION.documents) for id in one.ids]
+    held = sum(len(one.ids) for one in CALIBRATION.held_out)
+    assert 8 + 64 <= held < held + 64 < len(every)
+    assert [cell._probe(CALIBRATION, beyond) for beyond in (0, 8, held)] == [every[: n + 64] for n in (0, 8, held)]
+    for too_many in (len(every), cell.PROBED_WINDOW + 1):
+        assert cell._probe(CALIBRATION, too_many) == every[:64]
 
 
 def test_an_expert_that_is_missing_is_said_in_a_sentence(tmp_path):

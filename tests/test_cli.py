@@ -128,8 +128,15 @@ def test_a_plan_without_room_says_so_before_anything_is_done(monkeypatch, capsys
         cli._memory(plan)
         printed = " ".join(capsys.readouterr().err.split())
         assert said in printed and ("that is more than is free" in printed) == (jobs == 3)
-    recipe = load_recipe("demo", ["resources.hidden_states='cpu'"])
-    assert preview.plan_check(recipe, Dense(recipe))["hidden_states"] == "cpu"
+    places = {}
+    for place in ("device", "cpu", "disk"):
+        recipe = load_recipe("demo", [f"resources.hidden_states='{place}'"])
+        for module in (planner, preview):
+            monkeypatch.setattr(module, "available", lambda device: memory["on_device"] + memory["hidden"] // 2)
+        plan = preview.plan_check(recipe, Dense(recipe))
+        cli._memory(plan)
+        places[place] = plan["hidden_states"], "that is more than is free" in " ".join(capsys.readouterr().err.split())
+    assert places == {"device": ("device", True), "cpu": ("device", True), "disk": ("disk", False)}
     for dry_run in ([], ["--dry-run"]):
         assert call(monkeypatch, "study", "demo", "--jobs", "0", *dry_run) == 2
         assert "--jobs is 0; it must be 1 or more" in capsys.readouterr().err

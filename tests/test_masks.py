@@ -161,6 +161,15 @@ def test_packing_says_where_zeros_have_moved(tmp_path, capsys):
         assert (said in " ".join(capsys.readouterr().err.split())) == expected
 
 
+@pytest.mark.parametrize("damaged", ["[]", "{}", '{"layers": null}', '{"layers": [{"mask_sha256": "x"}]}'])
+def test_packing_with_another_side_file_is_one_sentence(damaged, tmp_path):
+    folder = saved("qwen3", tmp_path / "dense")
+    (folder / SIDE_FILE).write_text(damaged)
+    with pytest.raises(ValueError, match=r"secateurs.json is not a side file as secateurs writes it"):
+        pack(str(folder), tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
 def test_the_commands_say_what_they_found(tmp_path, capsys):
     pruned = pruned_model("qwen3", tmp_path)
     other = tuned(pruned, tmp_path / "tuned")

@@ -458,6 +458,8 @@ def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):
     assert dense["quality"]["correct"] == packed["quality"]["correct"] == 2 and dense["quality"]["of_first"] == 1
     assert call(monkeypatch, "bench", "bundled", "--out", str(tmp_path / "figures.html")) == 2
     assert "it should end in .json" in " ".join(capsys.readouterr().err.split())
+    assert call(monkeypatch, "bench", "bundled", "--recipe", "demo", "--set", "evaluate.num_questions=0") == 2
+    assert "the recipe asks no questions" in " ".join(capsys.readouterr().err.split())
     assert call(monkeypatch, "bench", "bundled", "--batch", "1,x") == 2
     assert "--batch is '1,x'; it should look like 1,4,8" in capsys.readouterr().err
 

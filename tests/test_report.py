@@ -540,7 +540,7 @@ def test_a_solve_that_cells_share_is_in_their_seconds_and_stays_there(tmp_path, 
     left = [case.folder for case in cases[1:]]
     monkeypatch.setattr(study, "solve_alike", lambda *_: {left.pop(): 0.2 for _ in range(len(left))})
     monkeypatch.setattr(study, "prune", prune)
-    bench = study._Bench(None, tmp_path, silent, dense=SimpleNamespace())  # pyright: ignore
+    bench = study._Bench(None, tmp_path, silent, given=SimpleNamespace())  # pyright: ignore
     for _ in range(2):  # the second finds all done
         study._prune_alike(bench, 0, None, cases)  # pyright: ignore
         done = [study._do_cell(bench, 0, None, case, "1/3") for case in cases]  # pyright: ignore

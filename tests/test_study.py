@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -10,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from secateurs.parallel import Workers
+from secateurs.recipe import load_recipe
 from secateurs.report import read
+from secateurs.study import study
 from test_cli import SMALL, arguments, call, results
 
 
@@ -39,6 +43,22 @@ def test_solvers_of_one_run_share_traces_and_dense_answers(tmp_path, monkeypatch
     assert json.loads(capsys.readouterr().out)["cells"] == 2
     assert call(monkeypatch, "show", "demo", "--set", "sweep.solver=[{name='wandb'}]") == 2
     assert "sweep.solver: unknown solver `wandb`. Did you mean `wanda`?" in " ".join(capsys.readouterr().err.split())
+
+
+def test_processes_are_sent_no_model(tmp_path, monkeypatch):
+    """One seed and one cell: both are done here, with the model, before there is more for which processes start."""
+    sent = []
+
+    class Spied(Workers):
+        def run(self, tasks):
+            found = super().run(tasks)
+            sent.append((len(tasks), len(pickle.dumps(self.make)), "_here" in vars(self)))
+            return found
+
+    monkeypatch.setattr("secateurs.study.Workers", Spied)
+    study(load_recipe("demo", [*SMALL[1:], "sweep.arm=['rac']", "evaluate.num_questions=0"]), tmp_path, jobs=2)
+    assert [count for count, _, _ in sent] == [1, 0, 1]
+    assert all(size < 10_000 and not kept for _, size, kept in sent)
 
 
 @pytest.mark.usefixtures("without_reload")

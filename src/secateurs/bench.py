@@ -156,6 +156,8 @@ def bench(
     """
     if repeated := [name for at, name in enumerate(models) if name in models[:at]]:
         raise ValueError(f"{repeated[0]} is named twice; to see the noise, name a copy (or a link) of it")
+    if recipe and not recipe.evaluate.num_questions:
+        raise ValueError("the recipe asks no questions (evaluate.num_questions is 0): leave it out, or ask some")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device is {device}, but there is no GPU that torch can use")
     threads = threads or torch.get_num_threads()

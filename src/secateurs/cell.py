@@ -63,6 +63,8 @@ from secateurs.solvers.masking import Masking
 from secateurs.survey import BY_GRADIENTS, blocks_to_drop, survey
 from secateurs.trim import ExpertTrimmer, Smaller, StreamTrimmer, Trimmer
 
+PROBED_WINDOW = 8192  # tokens; a forward pass of more takes long
+
 
 @dataclass(frozen=True)
 class Case:
@@ -83,7 +85,9 @@ class Case:
     def calibrated_on(self) -> dict[str, Any]:
         """For a key: the model, and every token that it is calibrated and judged on, and how exactly."""
         filters, dense = self.recipe.traces.filters, self.dense
-        rounds_only = set() if self.recipe.prune.tune.steps else {"batch_tokens"}  # a step of a fine-tune is a batch
+        table = self.recipe.prune  # a step of a fine-tune is a batch, and experts are judged on whole ones
+        by_batch = table.tune.steps or isinstance(build_pattern(table.pattern), FewerExperts)
+        rounds_only = set() if by_batch else {"batch_tokens"}
         return {
             **dense.computed, "traces": self.traced.key, "filters": {"of calibration": filters} if filters else {},
             "calibration": self.recipe.calibration.model_dump(exclude=rounds_only), "seed": self.seed, **dense.key,
@@ -239,7 +243,7 @@ def prune(
             "recipe": recipe.model_dump(exclude={"resources"}), "held_out": hidden,
         },
         layers=layers,
-        probe_ids=_probe(calibration, window(done.checkpoint.model) + PROBE_TOKENS),
+        probe_ids=_probe(calibration, window(done.checkpoint.model)),
         smaller=done.smaller,
     )  # fmt: skip
     seconds["export"] = time.perf_counter() - clock
@@ -249,10 +253,12 @@ def prune(
     return Pruned(folder, **data)
 
 
-def _probe(calibration: CalibrationSet, tokens: int) -> list[int]:
-    """The first tokens of held-out documents, or of others where there are none."""
-    documents = calibration.held_out or calibration.documents
-    return list(islice(chain.from_iterable(document.ids for document in documents), tokens))
+def _probe(calibration: CalibrationSet, beyond: int) -> list[int]:
+    """Some tokens of held-out documents, and of others; more than `beyond`, if there are so many and it is no more than
+    PROBED_WINDOW."""
+    documents = (*calibration.held_out, *calibration.documents)
+    ids = list(islice(chain.from_iterable(one.ids for one in documents), min(beyond, PROBED_WINDOW) + PROBE_TOKENS))
+    return ids if len(ids) == beyond + PROBE_TOKENS else ids[:PROBE_TOKENS]
 
 
 def _forget_the_way(folder: Path) -> None:
@@ -360,9 +366,10 @@ def _where(case: Case, calibration: CalibrationSet) -> Where:
 
 def hidden_states(recipe: Recipe, dense: Dense, wanted: Needs) -> Where:
     """Where hidden states are to be kept: where the recipe says, or where they fit."""
-    if recipe.resources.hidden_states != "auto":
-        return recipe.resources.hidden_states
-    return choose(wanted, dense.checkpoint.device, dense.ranks)
+    where, device = recipe.resources.hidden_states, dense.checkpoint.device
+    if where == "cpu" == device.type:
+        return "device"
+    return choose(wanted, device, dense.ranks) if where == "auto" else where
 
 
 def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int, longest: int) -> Needs:

@@ -101,7 +101,7 @@ def _memory(plan: dict[str, Any]) -> None:
         f"memory of a prune, estimated: {taken:,} MB{each} ({_words(memory)}), {hidden:,} MB of hidden states {place}"
     )
     console.print(f"{said}; {free:,} MB are free", highlight=False, soft_wrap=True)
-    if taken * processes > free:
+    if (taken + (hidden if plan["hidden_states"] == "device" else 0)) * processes > free:
         console.print("[bold red]that is more than is free[/]: docs/scale.md says what takes less", highlight=False)
 
 

@@ -276,6 +276,17 @@ def _int4(weight: Float32[Tensor, "rows d_in"]) -> dict[str, Tensor]:
     return {"weight": (first | second << 4).view(rows, -1), "scales": scales.squeeze(2).to(torch.bfloat16)}
 
 
+def _masks(file: Path) -> dict[str, str]:
+    """The hashes of a pruned model's masks, by matrix; none without a side file, or for a model that was cut."""
+    if not file.exists():
+        return {}
+    try:
+        rows = read_json(file)["layers"]
+        return {row["name"]: row["mask_sha256"] for row in rows if "mask_sha256" in row}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a side file as secateurs writes it ({error!r})") from None
+
+
 def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
     """Write the model in the folder or hub id `model` to `out` with its linear layers packed; one block at a time.
 
@@ -292,9 +303,7 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
         raise ValueError(f"{model} has no linear layers that could be packed")
     counts = {"matrices": 0, "packed": 0, "weights": 0, "zeros": 0, "dense_bytes": 0, "bytes": 0}
     names: dict[str, list[int]] = {}
-    side: Any = read_json(file) if (file := checkpoint.folder / SIDE_FILE).exists() else {}
-    masks = {row["name"]: row["mask_sha256"] for row in side.get("layers", []) if "mask_sha256" in row}
-    moved = 0
+    masks, moved = _masks(checkpoint.folder / SIDE_FILE), 0
 
     with atomic_folder(out) as folder:
         files = Shards(folder, STEM)

@@ -32,9 +32,9 @@ def silent(stage: str, done: float, total: float, unit: str) -> None:
 class Workers:
     """`jobs` processes that share tasks until the `with` that they are made in ends; `run` starts those it needs.
 
-    Each works with what make(progress) gives there, once. With one job, and for one task alone, that is this process.
-    With more everything must be picklable. A process whose parent dies is killed with it on Linux, elsewhere it ends at
-    its next word of progress.
+    Each works with what make(progress) gives there, once. With one job that is this process; so it is for one task
+    alone, of which nothing is kept here then. With more everything must be picklable. A process whose parent dies is
+    killed with it on Linux, elsewhere it ends at its next word of progress.
     """
 
     def __init__(self, make: Callable[[Progress], Any], jobs: int, progress: Progress) -> None:
@@ -59,7 +59,8 @@ class Workers:
         that a kill would spoil. A process that dies is a RuntimeError.
         """
         if self.jobs == 1 or len(tasks) < 2:
-            return [function(self._here, *args) for function, args in tasks]
+            made = self._here if self.jobs == 1 else self.make(self.progress)
+            return [function(made, *args) for function, args in tasks]
         count = min(self.jobs, len(tasks))
         threads = max(1, torch.get_num_threads() // count)
         while len(self._processes) < count:

@@ -121,7 +121,8 @@ def in_blocks() -> None:
         AutoTokenizer.from_pretrained(folder, trust_remote_code=asked["trust"])
         probe, exported_on = _probe(Path(folder))
         device = exported_on if exported_on == "cpu" or torch.cuda.is_available() else "cpu"
-        computed: Any = "float32" if probe["computed"].dtype == torch.float32 else "checkpoint"
+        single = "computed" in probe and probe["computed"].dtype == torch.float32
+        computed: Any = "float32" if single else "checkpoint"
         model = Checkpoint(folder, device=device, trust_remote_code=asked["trust"], compute_dtype=computed)
         batch = Batch(probe["ids"], torch.ones_like(probe["ids"]))
         with torch.inference_mode():

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import groupby, islice
 from pathlib import Path
@@ -65,7 +65,7 @@ def study(
     dense = Dense(recipe, ranks)
     out.mkdir(parents=True, exist_ok=True)
     planned(plan_check(recipe, dense))
-    bench = partial(_Bench, recipe, out, dense=dense if jobs == 1 else Dense(recipe, ranks))  # one without weights
+    bench = partial(_Bench, recipe, out, given=dense if jobs == 1 else None, ranks=ranks)
     with Workers(bench, jobs, progress) as workers:
         seeds: list[_Seed] = workers.run([(_ask_dense, (seed,)) for seed in recipe.seeds])
         traced = {seed: found.traced for seed, found in zip(recipe.seeds, seeds, strict=True)}
@@ -134,8 +134,14 @@ class _Bench:
     recipe: Recipe
     out: Path
     progress: Progress
-    dense: Dense
+    given: Dense | None = None
+    ranks: Ranks = ALONE
     states: tuple[str, evaluate.Reference] | None = None
+
+    @cached_property
+    def dense(self) -> Dense:
+        """This process's own: one that was sent here would bring its weights, in memory that all of them share."""
+        return self.given or Dense(self.recipe, self.ranks)
 
     def reference(self, traced: Traced) -> evaluate.Reference:
         """The dense model's hidden states on what is held out of some traces; the last ones are remembered."""
@@ -165,10 +171,10 @@ def _ask_dense(bench: _Bench, seed: int) -> _Seed:
     """The dense model's traces of a seed and its answers."""
     recipe, dense = bench.recipe, bench.dense
     traced = trace(recipe, bench.out, seed, dense, bench.progress)
-    if not recipe.evaluate.num_questions:
-        return _Seed(traced, None)
-    stage = "evaluate dense"
-    answers = answer(recipe, bench.out / "dense", None, "dense", seed, dense, stage, bench.progress)
+    answers = None
+    if recipe.evaluate.num_questions:
+        stage = "evaluate dense"
+        answers = answer(recipe, bench.out / "dense", None, "dense", seed, dense, stage, bench.progress)
     dense.forget()
     return _Seed(traced, answers)
 

@@ -305,7 +305,7 @@ def loss_roots(
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in columns}
     grams = {name: Gram.zeros(linear.out_features, model.device) for name, linear in linears.items()}
 
-    def watch(name: str, x: Tensor, gradient: Tensor) -> None:
+    def watch(name: str, x: Tensor | None, gradient: Tensor) -> None:
         grams[name].update(gradient)
 
     _gradients(model, calibration, list(columns), watch, progress, ranks)
@@ -331,12 +331,13 @@ def taylor_costs(
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in columns}
     sums = {name: torch.zeros(2, linear.in_features // columns[name].size) for name, linear in linears.items()}
 
-    def watch(name: str, x: Tensor, gradient: Tensor) -> None:
+    def watch(name: str, x: Tensor | None, gradient: Tensor) -> None:
+        assert x is not None
         effects = x.float() * (gradient.float() @ linears[name].weight.float())
         of_groups = effects.view(len(x), -1, columns[name].size).sum(-1).square()
         sums[name] += torch.stack((of_groups.sum(0).cpu(), torch.full((of_groups.shape[1],), float(len(x)))))
 
-    _gradients(model, calibration, list(columns), watch, progress, ranks)
+    _gradients(model, calibration, list(columns), watch, progress, ranks, inputs=True)
     for pair in sums.values():
         ranks.add(pair)
     return {name: pair[0] / pair[1] for name, pair in sums.items()}
@@ -350,18 +351,21 @@ def _gradients(
     model: PreTrainedModel,
     calibration: CalibrationSet,
     names: Sequence[str],
-    watch: Callable[[str, Tensor, Tensor], None],
+    watch: Callable[[str, Tensor | None, Tensor], None],
     progress: Callable[[int, int, str], None],
     ranks: Ranks,
+    *,
+    inputs: bool = False,
 ) -> None:
-    """Show the inputs of some linears [tokens, d_in], and the gradients of the loss with respect to their outputs
-    [tokens, d_out], to `watch`: this process's batches, real tokens only."""
+    """Show the `inputs` of some linears [tokens, d_in] (else None), and the gradients of the loss with respect to their
+    outputs [tokens, d_out], to `watch`: this process's batches, real tokens only."""
     probe = _probe(calibration, LOSS_TOKENS)[ranks.index :: ranks.count]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
-            out.register_hook(lambda gradient: watch(name, args[0].detach()[real], gradient[real]))
+            x = args[0].detach() if inputs else None  # which nothing else keeps
+            out.register_hook(lambda gradient: watch(name, None if x is None else x[real], gradient[real]))
 
         return hook
 
