@@ -58,8 +58,7 @@ def study(
     `jobs` processes share the work: first the seeds (traces, and the dense model's answers), then what shares Grams,
     then the cells. Or there is one job, and other processes (`ranks`) that `dense.follow`, to prune with it. What is on
     disk is not done again, so a study that was stopped goes on. `planned` is told the plan (`preview`) before anything
-    is done. ValueError if `jobs` is below 1, or above with other
-    ranks.
+    is done. ValueError if `jobs` is below 1, or above with other ranks.
     """
     ranks = side_by_side(jobs, ranks)
     dense = Dense(recipe, ranks)
