@@ -89,11 +89,9 @@ class Workers:
             return pipe.recv()
         except (EOFError, ConnectionResetError):
             self._processes[pipe].join()
-            code = self._processes[pipe].exitcode
-            reason = f"by signal {-code}, perhaps for want of memory" if code and code < 0 else f"with {code}"
             raise RuntimeError(
-                f"a worker process ended {reason}; what is done is kept, so run the command again, with fewer "
-                "jobs if memory was short"
+                f"a worker process ended {ending(self._processes[pipe].exitcode)}; what is done is kept, so run the "
+                "command again, with fewer jobs if memory was short"
             ) from None
 
 
@@ -149,6 +147,11 @@ def settle(threads: int, parent: int) -> None:
         if os.getppid() != parent:
             os._exit(1)
     torch.set_num_threads(threads)
+
+
+def ending(code: int | None) -> str:
+    """How a process ended, by its exit code."""
+    return f"by signal {-code}, perhaps for want of memory" if code and code < 0 else f"with {code}"
 
 
 def portable(error: Exception) -> Exception:

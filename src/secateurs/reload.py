@@ -22,6 +22,7 @@ from secateurs.calibration import Batch
 from secateurs.checkpoint import Checkpoint, layout
 from secateurs.collect import logits_of
 from secateurs.export import PROBE_FILE
+from secateurs.parallel import ending
 from secateurs.planner import SAFE, available
 
 TRANSFORMERS = """
@@ -106,10 +107,7 @@ def _asked(code: str, folders: Sequence[Path], trust: bool) -> dict[str, tuple[f
     done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        ended = f"it ended with {done.returncode}"
-        if done.returncode < 0:
-            ended = f"it ended by signal {-done.returncode}, perhaps for want of memory"
-        why = said[-1] if said and done.returncode > 0 else ended
+        why = said[-1] if said and done.returncode > 0 else f"it ended {ending(done.returncode)}"
         raise RuntimeError(f"the exported model does not load in a clean process, though it is written: {why}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -329,18 +329,19 @@ def taylor_costs(
     the inputs of the linears on all tokens of a batch instead of the sums. All `ranks` share the tokens.
     """
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in columns}
-    sums = {name: torch.zeros(2, linear.in_features // columns[name].size) for name, linear in linears.items()}
+    sums = {name: torch.zeros(linear.in_features // columns[name].size + 1) for name, linear in linears.items()}
 
     def watch(name: str, x: Tensor | None, gradient: Tensor) -> None:
         assert x is not None
         effects = x.float() * (gradient.float() @ linears[name].weight.float())
         of_groups = effects.view(len(x), -1, columns[name].size).sum(-1).square()
-        sums[name] += torch.stack((of_groups.sum(0).cpu(), torch.full((of_groups.shape[1],), float(len(x)))))
+        sums[name][:-1] += of_groups.sum(0).cpu()
+        sums[name][-1] += len(x)
 
     _gradients(model, calibration, list(columns), watch, progress, ranks, inputs=True)
-    for pair in sums.values():
-        ranks.add(pair)
-    return {name: pair[0] / pair[1] for name, pair in sums.items()}
+    for found in sums.values():
+        ranks.add(found)
+    return {name: found[:-1] / found[-1] for name, found in sums.items()}
 
 
 # What is known of the model before a width is cut, by `Width.score`; the field of a `Plan` that it goes to.
