@@ -7,6 +7,7 @@ import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from email.utils import formatdate
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -388,6 +389,21 @@ def served(model):
     return answer
 
 
+@cache
+def bundled():
+    """What the bundled model answers, remembered: one test asks what another did, and each answer takes long."""
+    answer = served(load_model("bundled"))
+    known: dict[str, list[int]] = {}
+
+    def remembered(body):
+        asked = json.dumps([body[key] for key in ("prompt", "seed", "temperature", "top_p", "max_tokens")])
+        if asked not in known:
+            known[asked] = answer(body)
+        return list(known[asked])
+
+    return remembered
+
+
 def traced(servers, folder, tokens=400, at_once=64, **engine_options):
     urls = [server.url for server in (servers if isinstance(servers, list) else [servers])]
     recipe = Recipe.model_validate(
@@ -404,8 +420,7 @@ def traced(servers, folder, tokens=400, at_once=64, **engine_options):
 
 
 def test_a_run_traces_on_a_server_as_in_process_and_goes_on_where_it_stopped(tmp_path):
-    model = load_model("bundled")
-    with CompletionsServer(SIZE, answer=served(model)) as server:
+    with CompletionsServer(SIZE, answer=bundled()) as server:
         first = traced(server, tmp_path, concurrency=1)  # nothing is on its way when enough is known
         asked = len(server.bodies)
         assert sum(t.tokens for t in (*first.held_out, *first.traces)) >= 500
@@ -434,7 +449,7 @@ def test_a_server_with_another_model_is_found_out_after_a_few_traces(tmp_path):
 def test_a_wrong_server_beside_a_right_one_or_later_is_found_out_and_nothing_it_said_is_kept(tmp_path):
     model = load_model("bundled")
     with (
-        CompletionsServer(SIZE, answer=served(model)) as right,
+        CompletionsServer(SIZE, answer=bundled()) as right,
         CompletionsServer(SIZE, answer=served(damaged(load_model("bundled")))) as wrong,
     ):
         first = traced(right, tmp_path / "later", tokens=100, concurrency=4)
@@ -456,7 +471,7 @@ def test_a_wrong_server_beside_a_right_one_or_later_is_found_out_and_nothing_it_
 
 def test_what_servers_said_before_one_failed_is_judged_and_kept(tmp_path):
     """Fewer than are judged together, and the run ends."""
-    said = served(load_model("bundled"))
+    said = bundled()
     ends = lambda prompt, attempt: "status 400" if len(server.attempts) > 3 else ""  # noqa: E731
     with CompletionsServer(SIZE, answer=said, fault=ends) as server, pytest.raises(ValueError, match="status 400"):
         traced(server, tmp_path, concurrency=1)
@@ -465,7 +480,7 @@ def test_what_servers_said_before_one_failed_is_judged_and_kept(tmp_path):
 
 
 def test_text_is_refused_unless_it_is_asked_for_and_then_it_is_marked(tmp_path):
-    options = {"answer": served(load_model("bundled")), "tokenizer": TOKENIZER}
+    options = {"answer": bundled(), "tokenizer": TOKENIZER}
     with (
         CompletionsServer(SIZE, "bare", **options) as server,
         pytest.raises(ValueError, match="holds no token ids.*accept it: traces.engine.allow_retokenised"),
@@ -504,7 +519,7 @@ def test_a_prompt_that_the_server_reads_otherwise_is_no_silent_success():
 
 
 def test_two_machines_trace_a_half_each_and_a_run_on_the_merged_store_asks_no_more(tmp_path):
-    with CompletionsServer(SIZE, answer=served(load_model("bundled"))) as server:
+    with CompletionsServer(SIZE, answer=bundled()) as server:
         options = [
             f'traces.engine={{name="openai", servers=["{server.url}"], model="bundled", concurrency=8}}',
             "traces.sampling.max_new_tokens=32", "calibration.num_tokens=240", "calibration.held_out_tokens=60",
@@ -670,7 +685,7 @@ def test_a_server_that_keeps_the_thinking_to_itself_is_found_out():
 
 
 def test_a_run_by_chat_keeps_the_traces_of_one_by_completions_and_says_how_they_were_made(tmp_path):
-    with CompletionsServer(SIZE, answer=served(load_model("bundled")), tokenizer=TOKENIZER) as server:
+    with CompletionsServer(SIZE, answer=bundled(), tokenizer=TOKENIZER) as server:
         small = {"tokens": 150, "at_once": 1, "concurrency": 4}
         plain = traced(server, tmp_path / "plain", **small)
         again = traced(server, tmp_path / "plain", endpoint="chat", **small)
@@ -684,7 +699,7 @@ def test_a_run_by_chat_keeps_the_traces_of_one_by_completions_and_says_how_they_
 
 @pytest.mark.parametrize("parser", ["", "reasoning"])
 def test_text_by_chat_is_refused_unless_it_is_asked_for_and_then_it_is_marked(parser, tmp_path):
-    options = {"answer": served(load_model("bundled")), "tokenizer": TOKENIZER, "parser": parser}
+    options = {"answer": bundled(), "tokenizer": TOKENIZER, "parser": parser}
     small = {"tokens": 150, "at_once": 1, "endpoint": "chat", "concurrency": 4}
     with (
         CompletionsServer(SIZE, "text", **options) as server,
@@ -701,7 +716,7 @@ def test_text_by_chat_is_refused_unless_it_is_asked_for_and_then_it_is_marked(pa
 
 
 def test_the_trace_command_shows_how_surprised_the_model_was(tmp_path):
-    with CompletionsServer(SIZE, answer=served(load_model("bundled"))) as server:
+    with CompletionsServer(SIZE, answer=bundled()) as server:
         table = f'traces.engine={{name="openai", servers=["{server.url}"], model="bundled", concurrency=8}}'
         words = ["trace", "demo", "--set", table, "--set", "traces.sampling.max_new_tokens=32", "--json"]
         words += ["--set", "calibration.num_tokens=100", "--set", "calibration.held_out_tokens=50"]

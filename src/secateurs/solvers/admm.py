@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -220,9 +221,9 @@ def _resolvent(lower: Tensor, d_out: int | None) -> Resolvent:
     if d_out is None or d_out >= len(lower):
         inverse = cholesky_inverse(lower)
         return lambda b: fast_product(b, inverse)
+    return partial(_by_triangles, lower)
 
-    def solve(b: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(lower.T, b, upper=True, left=False)
-        return torch.linalg.solve_triangular(lower, half, upper=False, left=False)
 
-    return solve
+def _by_triangles(lower: Tensor, b: Tensor) -> Tensor:
+    half = torch.linalg.solve_triangular(lower.T, b, upper=True, left=False)
+    return torch.linalg.solve_triangular(lower, half, upper=False, left=False)
