@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from secateurs.layer import Gram, LayerProblem, relative_error
-from secateurs.packed import PackedMatrix, pack
+from secateurs.packed import PackedMatrix
+from secateurs.packing import pack
 from secateurs.patterns import NM, Unstructured
 from secateurs.runtime import load_packed
 from secateurs.solvers.sparsegpt import SparseGPT, _columns

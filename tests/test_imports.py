@@ -20,6 +20,7 @@ ORDER = [
     {"export", "evaluate", "planner", "experts", "narrow"},
     {"report", "masks", "packed", "reload"},
     {"page", "runtime"},
+    {"packing"},
     {"recipe", "gains"},
     {"corpus"},
     {"dense"},

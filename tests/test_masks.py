@@ -15,7 +15,7 @@ from secateurs.cli import app
 from secateurs.export import PROBE_FILE, SIDE_FILE
 from secateurs.masks import KeepZeros, apply, check
 from secateurs.models import load_model
-from secateurs.packed import pack
+from secateurs.packing import pack
 from test_checkpoint import Tokenizer, exported, saved
 from test_pruner import CALIBRATION, PLAN
 

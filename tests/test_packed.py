@@ -14,7 +14,8 @@ from secateurs.artifacts import write_json
 from secateurs.bench import Quality, Row, Speed, bench, load_any, table, to_html
 from secateurs.export import mask_hash
 from secateurs.models import BUNDLED, linears, load_model, model_path
-from secateurs.packed import PackedMatrix, pack
+from secateurs.packed import PackedMatrix
+from secateurs.packing import pack
 from secateurs.runtime import FEW, PackedLinear, load_packed
 from test_cli import call
 

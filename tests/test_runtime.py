@@ -11,7 +11,8 @@ from secateurs import kernels
 from secateurs.engines import Request, Sampling
 from secateurs.engines.hf import HF
 from secateurs.kernels import block
-from secateurs.packed import PackedMatrix, pack
+from secateurs.packed import PackedMatrix
+from secateurs.packing import pack
 from secateurs.runtime import FAST, FEW, FastBlock, load_packed
 from test_packed import halved, pruned, sparse
 
@@ -179,6 +180,7 @@ def count(monkeypatch) -> list[int]:
 @torch.no_grad()
 def test_a_token_of_each_row_goes_the_short_way_to_the_same_logits(family, tmp_path, count):
     model, exact = load(family, tmp_path)
+    count.clear()  # of the check that packing makes
     assert sum(isinstance(module, FastBlock) for module in model.modules()) == 2
     assert not any(isinstance(module, FastBlock) for module in exact.modules())
     ids = torch.randint(3, 60, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -203,6 +205,7 @@ def test_a_token_of_each_row_goes_the_short_way_to_the_same_logits(family, tmp_p
 @torch.no_grad()
 def test_what_the_short_way_does_not_know_goes_the_way_of_transformers(tmp_path, count):
     model, exact = load("qwen2", tmp_path)
+    count.clear()  # of the check that packing makes
     one = torch.tensor([[5]])
 
     def check(short: int, rows: int = 1, **options) -> None:
@@ -236,6 +239,7 @@ def test_what_the_short_way_does_not_know_goes_the_way_of_transformers(tmp_path,
 @torch.no_grad()
 def test_another_default_type_changes_nothing(tmp_path, count):
     model, exact = load("qwen3", tmp_path)
+    count.clear()  # of the check that packing makes
     one = torch.tensor([[5]]).expand(FEW, 1)
     wanted = exact(input_ids=one).logits
     torch.set_default_dtype(torch.bfloat16)
@@ -265,6 +269,7 @@ def test_a_row_that_begins_with_padding_is_not_lost(tmp_path):
 @torch.no_grad()
 def test_other_caches_and_copies_go_the_short_way(tmp_path, count):
     model, exact = load("qwen3", tmp_path, "int8", groups=8)
+    count.clear()  # of the check that packing makes
     ids = torch.tensor([[5, 9, 3]])
     for one in (model, deepcopy(model)):
         cache = StaticCache(config=model.config, max_cache_len=16)
@@ -277,6 +282,7 @@ def test_other_caches_and_copies_go_the_short_way(tmp_path, count):
 def test_traces_are_the_same_either_way(tmp_path, count):
     """The engine keeps rows of several lengths in one buffer, with a mask."""
     models = load("qwen2", tmp_path)
+    count.clear()  # of the check that packing makes
     requests = [Request(question_id=str(n), sample=0, prompt_ids=tuple(range(3, 6 + 5 * n)), seed=n) for n in range(5)]
     sampling = Sampling(max_new_tokens=12)
     traces = [

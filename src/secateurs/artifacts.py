@@ -7,6 +7,7 @@ those a killed process left behind, and no others.
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -173,6 +174,37 @@ def atomic_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path
             shutil.rmtree(temp)
     if old.exists():
         shutil.rmtree(old)
+
+
+def lock(folder: Path, what: str) -> int:
+    """Descriptor of a folder's lock file, locked and with our process id in it. The system unlocks it when we die.
+
+    ValueError if another process, or this one, has it: it is writing this `what`.
+    """
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        write_all(descriptor, str(os.getpid()).encode())
+    except BlockingIOError:
+        owner = os.read(descriptor, 32).decode(errors="replace") or "that just started"
+        os.close(descriptor)
+        raise ValueError(f"{folder}: process {owner} is writing this {what}; wait for it or stop it") from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """`lock` while open, of a folder that is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = lock(folder, what)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _temp_sibling(path: Path, kind: str) -> Path:

@@ -38,6 +38,7 @@ from secateurs.traces import Trace, TraceStore, apply_filters, merge_stores, rea
 
 FILES = ("path", "eval_path")  # options of question sets that name one
 CHECKED_TRACES = 8  # of a server's, before it is believed
+NONE_OF, NONE_IN = 100, 8  # filters that pass none of so many traces, and so many times what calibrates, pass none
 Asked = tuple[Question, int]  # and which sample of its answer
 
 
@@ -268,7 +269,7 @@ def trace(
     asked = _Replayed(islice(stream, which, None, shards))
     needs = [(region_weights(arm), recipe.calibration.num_tokens) for arm in recipe.arms]
     rest = [(w, n // 2 if w.get("corpus") else n) for w, n in needs if w.get("think") or w.get("answer")]
-    budget = -(-(recipe.calibration.held_out_tokens + max((n for _, n in rest), default=0)) // shards)
+    wanted = budget = -(-(recipe.calibration.held_out_tokens + max((n for _, n in rest), default=0)) // shards)
 
     def first_ones(store: TraceStore) -> tuple[list[Trace], bool]:
         return store.prefix(((question.id, number) for question, number in asked), budget)
@@ -314,7 +315,8 @@ def trace(
             pool = [trace_document(t, recipe.calibration.first_tokens) for t in kept]
             found = [sum(d.count(w) for d in pool) for w, _ in rest]
             missing, of = max(((n - have, have) for (_, n), have in zip(rest, found, strict=True)), default=(0, 0))
-            if shards > 1 or missing <= 0 or not complete:
+            hopeless = not kept and len(run) >= NONE_OF and budget >= NONE_IN * wanted
+            if shards > 1 or missing <= 0 or not complete or hopeless:
                 break
             share = of / max(sum(t.tokens for t in run[len(held) :]), 1)  # that passes the filters
             budget += math.ceil(missing * min(1 / max(share, 1e-9), 4))

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache
 from secateurs import kernels
 from secateurs.ask import request_for, trace_of
 from secateurs.engines import default_sampling
-from secateurs.engines.hf import hf_engine
+from secateurs.engines.hf import check_positions, hf_engine
 from secateurs.models import load_model, load_tokenizer
 from secateurs.packed import RECORD
 from secateurs.page import templates
@@ -154,14 +154,16 @@ def bench(
     `threads` 0 is as many as torch takes. `keep` gets what is known after every round, as a bench may be stopped.
     ValueError for a model that cannot be loaded; RuntimeError if its process dies.
     """
-    if repeated := [name for at, name in enumerate(models) if name in models[:at]]:
+    plain = [name.partition("@") for name in models]
+    named = [(os.path.abspath(path) if Path(path).exists() else path, dtype) for path, _, dtype in plain]
+    if repeated := [models[at] for at, name in enumerate(named) if name in named[:at]]:
         raise ValueError(f"{repeated[0]} is named twice; to see the noise, name a copy (or a link) of it")
     if recipe and not recipe.evaluate.num_questions:
         raise ValueError("the recipe asks no questions (evaluate.num_questions is 0): leave it out, or ask some")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device is {device}, but there is no GPU that torch can use")
     threads = threads or torch.get_num_threads()
-    shapes = [(batch, context) for batch in batches for context in contexts]
+    shapes = list(dict.fromkeys((batch, context) for batch in batches for context in contexts))
     total = len(models) * (1 + rounds * (len(shapes) + 1) + 2 * asked * (recipe is not None))
     done = 0
 
@@ -332,6 +334,8 @@ def _serve(pipe: Connection, name: str, device: str, threads: int, parent: int) 
                 pipe.send(("done", getattr(bench, what)(*args)))
         except MISTAKES as error:
             pipe.send(("failed", portable(error)))
+        except Exception as error:  # whatever a family's code does here, the others' figures are kept, and it is named
+            pipe.send(("failed", RuntimeError(f"{name}: {type(error).__name__}: {error}")))
 
 
 class _Bench:
@@ -355,7 +359,8 @@ class _Bench:
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         ids = torch.randint(0, vocabulary, (batch, context), generator=generator).to(self.device)
-        cache = DynamicCache()
+        check_positions(self.model, context + new_tokens + 2)
+        cache = DynamicCache(config=self.model.config)  # so that a window, or a linear attention, is what it is
         clock = time.perf_counter()
         ids = self._next(ids, cache)
         self._wait()

@@ -10,7 +10,7 @@ KEY is the hash of everything that can change what is in the folder, as in `ask`
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from secateurs import evaluate, pruner
 from secateurs.allocators import Layer
-from secateurs.artifacts import atomic_write, canonical_hash, read_json, write_json
+from secateurs.artifacts import atomic_write, canonical_hash, locked, read_json, write_json
 from secateurs.ask import Traced
 from secateurs.calibration import (
     CalibrationSet,
@@ -173,7 +173,10 @@ def solve_alike(cases: Sequence[Case], progress: Progress = silent) -> dict[Path
     stage = f"prune {first.label}, {len(missing)} models at once"
     where = _where(first, calibration)
     batch_tokens = first.recipe.calibration.batch_tokens
-    first.dense.together(partial(_solve, calibration, plans, batch_tokens, where, first.out, stage), progress)
+    with ExitStack() as stack:
+        for folder in missing:
+            stack.enter_context(locked(folder, "cell"))
+        first.dense.together(partial(_solve, calibration, plans, batch_tokens, where, first.out, stage), progress)
     return dict.fromkeys(missing, (time.perf_counter() - clock) / len(missing))
 
 
@@ -185,14 +188,29 @@ def prune(
     `shared` are the seconds that solving it together with others (`solve_alike`) took; those of a run that is killed
     before the cell is finished are lost.
     """
+    if found := _finished(case.folder):
+        return found
+    with locked(case.folder, "cell"):
+        return _finished(case.folder) or _prune(case, reference, progress, shared)
+
+
+def _finished(folder: Path) -> Pruned | None:
+    """A cell as it is on disk; None for one that is not complete. ValueError if its record is damaged."""
+    record = folder / "prune.json"
+    if not (record.exists() and (folder / "model" / "secateurs.json").exists()):
+        return None
+    _forget_the_way(folder)  # if it was killed before it could
+    rename_probe(folder / "model")
+    data: Any = read_json(record)
+    try:
+        return Pruned(folder, **data)
+    except TypeError:
+        raise ValueError(f"{record} is damaged: remove it, and the cell is pruned again") from None
+
+
+def _prune(case: Case, reference: Callable[[], evaluate.Reference], progress: Progress, shared: float) -> Pruned:
     recipe, dense, folder = case.recipe, case.dense, case.folder
     pattern_spec = recipe.prune.pattern
-    record = folder / "prune.json"
-    if record.exists() and (folder / "model" / "secateurs.json").exists():
-        _forget_the_way(folder)  # if it was killed before it could
-        rename_probe(folder / "model")
-        data: dict[str, Any] = read_json(record)
-        return Pruned(folder, **data)
     states = reference()
     clock = time.perf_counter()
     calibration = calibration_set(case)
@@ -248,7 +266,7 @@ def prune(
     )  # fmt: skip
     seconds["export"] = time.perf_counter() - clock
     data = {**facts, "layers": layers, "hidden_error": hidden, "seconds": seconds}
-    write_json(record, data)
+    write_json(folder / "prune.json", data)
     _forget_the_way(folder)
     return Pruned(folder, **data)
 

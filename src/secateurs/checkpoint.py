@@ -59,8 +59,8 @@ class Checkpoint:
 
     `compute_dtype` is what `model` computes in: "checkpoint", as it is stored; "float32"; or "auto", the faster one.
     `dtype` says which that is (`model.dtype` may be that of embeddings which are left in their file), and `stored` is
-    the type of its weights on disk. ValueError in one sentence for a missing folder, a damaged checkpoint or a
-    quantised one.
+    what weights are rounded to when they are written: the type of the files, or of config.json if that is smaller.
+    ValueError in one sentence for a missing folder, a damaged checkpoint or a quantised one.
     """
 
     def __init__(
@@ -78,17 +78,22 @@ class Checkpoint:
             self.folder = self._fetched()
             self.places = layout(self.folder)
             config: Any = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
-            known = (DTYPES[place.dtype] for place in self.places.values() if place.dtype in DTYPES)
-            self.stored: torch.dtype = config.dtype or next(known)
-            self.dtype = faster(self.stored, self.device, compute_dtype)
+            known = [DTYPES[place.dtype] for place in self.places.values() if place.dtype in DTYPES]
+            declared: torch.dtype = config.dtype or known[0]
+            self.dtype = faster(declared, self.device, compute_dtype)
             self.model = self._empty_model(config, self.dtype)
             self.prefix, self.blocks = decoder_blocks(self.model)
+            self._sound: set[int] = set()  # blocks whose weights were seen to be finite
             self._mapping: list[Any] = list(get_model_conversion_mapping(self.model))
             self.names = self._names_in_model()
+            inner = [self.places[key].dtype for key, name in self.names.items() if name.startswith(f"{self.prefix}.")]
+            in_files = [DTYPES[dtype] for dtype in inner if dtype in DTYPES]
+            self.stored = min([declared, *in_files], key=lambda dtype: dtype.itemsize)
             inside = (name for name in self.model.state_dict() if name.startswith(f"{self.prefix}."))
             if absent := set(inside) - set(self.names.values()):
                 raise ValueError(f"the checkpoint has no {min(absent)}")
-            if odd := [key for key in self.names if self.places[key].dtype.startswith(("F8", "F4"))]:
+            numbers = dict(self.model.named_parameters())
+            if odd := [k for k, name in self.names.items() if name in numbers and self.places[k].dtype not in DTYPES]:
                 raise ValueError(f"{odd[0]} is quantised ({self.places[odd[0]].dtype}): use the original")
             self._check_tied()
             tables = self._tables() if self.device.type == "cpu" else {}
@@ -109,6 +114,11 @@ class Checkpoint:
         self._fill([key for key, name in self.names.items() if name.startswith(prefix)])
         if absent := [name for name, tensor in block.state_dict().items() if tensor.is_meta]:  # an expert of several
             raise ValueError(f"model `{self.name}`: the checkpoint has no whole {prefix}{absent[0]}")
+        if index not in self._sound:
+            for name, weight in block.named_parameters():
+                if weight.is_floating_point() and not all(one.isfinite() for one in weight.aminmax()):
+                    raise ValueError(f"model `{self.name}`: {prefix}{name} holds numbers that are not finite")
+            self._sound.add(index)
         try:
             yield
         finally:
@@ -123,9 +133,9 @@ class Checkpoint:
 
     def copy_to(self, folder: Path) -> None:
         """Copy the files that hold weights as they are, and the configuration."""
-        for file in {place.file for place in self.places.values()} | {INDEX}:
-            if (self.folder / file).exists():
-                shutil.copyfile(self.folder / file, folder / file)
+        files = {place.file for place in self.places.values()}
+        for file in files if SINGLE in files else files | {INDEX}:  # beside a single file nothing reads an index
+            shutil.copyfile(self.folder / file, folder / file)
         self.copy_settings(folder)
 
     def copy_settings(self, folder: Path) -> None:
@@ -166,6 +176,13 @@ class Checkpoint:
         """What lies around the blocks, under the names and types of its files."""
         for key, name in self.names.items():
             if not name.startswith(f"{self.prefix}."):
+                yield key, self._tensor(key)
+
+    def unused(self) -> Iterator[tuple[str, Tensor]]:
+        """What the files hold for other parts than the text model, as a vision tower; but not what guesses tokens ahead
+        (`mtp`), made of blocks like those that are cut."""
+        for key in self.places:
+            if key not in self.names and "mtp" not in key.split("."):
                 yield key, self._tensor(key)
 
     def _fetched(self) -> Path:
@@ -388,9 +405,9 @@ def layout(folder: Path) -> Mapping[str, Extent]:
     """Where every tensor of a checkpoint is, from its index and the heads of its safetensors files.
 
     A head is its length in 8 bytes, little-endian, then JSON: dtype, shape and offsets of every tensor.
-    ValueError if there are no safetensors files, or an index names one that is not there.
+    ValueError if there are no safetensors files, an index names one that is not there, or a tensor is there twice.
     """
-    places = {}
+    places: dict[str, Extent] = {}
     for name in weight_files(folder):
         file = folder / name
         with safe_open(file, framework="pt"):
@@ -399,6 +416,8 @@ def layout(folder: Path) -> Mapping[str, Extent]:
             (length,) = struct.unpack("<Q", opened.read(8))
             head = json.loads(opened.read(length))
         for key, entry in head.items():
+            if key in places:  # which of them is read depends on the reader
+                raise ValueError(f"{key} is in {places[key].file} and in {name}: take it out of one of them")
             if key != "__metadata__":
                 start, end = entry["data_offsets"]
                 places[key] = Extent(name, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
@@ -410,8 +429,11 @@ def weight_files(folder: Path, stem: str = "model") -> list[str]:
     is not there."""
     index, names = folder / f"{stem}.safetensors.index.json", [f"{stem}.safetensors"]
     if index.exists() and not (folder / names[0]).exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{index} is not an index of safetensors files ({error!r})") from None
     for name in names:
-        if Path(name).name != name or not (folder / name).exists():
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"there is no {name} in {folder}; secateurs reads safetensors only")
     return names

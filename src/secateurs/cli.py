@@ -280,7 +280,7 @@ def pack(
 ) -> None:
     """Store a pruned model without its zeros, for the CPU runtime (`secateurs.runtime.load_packed`)."""
     from secateurs.packed import WEIGHTS
-    from secateurs.packed import pack as store
+    from secateurs.packing import pack as store
 
     if weights not in WEIGHTS:
         raise ValueError(f"--weights is {weights!r}; it must be {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}")
@@ -293,6 +293,8 @@ def pack(
         f"{found['packed']} of {found['matrices']} matrices packed, {100 * found['density']:.1f} % of weights kept: "
         f"{before:,.1f} MB as bf16, {after:,.1f} MB now ({after / before:.2f})"
     )
+    if not found["checked"]:
+        console.print("[yellow]not checked[/]: there is no room here to load it", soft_wrap=True)
     if found["moved"]:
         console.print(
             f"[bold red]in {found['moved']} matrices zeros are not where they were when it was pruned[/]: "

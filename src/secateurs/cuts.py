@@ -7,17 +7,20 @@ columns of both. Then `trim` writes a checkpoint without what nothing reads any 
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateurs.models import decoder_blocks, mixtures, packed_experts
+from secateurs.models import decoder_blocks, linears, mixtures, packed_experts
 from secateurs.patterns import Columns
 
 MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # of neurons; engines like the large ones
+CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")  # experts that a token goes to
 ROUNDED_TO = 16  # parts of the neurons, at least, that a multiple leaves to choose from
 STAGES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -26,6 +29,7 @@ STAGES = (
     ("mlp.down_proj",),
 )
 """The matrices of a block by what they receive, each on what those before it give."""
+PAIRED_HEADS = ("diffllama",)  # the first half of its heads with the second
 # Between their blocks these have nothing but sums, and RMS norms that multiply by their weight.
 PLAIN_STREAMS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -83,9 +87,10 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     found = {_sizes(block, config) for block in blocks}
     sizes = found.pop()
     if found or sizes is None:
+        instead = "; prune single weights instead" if any(linears(block) for block in blocks) else ""
         raise ValueError(
             f"{type(model).__name__} cannot be cut: every block must have self_attn.q_proj, k_proj, v_proj, o_proj "
-            "and mlp.up_proj, down_proj of the same sizes; prune single weights instead"
+            f"and mlp.up_proj, down_proj of the same sizes, and norms that no cut changes{instead}"
         )
     return Anatomy(prefix, len(blocks), *sizes)
 
@@ -174,6 +179,8 @@ class Width:
         """See `Cut.patterns`."""
         body = anatomy(model)
         heads, kv_heads, neurons = self.kept(body)
+        if self.attention != "none":
+            _check_heads(model, body, heads * kv_heads, kv_heads)
         found = dict.fromkeys(body.each("mlp.down_proj"), Columns(neurons))
         if self.attention == "heads":
             found |= dict.fromkeys(body.each("self_attn.o_proj"), Columns(heads, body.head_dim, body.kv_heads))
@@ -181,6 +188,29 @@ class Width:
             size = body.heads // body.kv_heads * body.head_dim
             found |= dict.fromkeys(body.each("self_attn.o_proj"), Columns(kv_heads, size))
         return found
+
+
+def _check_heads(model: PreTrainedModel, body: Anatomy, heads: int, kv_heads: int) -> None:
+    """ValueError unless a configuration can say that there are so many heads, as large as they were."""
+    if model.config.model_type in PAIRED_HEADS:
+        raise ValueError(f"{type(model).__name__} pairs its heads, which cannot go one by one: neurons can be cut")
+    config = deepcopy(model.config)
+    text: Any = config.get_text_config(decoder=True)
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = heads, kv_heads, body.head_dim
+    try:
+        with torch.device("meta"):
+            smaller: Any = type(model)(config)
+        attention: Any = decoder_blocks(smaller)[1][0].self_attn
+        found = [tuple(part.weight.shape) for part in (attention.q_proj, attention.k_proj, attention.o_proj)]
+    except Exception as error:  # families check their numbers in ways of their own
+        found = " ".join(str(error).split())[:200]
+    wanted = [(count * body.head_dim, body.d_model) for count in (heads, kv_heads)]
+    wanted.append((body.d_model, heads * body.head_dim))
+    if found != wanted:
+        raise ValueError(
+            f"{type(model).__name__} has no configuration with {heads} heads and {kv_heads} of keys and values of "
+            f"{body.head_dim} numbers each ({found}): neurons can be cut"
+        )
 
 
 @dataclass(frozen=True)
@@ -304,7 +334,10 @@ class FewerExperts:
         if not found:
             raise ValueError(f"{type(model).__name__} has no experts: width or depth can be cut, or single weights")
         config: Any = model.config.get_text_config(decoder=True)
-        groups, chosen, of_group = found[0].groups, config.num_experts_per_tok, found[0].of_group
+        chosen = next((n for key in CHOSEN if isinstance(n := getattr(config, key, None), int)), None)
+        if chosen is None:
+            raise ValueError(f"{type(model).__name__} does not say to how many experts a token goes ({CHOSEN[0]})")
+        groups, of_group = found[0].groups, found[0].of_group
         each = self.kept(of_group)
         if each == of_group and self.sparsity:
             raise ValueError(f"{self} is none of {of_group} experts: ask for more than {50 / of_group:.3g} %")

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 BUNDLED = "bundled"  # the name of the tiny reasoner that ships with the package
 
 # Submodules of a decoder block whose weights are never pruned: they route, or say what a linear attention forgets.
-ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate|in_proj_(ba|b|a))(\.|$)")
+ROUTERS = re.compile(
+    r"(^|\.)(\w*router|gate|shared_expert_gate|forget_gate|in_proj_(ba|b|a)|linear_attn\.[ab]_proj)(\.|$)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +106,8 @@ def check_folder(name: str, path: str) -> None:
         settings = json.loads(config.read_text())
     except ValueError as error:
         raise ValueError(f"model `{name}`: config.json is not valid JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"model `{name}`: config.json holds no table of settings")
     tables = [settings, settings.get("text_config") or {}]
     found = [table[key] for table in tables for key in QUANTISED if table.get(key)]
     if found or (folder / "hf_quant_config.json").exists():
@@ -268,7 +272,10 @@ def chosen(names: Sequence[str], targets: Sequence[str], ignore: Sequence[str]) 
         if pattern in known:  # a cut names thousands of experts
             return {pattern}
         if pattern.startswith("re:"):
-            return {name for name in names if re.search(pattern[3:], name)}
+            try:
+                return {name for name in names if re.search(pattern[3:], name)}
+            except re.error as error:
+                raise ValueError(f"`{pattern}` holds no regular expression: {error}") from None
         return {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}
 
     for pattern in (*targets, *ignore):

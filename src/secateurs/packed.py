@@ -1,4 +1,4 @@
-"""Pruned models stored without their zeros, as kernels of ours read them: `runtime.py` runs them.
+"""Matrices stored without their zeros, as kernels of ours read them: `packing` writes models, `runtime` runs them.
 
 One token of a small batch reads every weight once, so reading less can be being faster. A matrix is stored in halves
 where no eight columns keep more than four (4:8, 2:4), packed with a bitmap where that is less to read, else dense; as
@@ -8,7 +8,6 @@ bfloat16, as int8 with a scale for each row, or (dense only) as int4 with a scal
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,10 +16,6 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from secateurs import kernels
-from secateurs.artifacts import atomic_folder, read_json, write_json
-from secateurs.checkpoint import Checkpoint, Shards
-from secateurs.export import SIDE_FILE, copy_beside, mask_hash
-from secateurs.models import linears, name_of
 
 Weights = Literal["bf16", "int8", "int4"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
@@ -274,70 +269,3 @@ def _int4(weight: Float32[Tensor, "rows d_in"]) -> dict[str, Tensor]:
     numbers = rounded(scales)
     first, second = (numbers + 8).to(torch.uint8).split(WORD // 2, dim=2)
     return {"weight": (first | second << 4).view(rows, -1), "scales": scales.squeeze(2).to(torch.bfloat16)}
-
-
-def _masks(file: Path) -> dict[str, str]:
-    """The hashes of a pruned model's masks, by matrix; none without a side file, or for a model that was cut."""
-    if not file.exists():
-        return {}
-    try:
-        rows = read_json(file)["layers"]
-        return {row["name"]: row["mask_sha256"] for row in rows if "mask_sha256" in row}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a side file as secateurs writes it ({error!r})") from None
-
-
-def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
-    """Write the model in the folder or hub id `model` to `out` with its linear layers packed; one block at a time.
-
-    Returns how much there is of what, and in how many matrices (`moved`) zeros are not where they were when it was
-    pruned, as its side file has them. ValueError for a model that cannot be loaded.
-    Embeddings stay as they are, and so does a head that is tied to them, but for int8. With int4 a head is int8.
-    """
-    if (Path(model) / RECORD).exists():
-        raise ValueError(f"{model} is packed already")
-    if out.exists():
-        raise ValueError(f"{out} exists: name another folder, or remove it")
-    checkpoint = Checkpoint(model)
-    if not any(linears(block) for block in checkpoint.blocks):
-        raise ValueError(f"{model} has no linear layers that could be packed")
-    counts = {"matrices": 0, "packed": 0, "weights": 0, "zeros": 0, "dense_bytes": 0, "bytes": 0}
-    names: dict[str, list[int]] = {}
-    masks, moved = _masks(checkpoint.folder / SIDE_FILE), 0
-
-    with atomic_folder(out) as folder:
-        files = Shards(folder, STEM)
-
-        def add(name: str, weight: Tensor, weights: Weights = weights) -> None:
-            matrix = PackedMatrix.of(weight.detach().cpu(), weights)
-            names[name] = [matrix.rows, matrix.d_in]
-            for part, tensor in matrix.tensors.items():
-                files.add(f"{name}.{part}", tensor.contiguous())
-            zeros = int((weight == 0).count_nonzero())
-            found = (1, int(matrix.layout != "dense"), weight.numel(), zeros, 2 * weight.numel(), matrix.nbytes)
-            for key, number in zip(counts, found, strict=True):
-                counts[key] += number
-
-        for index, block in enumerate(checkpoint.blocks):
-            with checkpoint.opened(index):
-                place = f"{checkpoint.prefix}.{index}"
-                inside = linears(block)
-                for name, linear in inside.items():
-                    known = masks.get(f"{place}.{name}")
-                    moved += known not in (None, mask_hash(linear.weight))
-                    add(f"{place}.{name}", linear.weight)
-                for name, tensor in block.state_dict().items():
-                    if name.removesuffix(".weight") not in inside:
-                        files.add(f"{place}.{name}", tensor.cpu().contiguous())
-        head: Any = checkpoint.model.get_output_embeddings()
-        embedding: Any = checkpoint.model.get_input_embeddings()
-        if weights != "bf16" or head.weight is not embedding.weight:
-            add(name_of(checkpoint.model, head), head.weight, "bf16" if weights == "bf16" else "int8")
-        weight = f"{name_of(checkpoint.model, head)}.weight"
-        for name, tensor in checkpoint.model.state_dict().items():
-            if name != weight and not name.startswith(f"{checkpoint.prefix}."):
-                files.add(name, tensor.cpu().contiguous())
-        files.close()
-        copy_beside(checkpoint.folder, folder)
-        write_json(folder / RECORD, {"schema": SCHEMA, "version": VERSION, "weights": weights, "matrices": names})
-    return {"weights": weights, **counts, "moved": moved, "density": 1 - counts["zeros"] / counts["weights"]}

@@ -3,8 +3,10 @@
 import hashlib
 import re
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from jinja2 import TemplateError
 
 from secateurs.questions import PromptFormat, Question
 
@@ -25,9 +27,12 @@ def messages(said: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in said]
 
 
-def chat_text(tokenizer: Any, said: Iterable[tuple[str, str]]) -> str:
+def chat_text(tokenizer: Any, said: Sequence[tuple[str, str]]) -> str:
     """What the tokenizer's chat template, which it must have, makes of the turns, up to where the reply begins."""
-    return tokenizer.apply_chat_template(messages(said), tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages(said), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template fails on {len(said)} turns: {error}") from None
 
 
 def render(tokenizer: Any, form: PromptFormat, question: Question) -> tuple[int, ...]:

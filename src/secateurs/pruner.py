@@ -113,6 +113,8 @@ def prunable(model: PreTrainedModel, plan: Plan) -> list[list[Matrix]]:
         raise ValueError(f"{type(model).__name__} has no linear layer in its decoder blocks; secateurs cannot prune it")
     wanted = set(chosen(names, plan.targets, plan.ignore))
     selected = [[matrix for matrix in block if matrix.name in wanted] for block in per_block]
+    if not wanted:
+        raise ValueError("prune.ignore leaves nothing that could be pruned")
     for matrix in (matrix for block in selected for matrix in block):
         try:
             plan.pattern_of(matrix).check(*matrix.weight.shape)

@@ -1,5 +1,6 @@
 """Recipes: strict TOML to frozen models. An unknown key, a wrong type, a bad value: one sentence that says where."""
 
+import math
 import re
 import tomllib
 from collections import Counter
@@ -122,6 +123,14 @@ class Traces(_Table):
     def _known_filters(cls, value: dict[str, bool | int | float]) -> dict[str, bool | int | float]:
         apply_filters([], value)
         return value
+
+    @model_validator(mode="after")
+    def _some_pass(self) -> "Traces":
+        if (least := self.filters.get("min_tokens", 0)) > self.sampling.max_new_tokens:
+            raise ValueError(
+                f"filters.min_tokens is {least}, but no trace has more than {self.sampling.max_new_tokens} (sampling)"
+            )
+        return self
 
 
 class Calibration(_Table):
@@ -274,7 +283,7 @@ class Recipe(_Table):
     """One run: what to trace, calibrate, prune and evaluate."""
 
     title: str = ""
-    model: str = "bundled"
+    model: str = Field(default="bundled", min_length=1)
     seed: int = 0
     traces: Traces = Traces()
     calibration: Calibration = Calibration()
@@ -467,8 +476,18 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(data, str(path))
 
 
+def _endless(value: Any, where: str = "") -> str:
+    """The first number in a decoded recipe that is not finite, as `key.key = inf`; "" if there is none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{where} = {value}"
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next(filter(None, (_endless(one, f"{where}.{key}".lstrip(".")) for key, one in inside)), "")
+
+
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     """A Recipe from decoded TOML; `where` opens the sentence of an error."""
+    if found := _endless(data):
+        raise ValueError(f"{where}: {found}, but a number must be finite")
     try:
         return Recipe.model_validate(dict(data))
     except ValidationError as error:

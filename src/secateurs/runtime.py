@@ -194,8 +194,10 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
             _replace(model, name, _linear(matrix.to(place), bias, dtype, expand))
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         name = name_of(model, embedding)
-        table = rest.pop(f"{name}.weight").to(place)
-        _replace(model, name, PackedEmbedding(table, float(getattr(embedding, "scalar_embed_scale", 1.0)), dtype))
+        table = rest[f"{name}.weight"].to(place)
+        if type(embedding) is nn.Embedding or hasattr(embedding, "scalar_embed_scale"):
+            rest.pop(f"{name}.weight")  # others do more than look rows up (XGLM's scale them), and stay what they are
+            _replace(model, name, PackedEmbedding(table, float(getattr(embedding, "scalar_embed_scale", 1.0)), dtype))
         if (of_head := name_of(model, head)) not in record["matrices"]:  # tied, and so not stored again
             tied = PackedMatrix(len(table), table.shape[1], {"weight": table.to(torch.bfloat16)})
             _replace(model, of_head, _linear(tied, None, dtype, expand))
@@ -206,6 +208,8 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
         if absent := [key for key, tensor in model.state_dict().items() if tensor.is_meta]:
             raise ValueError(f"there is no {absent[0]}")
         compute_buffers(model, place)
+        if not any(True for _ in model.parameters()):  # OLMo's norms have none, and transformers asks one for its type
+            model.register_parameter("of_type", nn.Parameter(torch.empty(0, dtype=dtype, device=place)))
         if place.type == "cpu" and not expand:
             for module in model.modules():
                 module.__class__ = FAST.get(type(module), type(module))

@@ -19,7 +19,6 @@ so an interrupted run and an uninterrupted one seal the same bytes (with one ver
 files).
 """
 
-import fcntl
 import json
 import math
 import os
@@ -36,6 +35,7 @@ from secateurs.artifacts import (
     canonical_hash,
     canonical_json,
     fsync_path,
+    lock,
     read_json,
     sweep_temp,
     write_all,
@@ -134,7 +134,7 @@ class TraceStore:
             raise ValueError(f"{self.folder}: this is a file; a trace store is a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._journal: int | None = None  # descriptor of active.jsonl, open from the first append to the next seal
-        self._lock: int | None = _lock(self.folder)
+        self._lock: int | None = lock(self.folder, "trace store")
         try:
             sweep_temp(self.folder)
             expected = json.loads(canonical_json(dict(provenance)))
@@ -365,24 +365,6 @@ def _shard_paths(folder: Path) -> list[Path]:
 
 def _has_traces(folder: Path) -> bool:
     return _journal_path(folder).exists() or bool(_shard_paths(folder))
-
-
-def _lock(folder: Path) -> int:
-    """Descriptor of the lock file, locked and with our process id in it. The system unlocks it when we die."""
-    path = folder / "lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        write_all(descriptor, str(os.getpid()).encode())
-    except BlockingIOError:
-        owner = os.read(descriptor, 32).decode(errors="replace") or "that just started"
-        os.close(descriptor)
-        raise ValueError(f"{folder}: process {owner} is writing this trace store; wait for it or stop it") from None
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _check_provenance(folder: Path, *, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -161,12 +162,12 @@ class StreamTrimmer:
 
 def _finish(checkpoint: Checkpoint, folder: Path, files: Shards, change: Callable[[dict[str, Any]], None]) -> None:
     """Write what lies around the blocks, the index, and the configuration; `change` mends that of the decoder."""
-    for key, tensor in checkpoint.around():
-        files.add(key, tensor)
-    files.close()
     checkpoint.copy_settings(folder)
     file = folder / "config.json"
     config = json.loads(file.read_text())
+    for key, tensor in chain(checkpoint.around(), checkpoint.unused() if "text_config" in config else ()):
+        files.add(key, tensor)
+    files.close()
     change(config.get("text_config", config))
     file.write_text(json.dumps(config, indent=2))
 

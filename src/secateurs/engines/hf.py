@@ -172,7 +172,11 @@ class _Batch:
 
     def admit(self, rows: list[_Row], sampling: Sampling) -> list[int | None]:
         """Prefill new rows and lay them left of the write column; returns a first token for each new row only."""
+        size: int = self.model.config.get_text_config(decoder=True).vocab_size
+        if (largest := max(max(row.request.prompt_ids) for row in rows)) >= size:
+            raise ValueError(f"the tokenizer gives the id {largest}, and the model knows {size}: it is another model's")
         lengths = torch.tensor([len(row.request.prompt_ids) for row in rows], device=self.device)
+        check_positions(self.model, int(lengths.max()) + sampling.max_new_tokens)
         width = int(lengths.max())
         ids = torch.full((len(rows), width), self.pad_id, device=self.device)
         for index, row in enumerate(rows):
@@ -183,6 +187,8 @@ class _Batch:
         out = self.model(
             input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=prefill, logits_to_keep=1
         )
+        if not bool(out.logits[:, -1].amax(-1).isfinite().all()):
+            raise ValueError("the model's logits are not finite: some of its weights are not, or they overflow")
         old, new = len(self.rows), len(self.rows) + len(rows)
         filled: list[Any] = [[one.keys, one.values] for one in prefill.layers if isinstance(one, DynamicLayer)]
         if new > self.slots or self.column < width:
@@ -251,6 +257,14 @@ class _Batch:
     def _draw(self, logits: Tensor, rows: list[_Row], sampling: Sampling) -> Tensor:
         uniforms = torch.from_numpy(numpy.array([row.uniforms[len(row.ids)] for row in rows]))
         return sample_tokens(logits.float(), uniforms.to(logits.device), sampling)
+
+
+def check_positions(model: PreTrainedModel, tokens: int) -> None:
+    """ValueError for more tokens than a model with learned positions has (OPT, GPT-2); rotary ones have no end."""
+    config: Any = model.config.get_text_config(decoder=True)
+    most = getattr(config, "max_position_embeddings", None)
+    if most and not hasattr(config, "rope_parameters") and tokens > most:
+        raise ValueError(f"{type(model).__name__} has {most} positions: too few for a prompt and answer of {tokens}")
 
 
 def hf_engine(model: PreTrainedModel, tokenizer: Any, batch_size: int) -> HF:

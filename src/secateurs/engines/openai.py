@@ -346,7 +346,7 @@ class OpenAI:
         if echo is None and isinstance(text := llama.get("prompt"), str) and text:
             ours = self.tokenizer.decode(request.prompt_ids, clean_up_tokenization_spaces=False)
             same = self.endpoint != "chat" and self._bare(text) == self._bare(ours)
-            echo = list(request.prompt_ids) if same else self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            echo = list(request.prompt_ids) if same else self._ids(text)
         if self.endpoint == "chat":
             if echo is None:
                 raise ValueError(
@@ -358,6 +358,12 @@ class OpenAI:
         elif echo is not None and echo != list(request.prompt_ids):
             raise _Fault("an answer to another prompt")
         return ids
+
+    def _ids(self, text: str) -> list[int]:
+        """The ids of what a server says; _Fault if that is no text."""
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise _Fault("half a character")
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _bare(self, text: str) -> str:
         """A prompt without what decoding may add to its start or leave out there: white space and a BOS."""
@@ -397,7 +403,7 @@ class OpenAI:
             raise _Fault(f"a count of {counted!r} tokens")
         if counted > 1 and "" in texts:
             raise _Fault(f"no text, where the server counts {counted} tokens")
-        possible = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        possible = [self._ids(text) for text in texts]
         for ids in possible:
             if reason == "stop" and ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids.append(self.tokenizer.eos_token_id)

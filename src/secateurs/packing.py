@@ -1,0 +1,150 @@
+"""A model written in the format of `packed`, one block at a time, and the check that the runtime says the same."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.artifacts import atomic_folder, read_json, write_json
+from secateurs.calibration import Batch
+from secateurs.checkpoint import Checkpoint, Shards
+from secateurs.collect import logits_of
+from secateurs.export import SIDE_FILE, copy_beside, mask_hash
+from secateurs.models import linears, name_of
+from secateurs.packed import RECORD, SCHEMA, STEM, VERSION, PackedMatrix, Weights
+from secateurs.planner import SAFE, available
+from secateurs.runtime import PackedLinear, load_packed
+
+PROBED = 24  # tokens that are read at once, as matrices made dense: more than `runtime.FEW`
+OFF, ROUNDED_OFF = 2e-3, 0.3  # of the largest logit; kernels of int4 round a single token's vectors
+
+
+def _masks(file: Path) -> dict[str, str]:
+    """The hashes of a pruned model's masks, by matrix; none without a side file, or for a model that was cut."""
+    if not file.exists():
+        return {}
+    try:
+        rows = read_json(file)["layers"]
+        return {row["name"]: row["mask_sha256"] for row in rows if "mask_sha256" in row}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a side file as secateurs writes it ({error!r})") from None
+
+
+def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
+    """Write the model in the folder or hub id `model` to `out` with its linear layers packed; one block at a time.
+
+    Returns how much there is of what, and in how many matrices (`moved`) zeros are not where they were when it was
+    pruned, as its side file has them; and whether it was `checked`, which takes room for the packed model: it says what
+    the model says with its weights rounded so. ValueError for a model that cannot be loaded, or that the runtime has no
+    way to run.
+    Embeddings stay as they are, and so does a head that is tied to them, but for int8. With int4 a head is int8.
+    """
+    if (Path(model) / RECORD).exists():
+        raise ValueError(f"{model} is packed already")
+    if out.exists():
+        raise ValueError(f"{out} exists: name another folder, or remove it")
+    checkpoint = Checkpoint(model)
+    if not any(linears(block) for block in checkpoint.blocks):
+        raise ValueError(f"{model} has no linear layers that could be packed")
+    counts = {"matrices": 0, "packed": 0, "weights": 0, "zeros": 0, "dense_bytes": 0, "bytes": 0}
+    names: dict[str, list[int]] = {}
+    masks, moved = _masks(checkpoint.folder / SIDE_FILE), 0
+
+    with atomic_folder(out) as folder:
+        files = Shards(folder, STEM)
+
+        def add(name: str, weight: Tensor, weights: Weights = weights) -> None:
+            matrix = PackedMatrix.of(weight.detach().cpu(), weights)
+            names[name] = [matrix.rows, matrix.d_in]
+            for part, tensor in matrix.tensors.items():
+                files.add(f"{name}.{part}", tensor.contiguous())
+            zeros = int((weight == 0).count_nonzero())
+            found = (1, int(matrix.layout != "dense"), weight.numel(), zeros, 2 * weight.numel(), matrix.nbytes)
+            for key, number in zip(counts, found, strict=True):
+                counts[key] += number
+
+        for index, block in enumerate(checkpoint.blocks):
+            with checkpoint.opened(index):
+                place = f"{checkpoint.prefix}.{index}"
+                inside = linears(block)
+                for name, linear in inside.items():
+                    known = masks.get(f"{place}.{name}")
+                    moved += known not in (None, mask_hash(linear.weight))
+                    add(f"{place}.{name}", linear.weight)
+                for name, tensor in block.state_dict().items():
+                    if name.removesuffix(".weight") not in inside:
+                        files.add(f"{place}.{name}", tensor.cpu().contiguous())
+        head: Any = checkpoint.model.get_output_embeddings()
+        embedding: Any = checkpoint.model.get_input_embeddings()
+        if weights != "bf16" or head.weight is not embedding.weight:
+            add(name_of(checkpoint.model, head), head.weight, "bf16" if weights == "bf16" else "int8")
+        weight = f"{name_of(checkpoint.model, head)}.weight"
+        for name, tensor in checkpoint.model.state_dict().items():
+            if name != weight and not name.startswith(f"{checkpoint.prefix}."):
+                files.add(name, tensor.cpu().contiguous())
+        files.close()
+        copy_beside(checkpoint.folder, folder)
+        write_json(folder / RECORD, {"schema": SCHEMA, "version": VERSION, "weights": weights, "matrices": names})
+        del checkpoint
+        checked = _check(model, folder)
+    return {
+        "weights": weights,
+        **counts,
+        "moved": moved,
+        "checked": checked,
+        "density": 1 - counts["zeros"] / counts["weights"],
+    }
+
+
+def _check(model: str, folder: Path) -> bool:
+    """Whether there was room to see that a packed model runs. ValueError if it does not, or says something else than
+    `model` does, block by block, with the weights that are packed: for PROBED tokens at once, then for one more."""
+    if sum(file.stat().st_size for file in folder.glob(f"{STEM}*.safetensors")) > SAFE * available(torch.device("cpu")):
+        return False
+    source = Checkpoint(model, compute_dtype="float32")
+    try:
+        with torch.inference_mode():
+            packed: Any = load_packed(folder)
+            size: int = packed.config.get_text_config(decoder=True).vocab_size
+            ids = (torch.arange(PROBED + 1) * 7919 % size)[None]
+            first = packed(input_ids=ids[:, :-1], use_cache=True)
+            cache = first.get("past_key_values")
+            last = None if cache is None else packed(input_ids=ids[:, -1:], past_key_values=cache)
+            said = torch.cat([first.logits[0], *([] if last is None else [last.logits[0]])])
+            wanted = _said_with(source, packed, ids[:, : len(said)])
+    except Exception as error:  # whatever a family's code does where its layers are others
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"the runtime cannot run {type(source.model).__name__} ({reason})") from error
+    off, largest = (said - wanted).abs(), float(wanted.abs().max())
+    rounds = "int4" in {module.matrix.kind for module in packed.modules() if isinstance(module, PackedLinear)}
+    at_once, after = float(off[:PROBED].max()), float(off[PROBED:].max()) if len(off) > PROBED else 0.0
+    if at_once > OFF * largest or after > (ROUNDED_OFF if rounds else OFF) * largest:
+        raise ValueError(
+            f"the runtime does not say what {type(source.model).__name__} says: logits are off by {at_once:.3g}, of a "
+            f"token by itself by {after:.3g} (largest {largest:.3g})"
+        )
+    return True
+
+
+def _said_with(source: Checkpoint, packed: nn.Module, ids: Tensor) -> Tensor:
+    """The logits of `source`, a block at a time, with the weights of a packed model in its linear layers."""
+
+    def dense(name: str) -> nn.Parameter:
+        module: Any = packed.get_submodule(name)
+        weight = module.matrix.dense() if isinstance(module, PackedLinear) else module.weight
+        return nn.Parameter(weight, requires_grad=False)
+
+    @contextmanager
+    def opened(index: int) -> Iterator[None]:
+        with source.opened(index):
+            for name, linear in linears(source.blocks[index]).items():
+                linear.weight = dense(f"{source.prefix}.{index}.{name}")
+            yield
+
+    head: Any = source.model.get_output_embeddings()
+    head.weight = dense(name_of(source.model, head))
+    (logits,) = logits_of(source.model, [Batch(ids, torch.ones_like(ids))], opened)
+    return logits[:].float()
