@@ -19,6 +19,7 @@ from secateurs.artifacts import (
     canonical_hash,
     canonical_json,
     folder_hash,
+    locked,
     model_hash,
     read_json,
     sweep_temp,
@@ -316,3 +317,11 @@ def test_what_is_done_behind_is_in_order_and_its_failure_is_not_lost():
         behind.wait()
     behind.wait()
     assert done == [1, 2], "nothing is done after a failure that nobody has seen"
+
+
+def test_a_locked_folder_is_for_one(tmp_path):
+    taken = pytest.raises(ValueError, match=f"cell: process {os.getpid()} is writing this cell; wait for it or stop")
+    with locked(tmp_path / "cell", "cell"), taken, locked(tmp_path / "cell", "cell"):
+        pass
+    with locked(tmp_path / "cell", "cell"):
+        pass

@@ -18,10 +18,13 @@ from secateurs import cell, collect, pruner, reload
 from secateurs.calibration import Batch, batches
 from secateurs.checkpoint import INDEX, Checkpoint, faster, give_back, save
 from secateurs.collect import final_states, logits_of
+from secateurs.cuts import Width
 from secateurs.evaluate import drift, reference_states
 from secateurs.export import PROBE_FILE, export
 from secateurs.models import load_model, window
 from secateurs.reload import Reloaded, verify
+from secateurs.solvers.obs import OBS
+from secateurs.trim import Trimmer
 from test_pruner import CALIBRATION, EVERYTHING, PLAN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -409,3 +412,81 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
     monkeypatch.setattr("secateurs.checkpoint.save_file", full)
     with pytest.raises(OSError, match=f"^{tmp_path}: I/O error: No space left on device"):
         save({"a": torch.zeros(3)}, tmp_path / "model-part-0")
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    """Which of the two is read depends on the reader, so one would stay dense."""
+    folder, name = saved("llama", tmp_path), "model.layers.0.mlp.up_proj.weight"
+    own = json.loads((folder / INDEX).read_text())["weight_map"][name]
+    other = next(file for file in sorted(folder.glob("*.safetensors")) if file.name != own)
+    save_file(load_file(other) | {name: load_file(folder / own)[name]}, other, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} is in model-.* and in model-.*: take it out of one of them"):
+        Checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3, "b": 4}}'])
+def test_an_index_that_is_none_is_said_in_a_sentence(index, tmp_path):
+    folder = saved("llama", tmp_path)
+    (folder / INDEX).write_text(index)
+    with pytest.raises(ValueError, match="is not an index of safetensors files|there is no 3 in"):
+        Checkpoint(str(folder))
+
+
+def test_an_index_beside_a_single_file_is_not_copied(tmp_path):
+    folder = saved("llama", tmp_path / "dense")
+    save_file(make_model("llama").state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    Checkpoint(str(folder)).copy_to(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").glob("model*")) == ["model.safetensors"]
+
+
+def test_numbers_that_are_no_weights_are_refused_before_anything_is_done(tmp_path):
+    up = "model.layers.1.mlp.up_proj.weight"
+
+    def change(to):
+        return lambda tensors: tensors.update({up: to(tensors[up])} if up in tensors else {})
+
+    whole = edited(saved("llama", tmp_path / "whole"), change(lambda w: w.to(torch.int8)))
+    with pytest.raises(ValueError, match=rf"{up} is quantised \(I8\)"):
+        Checkpoint(str(whole))
+    for number in (torch.nan, torch.inf):
+        wrong = change(lambda w, number=number: w.index_fill(0, torch.tensor([3]), number))
+        checkpoint = Checkpoint(str(edited(saved("llama", tmp_path / str(number)), wrong)))
+        with checkpoint.opened(0):
+            pass
+        with pytest.raises(ValueError, match=f"{up} holds numbers that are not finite"), checkpoint.opened(1):
+            pass
+    (whole / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds no table"):
+        Checkpoint(str(whole))
+
+
+@pytest.mark.parametrize(("files", "config"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_what_is_cut_is_written_as_it_was_measured_whatever_types_are_named(files, config, tmp_path):
+    folder = configured(saved("llama", tmp_path / "dense", files), dtype=config)
+    checkpoint = Checkpoint(str(folder))
+    assert checkpoint.stored == torch.bfloat16
+    cut = Width(0.3, multiple=4).patterns(checkpoint.model)
+    plan = replace(PLAN, solver=OBS(), patterns=cut, targets=tuple(cut))
+    exported(checkpoint, Tokenizer(), plan, tmp_path / "out", smaller=Trimmer, probe_ids=list(range(3, 60)))
+    probe, model = load_file(tmp_path / "out" / PROBE_FILE), load_model(str(tmp_path / "out"))
+    assert torch.equal(model(input_ids=probe["ids"]).logits.float()[:, -len(probe["logits"][0]) :], probe["logits"])
+
+
+TUPLES = {
+    "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=4, n_head=4)),
+    "falcon": lambda: tf.FalconForCausalLM(
+        tf.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+    ),
+    "gptj": lambda: tf.GPTJForCausalLM(tf.GPTJConfig(vocab_size=64, n_embd=32, n_layer=4, n_head=4, rotary_dim=8)),
+    "mpt": lambda: tf.MptForCausalLM(tf.MptConfig(vocab_size=64, d_model=32, n_layers=4, n_heads=4)),
+}
+
+
+@pytest.mark.parametrize("family", TUPLES)
+def test_blocks_that_give_tuples_run_one_by_one(family):
+    """A state without its tuple loses a dimension at every block, and after three there is none left."""
+    model, ids = TUPLES[family](), torch.arange(3, 30)[None]
+    with torch.no_grad():
+        (found,) = logits_of(model.eval(), [Batch(ids, torch.ones_like(ids))])
+        torch.testing.assert_close(found[:], model(input_ids=ids).logits[0], rtol=1e-5, atol=1e-5)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from completions_server import CompletionsServer
 from secateurs import ask, cli, evaluate, planner, preview
+from secateurs.artifacts import locked
 from secateurs.dense import Dense
 from secateurs.export import PROBE_FILE
 from secateurs.parallel import silent
@@ -446,3 +448,40 @@ def test_a_full_disk_is_one_sentence_and_a_rerun_goes_on(tmp_path, monkeypatch, 
     assert "no space left on device" in " ".join(capsys.readouterr().err.split())
     assert call(monkeypatch, *arguments("trace", "demo", "--out", str(out), "--json")) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] >= 1300
+
+
+def test_where_there_is_no_terminal_progress_is_a_line_a_minute(monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 25))  # seconds
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with cli._bars() as progress:
+        for layer in range(6):
+            progress("prune rac", layer + 1, 30, "layers")
+            progress("trace", 1000, 0, "tokens")
+    said = capsys.readouterr().err.splitlines()
+    assert 2 <= len(said) <= 6 and any(line.startswith("prune rac: ") and " of 30 layers" in line for line in said)
+
+
+@pytest.mark.usefixtures("without_reload")
+def test_a_cell_that_another_run_prunes_is_waited_for(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "out")
+    for record in (tmp_path / "out").glob("cells/*/prune.json"):
+        record.unlink()
+    with ExitStack() as stack:
+        for folder in (tmp_path / "out").glob("cells/*"):
+            stack.enter_context(locked(folder, "cell"))
+        assert call(monkeypatch, *arguments("prune", "demo", "--out", str(tmp_path / "out"))) == 2
+    assert f"process {os.getpid()} is writing this cell; wait for it" in " ".join(capsys.readouterr().err.split())
+    (finished_record,) = sorted(finished.glob("cells/*/prune.json"))[:1]
+    damaged = tmp_path / "out" / finished_record.relative_to(finished)
+    damaged.write_text("{}")
+    assert call(monkeypatch, *arguments("prune", "demo", "--out", str(tmp_path / "out"))) == 2
+    assert "prune.json is damaged: remove it" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("without_reload")
+def test_filters_that_none_passes_end(tmp_path, monkeypatch, capsys):
+    never = ["traces.filters={correct=true}", "traces.sampling.max_new_tokens=2", "calibration.num_tokens=100",
+             "calibration.held_out_tokens=20"]  # fmt: skip
+    words = ["prune", "demo", "--out", str(tmp_path), *(word for one in never for word in ("--set", one))]
+    assert call(monkeypatch, *words) == 2
+    assert "no trace passed the filters: {'correct': " in " ".join(capsys.readouterr().err.split())

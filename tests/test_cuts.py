@@ -167,6 +167,17 @@ def test_norms_over_all_heads_and_biases_of_blocks_that_go_are_refused():
     of_places = tf.DiffLlamaForCausalLM(tf.DiffLlamaConfig(**SMALL, eos_token_id=0))
     with pytest.raises(ValueError, match=r"DiffLlamaForCausalLM depend on their place \(self_attn.lambda_init\)"):
         Depth(0.5).patterns(of_places)
+    with pytest.raises(ValueError, match="DiffLlamaForCausalLM pairs its heads"):
+        Width(0.5, "heads", multiple=4).patterns(of_places)
+    for model in (
+        tf.StableLmForCausalLM(tf.StableLmConfig(**SMALL)),
+        tf.HeliumForCausalLM(tf.HeliumConfig(**SMALL, head_dim=8, pad_token_id=0)),
+    ):  # whose heads share out the stream, whatever head_dim says
+        with pytest.raises(ValueError, match="has no configuration with 2 heads and 2 of keys and values of 8 numbers"):
+            Width(0.5, "heads", multiple=4).patterns(model)
+        assert Width(0.5, multiple=4).patterns(model)
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel cannot be cut: .* no cut changes$"):
+        Width(0.5).patterns(tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)))
 
 
 @pytest.mark.parametrize("inner", [False, True])

@@ -1,10 +1,12 @@
 """Continuous batching: neighbours never change a trace, greedy equals generate, sampling follows the distribution."""
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from families import make_model
 from secateurs.calibration import batches, trace_document
@@ -154,3 +156,20 @@ def test_a_stored_trace_reproduces_the_activations_of_its_generation(tiny_model)
         states = final_states(tiny_model, [batch])[0][0]
         generated = torch.stack(seen[int(request.question_id)])
         assert torch.allclose(states[len(request.prompt_ids) - 1 :], generated, atol=1e-5)
+
+
+def test_what_cannot_be_sampled_is_one_sentence():
+    model = make_model("qwen3")
+    strange = Request(question_id="q", sample=0, prompt_ids=(3, 64), seed=0)
+    with pytest.raises(
+        ValueError, match="the tokenizer gives the id 64, and the model knows 64: it is another model's"
+    ):
+        generate(model, [strange], 1, Sampling(max_new_tokens=4))
+    model.get_input_embeddings().weight.data[5] = torch.nan
+    with pytest.raises(ValueError, match="the model's logits are not finite"):
+        generate(model, [replace(strange, prompt_ids=(3, 5))], 1, Sampling(max_new_tokens=4))
+    sizes = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    learned = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=32))
+    with pytest.raises(ValueError, match="OPTForCausalLM has 32 positions: too few for a prompt and answer of 33"):
+        generate(learned, [replace(strange, prompt_ids=(3, 5))], 1, Sampling(max_new_tokens=31))
+    assert generate(learned, [replace(strange, prompt_ids=(3, 5))], 1, Sampling(max_new_tokens=30))

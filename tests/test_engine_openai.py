@@ -728,3 +728,22 @@ def test_the_trace_command_shows_how_surprised_the_model_was(tmp_path):
 
 def toml(options):
     return "{" + ", ".join(f"{key}={value!r}".replace("'", '"') for key, value in options.items()) + "}"
+
+
+@pytest.mark.parametrize("dialect", ["text", "llama.cpp"])
+def test_half_a_character_is_asked_for_again(dialect):
+    """JSON can hold what no text can (a lone surrogate), and a tokenizer takes none."""
+
+    class Halved(CompletionsServer):
+        def _answer(self, body, fault):
+            answer = super()._answer(body, "")
+            if fault and dialect == "text":
+                answer["choices"][0]["text"] = "a\ud800b"
+            elif fault:
+                answer["__verbose"]["prompt"] = "\udfff"
+            return answer
+
+    asked = Request(question_id="q", sample=0, prompt_ids=tuple(TOKENIZER("What is 1 + 1?")["input_ids"]), seed=0)
+    with Halved(SIZE, dialect, fault=first("half"), tokenizer=TOKENIZER) as server:
+        (found,) = engine(server, allow_retokenised=dialect == "text").generate([asked], SAMPLING)
+        assert len(server.bodies) == 2 and found.ids

@@ -202,3 +202,35 @@ def test_mistakes_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="takes no goal and no tune"):
         load_recipe("demo", [pattern, "sweep.solver=[{name='reap'}]", "prune.goal='residual'"])
     assert "50 % of the experts' memory" in gains(HALF)[0][1]
+
+
+def test_a_checkpoint_that_sees_keeps_what_it_sees_with(tmp_path):
+    """The text model does not use the vision tower, which the folder's configuration still has."""
+    small = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
+    text = {**small, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}  # fmt: skip
+    seeing = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+    config = tf.Qwen3_5MoeConfig(text_config=text, vision_config=seeing)
+    tf.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "dense")
+    checkpoint = Checkpoint(str(tmp_path / "dense"))
+    unused = {key for key, _ in checkpoint.unused()}
+    assert unused and all("visual" in key for key in unused)
+    verdicts = dropped(checkpoint.model, tmp_path, opened=checkpoint.opened)
+    facts = {"provenance": FACTS, "layers": [], "probe_ids": [3, 4, 5, 6], "smaller": ExpertTrimmer}
+    opened = keeping(verdicts, checkpoint.model, checkpoint.opened)
+    export(checkpoint, Tokenizer(), [[] for _ in verdicts], opened, tmp_path / "out", **facts)
+    options = {"output_loading_info": True}
+    model, found = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", **options)
+    assert not found["missing_keys"] and not found["unexpected_keys"] and not found["mismatched_keys"]
+    assert model.config.get_text_config().num_experts == 2
+    whole = load_file(tmp_path / "dense" / "model.safetensors")
+    kept = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(kept[key], whole[key]) for key in unused)
+
+
+def test_a_model_that_does_not_say_how_many_experts_a_token_goes_to_is_refused(monkeypatch):
+    model = make_model("mixtral")
+    monkeypatch.setattr("secateurs.cuts.CHOSEN", ("number_of_experts",))
+    with pytest.raises(ValueError, match="MixtralForCausalLM does not say to how many experts a token goes"):
+        HALF.check(model)

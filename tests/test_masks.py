@@ -187,3 +187,14 @@ def test_the_commands_say_what_they_found(tmp_path, capsys):
     assert run("check", str(tmp_path / "mended"), "--json") == 0
     assert {row["lost"] for row in json.loads(capsys.readouterr().out)} == {0}
     assert masks.side_file(str(tmp_path / "mended"))["masks_of"] == str(pruned)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["[]", "{}", '{"layers": 3}', '{"layers": []}', '{"layers": [{"name": "x", "zeros": 1}]}', '{"layers": [1]}'],
+)
+def test_a_damaged_side_file_is_no_all_clear(damaged, tmp_path):
+    folder = saved("qwen3", tmp_path)
+    (folder / SIDE_FILE).write_text(damaged)
+    with pytest.raises(ValueError, match=r"secateurs.json is damaged: it does not say which matrices have which zeros"):
+        check(str(folder))

@@ -6,12 +6,14 @@ from copy import deepcopy
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
+from transformers import cache_utils
 
-from families import make_model
-from secateurs import kernels
+from families import SMALL, make_model
+from secateurs import collect, kernels
 from secateurs.artifacts import write_json
-from secateurs.bench import Quality, Row, Speed, bench, load_any, table, to_html
+from secateurs.bench import Quality, Row, Speed, _Bench, bench, load_any, table, to_html
 from secateurs.export import mask_hash
 from secateurs.models import BUNDLED, linears, load_model, model_path
 from secateurs.packed import PackedMatrix
@@ -465,9 +467,11 @@ def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):
     assert "--batch is '1,x'; it should look like 1,4,8" in capsys.readouterr().err
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_bench():
+def test_a_model_that_cannot_be_loaded_ends_the_bench(tmp_path):
     with pytest.raises(ValueError, match="model `/nowhere`: no such folder"):
         bench(["/nowhere"], rounds=1)
+    with pytest.raises(ValueError, match=f"{tmp_path}/ is named twice"):
+        bench([str(tmp_path), f"{tmp_path}/"], rounds=1)
 
 
 def test_packed_models_can_be_made_dense_and_a_model_that_is_never_right_has_no_time_per_answer(tmp_path, monkeypatch):
@@ -492,3 +496,54 @@ def test_packed_models_can_be_made_dense_and_a_model_that_is_never_right_has_no_
     page = to_html({"rows": found, "machine": {"cpu": "x", "threads": 1, "torch": "2"}})
     assert "3.00 s (1 of 2: 5 to 95 %)" in page and "- s (0 of 2: 0 to 66 %; ratio -)" in page
     json.dumps(found, allow_nan=False)
+
+
+def test_embeddings_that_do_more_and_norms_without_weights_run(tmp_path):
+    sizes = {"vocab_size": 64, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}
+    models = {
+        "scaled": tf.XGLMForCausalLM(tf.XGLMConfig(**sizes, max_position_embeddings=64)),
+        "bare": tf.OlmoForCausalLM(tf.OlmoConfig(**SMALL, pad_token_id=0)),
+    }
+    ids = torch.arange(3, 30)[None]
+    for name, model in models.items():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+        model.save_pretrained(tmp_path / name)
+        assert pack(str(tmp_path / name), tmp_path / f"{name}-packed")["checked"]
+        packed, dense = load_packed(tmp_path / f"{name}-packed"), load_model(str(tmp_path / name))
+        with torch.no_grad():
+            torch.testing.assert_close(packed(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        assert packed.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_what_the_runtime_would_say_otherwise_is_not_packed(tmp_path, monkeypatch):
+    pruned("gemma3", tmp_path / "dense")
+    monkeypatch.setattr("secateurs.runtime.PackedEmbedding.forward", lambda self, ids: self.table[ids].float())
+    with pytest.raises(ValueError, match="the runtime does not say what Gemma3ForCausalLM says: logits are off by"):
+        pack(str(tmp_path / "dense"), tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    monkeypatch.setattr("secateurs.runtime.PackedEmbedding.forward", lambda self, ids: self.weight)
+    with pytest.raises(ValueError, match=r"the runtime cannot run Gemma3ForCausalLM \(AttributeError: .*weight"):
+        pack(str(tmp_path / "dense"), tmp_path / "packed")
+    monkeypatch.setattr("secateurs.packing.available", lambda device: 1000)
+    assert not pack(str(tmp_path / "dense"), tmp_path / "packed")["checked"], "no room to try"
+    monkeypatch.undo()
+    monkeypatch.setattr(collect.Shell, "_watched", lambda self, batch: [][0])
+    assert not pack(str(tmp_path / "dense"), tmp_path / "other")["checked"], "its blocks cannot be run alone"
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "mistral"])
+def test_a_bench_has_the_caches_of_the_model(family, tmp_path, monkeypatch):
+    """States of a linear attention, and of a window no more keys than it sees."""
+    lengths = []
+    update = cache_utils.DynamicSlidingWindowLayer.update
+    monkeypatch.setattr(
+        cache_utils.DynamicSlidingWindowLayer, "update",
+        lambda self, *args, **kwargs: (update(self, *args, **kwargs), lengths.append(self.keys.shape[2]))[0],
+    )  # fmt: skip
+    make_model(family).save_pretrained(tmp_path)
+    one = _Bench(str(tmp_path), "cpu")
+    one.load()
+    first, each = one.decode(2, 40, 2)
+    assert first > 0 and each > 0
+    assert (family == "mistral") == bool(lengths) and max(lengths, default=0) <= 8

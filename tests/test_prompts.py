@@ -108,3 +108,8 @@ def test_thinking_that_the_prefill_has_begun_is_open_until_it_ends():
     prompt, reply = render(t, begun, QUESTION), tuple(t("it is 2")["input_ids"])
     assert think_split(t, prompt, reply, begun.prefill) == (len(reply), False)
     assert think_split(t, prompt, reply, "<think>short</think>So") == (len(reply), True)
+
+
+def test_a_template_that_fails_is_one_sentence():
+    with pytest.raises(ValueError, match="the tokenizer's chat template fails on 1 turns: .*endfor"):
+        render(tokenizer(MARKED, "{% for m in messages %}"), PromptFormat(), QUESTION)

@@ -455,3 +455,10 @@ def test_a_disk_that_is_full_at_a_block_is_an_error_of_the_disk(tmp_path, monkey
         with pytest.raises(OSError, match=f"^{tmp_path}.*: No space left on device"):
             pruner.prune(model, CALIBRATION, PLAN, folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_left_to_prune_is_a_mistake():
+    with pytest.raises(ValueError, match="prune.ignore leaves nothing that could be pruned"):
+        pruner.prunable(make_model("llama"), replace(PLAN, ignore=("*",)))
+    with pytest.raises(ValueError, match=r"`re:\(` holds no regular expression: .*"):
+        pruner.prunable(make_model("llama"), replace(PLAN, targets=("re:(",)))

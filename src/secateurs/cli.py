@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)
+EVERY = 60.0  # seconds between lines of progress where there is no terminal
 INTERRUPTED = 130  # the exit code, 128 + SIGINT as shells have it
 
 RecipeName = Annotated[
@@ -36,10 +38,11 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with its
 
 
 class Bars:
-    """A run's progress on the terminal: one line a stage at work, with an estimate of what is left."""
+    """A run's progress: one line a stage at work, with an estimate of what is left; in a log one line a minute."""
 
     def __init__(self, bars: Progress, lines: int) -> None:
         self.bars, self.lines = bars, lines
+        self.said = time.monotonic()
         self.tasks: dict[str, Any] = {}  # in the order they last moved
 
     def __call__(self, stage: str, done: float, total: float, unit: str) -> None:
@@ -49,6 +52,12 @@ class Bars:
         task = self.tasks.pop(stage) if stage in self.tasks else self.bars.add_task(stage, total=total or None)
         self.tasks[stage] = task
         self.bars.update(task, completed=done, total=total or None)
+        if self.bars.disable and time.monotonic() - self.said >= EVERY:
+            self.said = time.monotonic()
+            (mine,) = (one for one in self.bars.tasks if one.id == task)
+            left = "" if mine.time_remaining is None else f", {timedelta(seconds=int(mine.time_remaining))} left"
+            of = f" of {total:,.0f}" if total else ""
+            console.print(f"{stage}: {done:,.0f}{of} {unit}{left}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -57,7 +66,7 @@ def _bars(lines: int = 1) -> Iterator[Bars]:
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         yield Bars(bars, lines)
 
 
@@ -294,7 +303,7 @@ def pack(
         f"{before:,.1f} MB as bf16, {after:,.1f} MB now ({after / before:.2f})"
     )
     if not found["checked"]:
-        console.print("[yellow]not checked[/]: there is no room here to load it", soft_wrap=True)
+        console.print("[yellow]not checked[/]: no room here to load it, or its family runs in one piece only")
     if found["moved"]:
         console.print(
             f"[bold red]in {found['moved']} matrices zeros are not where they were when it was pruned[/]: "

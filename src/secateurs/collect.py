@@ -72,6 +72,10 @@ def solve_cost(rows: int, d_in: int) -> float:
     return float(d_in**3 + rows * d_in**2)
 
 
+class UnknownFamily(ValueError):
+    """A model whose blocks cannot be run one by one."""
+
+
 class Shell:
     """A decoder around its blocks: what it hands to each of them for some ids, and what it makes of their result."""
 
@@ -89,10 +93,20 @@ class Shell:
 
     def enter(self, batch: Batch) -> Tensor:
         """The hidden states before the first block [batch, seq, d_model]; what else blocks get is remembered."""
-        hidden, calls = self._watched(batch)
-        if any(args[0].shape != hidden.shape for args, _ in calls):
-            self._tuples = True
-            hidden, calls = self._watched(batch)
+        why: object = "hidden states of other shapes"
+        for tuples in (True,) if self._tuples else (False, True):
+            self._tuples = tuples
+            try:
+                hidden, calls = self._watched(batch)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a family's own code
+                why = f"{type(error).__name__}: {error}"
+                continue
+            if all(args[0].shape == hidden.shape for args, _ in calls):
+                break
+        else:
+            raise UnknownFamily(
+                f"{type(self.model).__name__} calls its blocks in a way that secateurs does not know ({why})"
+            )
         rest = [(args[1:], kwargs) for args, kwargs in calls]
         self._last = batch, rest
         size = sum({tensor.data_ptr(): tensor.nbytes for call in rest for tensor in _tensors(call)}.values())

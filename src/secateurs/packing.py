@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secateurs.artifacts import atomic_folder, read_json, write_json
 from secateurs.calibration import Batch
 from secateurs.checkpoint import Checkpoint, Shards
-from secateurs.collect import logits_of
+from secateurs.collect import UnknownFamily, logits_of
 from secateurs.export import SIDE_FILE, copy_beside, mask_hash
 from secateurs.models import linears, name_of
 from secateurs.packed import RECORD, SCHEMA, STEM, VERSION, PackedMatrix, Weights
@@ -37,7 +37,7 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
     """Write the model in the folder or hub id `model` to `out` with its linear layers packed; one block at a time.
 
     Returns how much there is of what, and in how many matrices (`moved`) zeros are not where they were when it was
-    pruned, as its side file has them; and whether it was `checked`, which takes room for the packed model: it says what
+    pruned, as its side file has them; and whether it was `checked`, where there is room for it: the runtime says what
     the model says with its weights rounded so. ValueError for a model that cannot be loaded, or that the runtime has no
     way to run.
     Embeddings stay as they are, and so does a head that is tied to them, but for int8. With int4 a head is int8.
@@ -100,8 +100,11 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
 
 
 def _check(model: str, folder: Path) -> bool:
-    """Whether there was room to see that a packed model runs. ValueError if it does not, or says something else than
-    `model` does, block by block, with the weights that are packed: for PROBED tokens at once, then for one more."""
+    """Whether a packed model could be compared: there was room for it, and `model` can be run block by block.
+
+    ValueError if it does not run, or says something else than `model` does with the weights that are packed: for PROBED
+    tokens at once, then for one more.
+    """
     if sum(file.stat().st_size for file in folder.glob(f"{STEM}*.safetensors")) > SAFE * available(torch.device("cpu")):
         return False
     source = Checkpoint(model, compute_dtype="float32")
@@ -114,10 +117,13 @@ def _check(model: str, folder: Path) -> bool:
             cache = first.get("past_key_values")
             last = None if cache is None else packed(input_ids=ids[:, -1:], past_key_values=cache)
             said = torch.cat([first.logits[0], *([] if last is None else [last.logits[0]])])
-            wanted = _said_with(source, packed, ids[:, : len(said)])
     except Exception as error:  # whatever a family's code does where its layers are others
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"the runtime cannot run {type(source.model).__name__} ({reason})") from error
+    try:
+        wanted = _said_with(source, packed, ids[:, : len(said)])
+    except UnknownFamily:
+        return False
     off, largest = (said - wanted).abs(), float(wanted.abs().max())
     rounds = "int4" in {module.matrix.kind for module in packed.modules() if isinstance(module, PackedLinear)}
     at_once, after = float(off[:PROBED].max()), float(off[PROBED:].max()) if len(off) > PROBED else 0.0
@@ -146,5 +152,6 @@ def _said_with(source: Checkpoint, packed: nn.Module, ids: Tensor) -> Tensor:
 
     head: Any = source.model.get_output_embeddings()
     head.weight = dense(name_of(source.model, head))
-    (logits,) = logits_of(source.model, [Batch(ids, torch.ones_like(ids))], opened)
-    return logits[:].float()
+    with torch.inference_mode():
+        (logits,) = logits_of(source.model, [Batch(ids, torch.ones_like(ids))], opened)
+        return logits[:].float()
