@@ -198,3 +198,13 @@ def test_a_damaged_side_file_is_no_all_clear(damaged, tmp_path):
     (folder / SIDE_FILE).write_text(damaged)
     with pytest.raises(ValueError, match=r"secateurs.json is damaged: it does not say which matrices have which zeros"):
         check(str(folder))
+
+
+def test_parameters_that_were_replaced_are_not_forgotten_silently():
+    model, keep = make_model("llama"), KeepZeros()
+    model.lm_head.weight.data[:, ::2] = 0
+    keep.remember(model)
+    keep.restore()
+    model.load_state_dict(make_model("llama").state_dict(), assign=True)
+    with pytest.raises(ValueError, match="the model's parameters are others than those it remembers"):
+        keep.restore()

@@ -139,9 +139,11 @@ class KeepZeros(TrainerCallback):
 
     def __init__(self) -> None:
         self._zeros: dict[nn.Parameter, Tensor] = {}
+        self._model = nn.Module()
 
     def remember(self, model: nn.Module) -> None:
         """Take down where the zeros are. ValueError if there are none to keep."""
+        self._model = model
         trained = (p for p in model.parameters() if p.requires_grad and p.ndim > 1)
         self._zeros = {p: zeros for p in trained if (zeros := p.detach() == 0).any() and not zeros.all()}
         if not self._zeros:
@@ -152,7 +154,11 @@ class KeepZeros(TrainerCallback):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put zeros where they were."""
+        """Put zeros where they were. ValueError if the model has other parameters by now, as after `assign=True`."""
+        if not self._zeros.keys() <= set(self._model.parameters()):
+            raise ValueError(
+                "KeepZeros: the model's parameters are others than those it remembers: `remember` it again"
+            )
         for parameter, zeros in self._zeros.items():
             parameter.masked_fill_(zeros, 0)
 

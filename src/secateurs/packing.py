@@ -16,7 +16,7 @@ from secateurs.export import SIDE_FILE, copy_beside, mask_hash
 from secateurs.models import linears, name_of
 from secateurs.packed import RECORD, SCHEMA, STEM, VERSION, PackedMatrix, Weights
 from secateurs.planner import SAFE, available
-from secateurs.runtime import PackedLinear, load_packed
+from secateurs.runtime import PackedLinear, has_kernels, load_packed
 
 PROBED = 24  # tokens that are read at once, as matrices made dense: more than `runtime.FEW`
 OFF, ROUNDED_OFF = 2e-3, 0.3  # of the largest logit; kernels of int4 round a single token's vectors
@@ -89,7 +89,9 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
         copy_beside(checkpoint.folder, folder)
         write_json(folder / RECORD, {"schema": SCHEMA, "version": VERSION, "weights": weights, "matrices": names})
         del checkpoint
-        checked = _check(model, folder)
+        stored = sum(file.stat().st_size for file in folder.glob(f"{STEM}*.safetensors"))
+        held = stored if has_kernels(torch.device("cpu")) else stored + 4 * counts["weights"]
+        checked = held <= SAFE * available(torch.device("cpu")) and _check(model, folder)
     return {
         "weights": weights,
         **counts,
@@ -100,13 +102,11 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
 
 
 def _check(model: str, folder: Path) -> bool:
-    """Whether a packed model could be compared: there was room for it, and `model` can be run block by block.
+    """Whether a packed model could be compared: `model` can be run block by block.
 
     ValueError if it does not run, or says something else than `model` does with the weights that are packed: for PROBED
     tokens at once, then for one more.
     """
-    if sum(file.stat().st_size for file in folder.glob(f"{STEM}*.safetensors")) > SAFE * available(torch.device("cpu")):
-        return False
     source = Checkpoint(model, compute_dtype="float32")
     try:
         with torch.inference_mode():
@@ -127,7 +127,7 @@ def _check(model: str, folder: Path) -> bool:
     off, largest = (said - wanted).abs(), float(wanted.abs().max())
     rounds = "int4" in {module.matrix.kind for module in packed.modules() if isinstance(module, PackedLinear)}
     at_once, after = float(off[:PROBED].max()), float(off[PROBED:].max()) if len(off) > PROBED else 0.0
-    if at_once > OFF * largest or after > (ROUNDED_OFF if rounds else OFF) * largest:
+    if not (at_once <= OFF * largest and after <= (ROUNDED_OFF if rounds else OFF) * largest):
         raise ValueError(
             f"the runtime does not say what {type(source.model).__name__} says: logits are off by {at_once:.3g}, of a "
             f"token by itself by {after:.3g} (largest {largest:.3g})"
