@@ -450,15 +450,19 @@ def test_a_full_disk_is_one_sentence_and_a_rerun_goes_on(tmp_path, monkeypatch, 
     assert json.loads(capsys.readouterr().out)["tokens"] >= 1300
 
 
-def test_where_there_is_no_terminal_progress_is_a_line_a_minute(monkeypatch, capsys):
-    clock = iter(range(0, 10_000, 25))  # seconds
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with cli._bars() as progress:
-        for layer in range(6):
-            progress("prune rac", layer + 1, 30, "layers")
+def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    def said() -> list[str]:
+        with cli._bars() as progress:
+            for layer in range(3):
+                progress("prune rac", layer + 1, 30, "layers")
             progress("trace", 1000, 0, "tokens")
-    said = capsys.readouterr().err.splitlines()
-    assert 2 <= len(said) <= 6 and any(line.startswith("prune rac: ") and " of 30 layers" in line for line in said)
+        return capsys.readouterr().err.splitlines()
+
+    assert said() == [], "not within the first minute"
+    monkeypatch.setattr(cli, "EVERY", 0.0)
+    lines = said()
+    assert lines[0].startswith("prune rac: 1 of 30 layers") and lines[2].startswith("prune rac: 3 of 30 layers, 0:")
+    assert lines[2].endswith(" left") and lines[3] == "trace: 1,000 tokens"
 
 
 @pytest.mark.usefixtures("without_reload")
