@@ -474,19 +474,24 @@ def test_what_is_cut_is_written_as_it_was_measured_whatever_types_are_named(file
 
 
 TUPLES = {
-    "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=4, n_head=4)),
-    "falcon": lambda: tf.FalconForCausalLM(
-        tf.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+    "bloom": lambda blocks: tf.BloomForCausalLM(
+        tf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=blocks, n_head=4)
     ),
-    "gptj": lambda: tf.GPTJForCausalLM(tf.GPTJConfig(vocab_size=64, n_embd=32, n_layer=4, n_head=4, rotary_dim=8)),
-    "mpt": lambda: tf.MptForCausalLM(tf.MptConfig(vocab_size=64, d_model=32, n_layers=4, n_heads=4)),
+    "falcon": lambda blocks: tf.FalconForCausalLM(
+        tf.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=blocks, num_attention_heads=4)
+    ),
+    "gptj": lambda blocks: tf.GPTJForCausalLM(
+        tf.GPTJConfig(vocab_size=64, n_embd=32, n_layer=blocks, n_head=4, rotary_dim=8)
+    ),
+    "mpt": lambda blocks: tf.MptForCausalLM(tf.MptConfig(vocab_size=64, d_model=32, n_layers=blocks, n_heads=4)),
 }
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4])
 @pytest.mark.parametrize("family", TUPLES)
-def test_blocks_that_give_tuples_run_one_by_one(family):
+def test_blocks_that_give_tuples_run_one_by_one(family, blocks):
     """A state without its tuple loses a dimension at every block, and after three there is none left."""
-    model, ids = TUPLES[family](), torch.arange(3, 30)[None]
+    model, ids = TUPLES[family](blocks), torch.arange(3, 30)[None]
     with torch.no_grad():
         (found,) = logits_of(model.eval(), [Batch(ids, torch.ones_like(ids))])
         torch.testing.assert_close(found[:], model(input_ids=ids).logits[0], rtol=1e-5, atol=1e-5)

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from completions_server import CompletionsServer
@@ -451,6 +452,8 @@ def test_a_full_disk_is_one_sentence_and_a_rerun_goes_on(tmp_path, monkeypatch, 
 
 
 def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "console", Console(stderr=True, force_terminal=False))
+
     def said() -> list[str]:
         with cli._bars() as progress:
             for layer in range(3):
@@ -466,7 +469,7 @@ def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(monkeypatch,
 
 
 @pytest.mark.usefixtures("without_reload")
-def test_a_cell_that_another_run_prunes_is_waited_for(finished, tmp_path, monkeypatch, capsys):
+def test_a_cell_that_another_run_prunes_stops_this_one(finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path / "out")
     for record in (tmp_path / "out").glob("cells/*/prune.json"):
         record.unlink()

@@ -170,6 +170,12 @@ def test_what_cannot_be_sampled_is_one_sentence():
         generate(model, [replace(strange, prompt_ids=(3, 5))], 1, Sampling(max_new_tokens=4))
     sizes = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     learned = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=32))
-    with pytest.raises(ValueError, match="OPTForCausalLM has 32 positions: too few for a prompt and answer of 33"):
-        generate(learned, [replace(strange, prompt_ids=(3, 5))], 1, Sampling(max_new_tokens=31))
-    assert generate(learned, [replace(strange, prompt_ids=(3, 5))], 1, Sampling(max_new_tokens=30))
+    asked = [replace(strange, prompt_ids=(3, 5))]
+    with pytest.raises(ValueError, match="OPTForCausalLM has 32 positions, and a prompt with its answer takes 33"):
+        list(HF(learned, (), 0, 1).generate(asked, Sampling(max_new_tokens=32)))
+    (whole,) = HF(learned, (), 0, 1).generate(asked, Sampling(max_new_tokens=31))
+    assert len(whole.ids) == 31, "the last one is never read"
+    ends = tuple({*whole.ids[:3]})
+    assert list(HF(learned, ends, 0, 1).generate(asked, Sampling(max_new_tokens=1000))), (
+        "what ends in time is no mistake"
+    )

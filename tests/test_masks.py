@@ -12,7 +12,7 @@ from families import make_model
 from secateurs import masks, pruner
 from secateurs.checkpoint import Checkpoint
 from secateurs.cli import app
-from secateurs.export import PROBE_FILE, SIDE_FILE
+from secateurs.export import PROBE_FILE, SIDE_FILE, mask_hash
 from secateurs.masks import KeepZeros, apply, check
 from secateurs.models import load_model
 from secateurs.packing import pack
@@ -208,3 +208,12 @@ def test_parameters_that_were_replaced_are_not_forgotten_silently():
     model.load_state_dict(make_model("llama").state_dict(), assign=True)
     with pytest.raises(ValueError, match="the model's parameters are others than those it remembers"):
         keep.restore()
+
+
+def test_what_an_older_version_pruned_is_found_though_it_is_a_router_today(tmp_path):
+    folder = pruned_model("qwen3_next", tmp_path)
+    side, router = json.loads((folder / SIDE_FILE).read_text()), "model.layers.0.linear_attn.in_proj_ba"
+    weight = load_model(str(folder)).get_submodule(router).weight
+    side["layers"].append({"name": router, "zeros": 0, "mask_sha256": mask_hash(weight)})
+    (folder / SIDE_FILE).write_text(json.dumps(side))
+    assert {one.name: one.lost for one in check(str(folder))}[router] == 0

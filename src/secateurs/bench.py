@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache
 from secateurs import kernels
 from secateurs.ask import request_for, trace_of
 from secateurs.engines import default_sampling
-from secateurs.engines.hf import check_positions, hf_engine
+from secateurs.engines.hf import hf_engine, learned_positions
 from secateurs.models import load_model, load_tokenizer
 from secateurs.packed import RECORD
 from secateurs.page import templates
@@ -359,7 +359,11 @@ class _Bench:
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         ids = torch.randint(0, vocabulary, (batch, context), generator=generator).to(self.device)
-        check_positions(self.model, context + new_tokens + 2)
+        most = learned_positions(self.model)
+        if most is not None and context + new_tokens + 2 > most:
+            raise ValueError(
+                f"{self.name} has {most} positions: too few for {context} tokens and {new_tokens + 2} after them"
+            )
         cache = DynamicCache(config=self.model.config)  # so that a window, or a linear attention, is what it is
         clock = time.perf_counter()
         ids = self._next(ids, cache)

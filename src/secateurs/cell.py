@@ -4,7 +4,8 @@
     out/cells/NAME-KEY/      one pruned model: model/, answers/, prune.json; until it is done blocks/, to go on from;
                              for a narrower stream directions and lift, and until it is done projected/
 
-KEY is the hash of everything that can change what is in the folder, as in `ask`.
+KEY is the hash of everything that can change what is in the folder, as in `ask`. One process at a time writes a cell:
+it holds the folder's `lock`.
 """
 
 import shutil
@@ -159,12 +160,18 @@ def solve_alike(cases: Sequence[Case], progress: Progress = silent) -> dict[Path
 
     The cases differ in pattern and solver only, and their layers see what they see in the dense model.
     """
-    clock = time.perf_counter()
     folders = {case.folder: case for case in cases}
-    missing = {folder: case for folder, case in folders.items() if not (folder / "prune.json").exists()}
-    if len(missing) < 2:
-        return {}
-    first = cases[0]
+    with ExitStack() as stack:
+        for folder in folders:
+            if not (folder / "prune.json").exists():
+                stack.enter_context(locked(folder, "cell"))
+        missing = {folder: case for folder, case in folders.items() if not (folder / "prune.json").exists()}
+        return _solve_alike(missing, progress) if len(missing) > 1 else {}
+
+
+def _solve_alike(missing: Mapping[Path, Case], progress: Progress) -> dict[Path, float]:
+    clock = time.perf_counter()
+    first = next(iter(missing.values()))
     calibration = calibration_set(first)
     plans = {}
     for folder, case in missing.items():
@@ -173,10 +180,7 @@ def solve_alike(cases: Sequence[Case], progress: Progress = silent) -> dict[Path
     stage = f"prune {first.label}, {len(missing)} models at once"
     where = _where(first, calibration)
     batch_tokens = first.recipe.calibration.batch_tokens
-    with ExitStack() as stack:
-        for folder in missing:
-            stack.enter_context(locked(folder, "cell"))
-        first.dense.together(partial(_solve, calibration, plans, batch_tokens, where, first.out, stage), progress)
+    first.dense.together(partial(_solve, calibration, plans, batch_tokens, where, first.out, stage), progress)
     return dict.fromkeys(missing, (time.perf_counter() - clock) / len(missing))
 
 

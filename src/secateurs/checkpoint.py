@@ -58,8 +58,9 @@ class Checkpoint:
     """The causal language model `name`, of which only one block at a time is held: `with checkpoint.opened(3): ...`.
 
     `compute_dtype` is what `model` computes in: "checkpoint", as it is stored; "float32"; or "auto", the faster one.
-    `dtype` says which that is (`model.dtype` may be that of embeddings which are left in their file), and `stored` is
-    what weights are rounded to when they are written: the type of the files, or of config.json if that is smaller.
+    `dtype` says which that is (`model.dtype` may be that of embeddings which are left in their file), `declared` what
+    config.json says, and `stored` what weights are rounded to when they are written: that, or the type of the files'
+    matrices if it is smaller.
     ValueError in one sentence for a missing folder, a damaged checkpoint or a quantised one.
     """
 
@@ -79,16 +80,16 @@ class Checkpoint:
             self.places = layout(self.folder)
             config: Any = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
             known = [DTYPES[place.dtype] for place in self.places.values() if place.dtype in DTYPES]
-            declared: torch.dtype = config.dtype or known[0]
-            self.dtype = faster(declared, self.device, compute_dtype)
+            self.declared: torch.dtype = config.dtype or known[0]
+            self.dtype = faster(self.declared, self.device, compute_dtype)
             self.model = self._empty_model(config, self.dtype)
             self.prefix, self.blocks = decoder_blocks(self.model)
             self._sound: set[int] = set()  # blocks whose weights were seen to be finite
             self._mapping: list[Any] = list(get_model_conversion_mapping(self.model))
             self.names = self._names_in_model()
-            inner = [self.places[key].dtype for key, name in self.names.items() if name.startswith(f"{self.prefix}.")]
-            in_files = [DTYPES[dtype] for dtype in inner if dtype in DTYPES]
-            self.stored = min([declared, *in_files], key=lambda dtype: dtype.itemsize)
+            inner = [self.places[key] for key, name in self.names.items() if name.startswith(f"{self.prefix}.")]
+            matrices = [DTYPES[one.dtype] for one in inner if len(one.shape) > 1 and one.dtype in DTYPES]
+            self.stored = min([self.declared, *matrices], key=lambda dtype: dtype.itemsize)
             inside = (name for name in self.model.state_dict() if name.startswith(f"{self.prefix}."))
             if absent := set(inside) - set(self.names.values()):
                 raise ValueError(f"the checkpoint has no {min(absent)}")
@@ -116,7 +117,8 @@ class Checkpoint:
             raise ValueError(f"model `{self.name}`: the checkpoint has no whole {prefix}{absent[0]}")
         if index not in self._sound:
             for name, weight in block.named_parameters():
-                if weight.is_floating_point() and not all(one.isfinite() for one in weight.aminmax()):
+                ends = weight.aminmax() if weight.numel() and weight.is_floating_point() else ()
+                if not all(end.isfinite() for end in ends):
                     raise ValueError(f"model `{self.name}`: {prefix}{name} holds numbers that are not finite")
             self._sound.add(index)
         try:
@@ -179,10 +181,12 @@ class Checkpoint:
                 yield key, self._tensor(key)
 
     def unused(self) -> Iterator[tuple[str, Tensor]]:
-        """What the files hold for other parts than the text model, as a vision tower; but not what guesses tokens ahead
-        (`mtp`), made of blocks like those that are cut."""
+        """What the files hold for other parts than the text model, as a vision tower; but not what guesses tokens
+        ahead, made of blocks like those that are cut: `mtp`, or more blocks in the same list."""
+        inside = f"{self.prefix}.0."
+        lists = {key.partition(".0.")[0] + "." for key, name in self.names.items() if name.startswith(inside)}
         for key in self.places:
-            if key not in self.names and "mtp" not in key.split("."):
+            if key not in self.names and "mtp" not in key.split(".") and not key.startswith(tuple(lists)):
                 yield key, self._tensor(key)
 
     def _fetched(self) -> Path:

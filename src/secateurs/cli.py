@@ -38,7 +38,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with its
 
 
 class Bars:
-    """A run's progress: one line a stage at work, with an estimate of what is left; in a log one line a minute."""
+    """A run's progress: one line a stage at work, with an estimate of what is left; in a log at most one a minute."""
 
     def __init__(self, bars: Progress, lines: int) -> None:
         self.bars, self.lines = bars, lines
@@ -66,7 +66,10 @@ def _bars(lines: int = 1) -> Iterator[Bars]:
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    log = not console.is_terminal  # where a bar moves once in a long while, and what is left goes by all of them
+    with Progress(
+        *columns, console=console, transient=True, disable=log, speed_estimate_period=10**5 if log else 30
+    ) as bars:
         yield Bars(bars, lines)
 
 

@@ -85,6 +85,7 @@ class Shell:
         self._calls = WeakKeyDictionary[Batch, tuple[int, list[Call]]]()  # of batches in use, and their bytes
         self._last: tuple[Batch, list[Call]] | None = None
         self._tuples = False  # whether this decoder takes tuples from its blocks
+        self._strange = f"{type(model).__name__} calls its blocks in a way that secateurs does not know"
 
     @property
     def device(self) -> torch.device:
@@ -93,20 +94,13 @@ class Shell:
 
     def enter(self, batch: Batch) -> Tensor:
         """The hidden states before the first block [batch, seq, d_model]; what else blocks get is remembered."""
-        why: object = "hidden states of other shapes"
-        for tuples in (True,) if self._tuples else (False, True):
-            self._tuples = tuples
-            try:
-                hidden, calls = self._watched(batch)
-            except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a family's own code
-                why = f"{type(error).__name__}: {error}"
-                continue
-            if all(args[0].shape == hidden.shape for args, _ in calls):
-                break
-        else:
-            raise UnknownFamily(
-                f"{type(self.model).__name__} calls its blocks in a way that secateurs does not know ({why})"
-            )
+        try:
+            hidden, calls = self._watched(batch)
+        except UnknownFamily:
+            if self._tuples:
+                raise
+            self._tuples = True
+            hidden, calls = self._watched(batch)
         rest = [(args[1:], kwargs) for args, kwargs in calls]
         self._last = batch, rest
         size = sum({tensor.data_ptr(): tensor.nbytes for call in rest for tensor in _tensors(call)}.values())
@@ -136,8 +130,11 @@ class Shell:
 
     def _watched(self, batch: Batch) -> tuple[Tensor, list[Call]]:
         with self._bypassed() as calls:
-            decoder(self.model)(input_ids=batch.ids.to(self.device), use_cache=False)
-        return calls[0][0][0], calls
+            out: Any = decoder(self.model)(input_ids=batch.ids.to(self.device), use_cache=False)
+        hidden = calls[0][0][0]
+        if out.last_hidden_state.ndim != hidden.ndim:
+            raise UnknownFamily(self._strange)
+        return hidden, calls
 
     @contextmanager
     def _bypassed(self, result: Tensor | None = None) -> Iterator[list[Call]]:
@@ -147,6 +144,8 @@ class Shell:
         def pass_on(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            if calls and hidden.shape != calls[0][0][0].shape:  # a state without its tuple loses a dimension
+                raise UnknownFamily(self._strange)
             calls.append(((hidden, *args[1:]), rest))
             given = hidden if result is None or len(calls) < len(self._blocks) else result
             return (given,) if self._tuples else given
@@ -656,9 +655,9 @@ def writers_of(block: nn.Module, index: int, stream: Stream) -> tuple[nn.Module,
     return best if best and missing[best] < 0.01 * float(added[rows].norm()) + rounding else ()
 
 
-def matrices_of(block: nn.Module, prefix: str) -> Iterator[Matrix]:
-    """Every prunable weight of a block under its full name."""
-    for name, module in linears(block).items():
+def matrices_of(block: nn.Module, prefix: str, *, routers: bool = False) -> Iterator[Matrix]:
+    """Every prunable weight of a block under its full name; with `routers` what is never pruned today too."""
+    for name, module in linears(block, routers=routers).items():
         yield Matrix(f"{prefix}.{name}", module)
     for name, experts in packed_experts(block).items():
         for expert in range(experts.count):

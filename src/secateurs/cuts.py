@@ -196,8 +196,8 @@ def _check_heads(model: PreTrainedModel, body: Anatomy, heads: int, kv_heads: in
         raise ValueError(f"{type(model).__name__} pairs its heads, which cannot go one by one: neurons can be cut")
     config = deepcopy(model.config)
     text: Any = config.get_text_config(decoder=True)
-    text.num_attention_heads, text.num_key_value_heads, text.head_dim = heads, kv_heads, body.head_dim
     try:
+        text.num_attention_heads, text.num_key_value_heads, text.head_dim = heads, kv_heads, body.head_dim
         with torch.device("meta"):
             smaller: Any = type(model)(config)
         attention: Any = decoder_blocks(smaller)[1][0].self_attn

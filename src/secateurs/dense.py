@@ -66,7 +66,7 @@ class Dense:
     def computed(self) -> dict[str, str]:
         """For a key: what the model computes in, where that is not what it is stored as."""
         computed = self.checkpoint.dtype
-        return {} if computed == self.checkpoint.stored else {"computed": str(computed)}
+        return {} if computed == self.checkpoint.declared else {"computed": str(computed)}
 
     @cached_property
     def corpus_hash(self) -> str:

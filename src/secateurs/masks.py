@@ -97,7 +97,8 @@ def _all_found(rows: dict[str, Any], model: str) -> None:
 
 
 def _matrices(checkpoint: Checkpoint, index: int) -> dict[str, Matrix]:
-    return {one.name: one for one in matrices_of(checkpoint.blocks[index], f"{checkpoint.prefix}.{index}")}
+    every = matrices_of(checkpoint.blocks[index], f"{checkpoint.prefix}.{index}", routers=True)  # older versions' too
+    return {one.name: one for one in every}
 
 
 def _kept(old: Matrix, new: Matrix) -> Kept:

@@ -17,7 +17,7 @@ BUNDLED = "bundled"  # the name of the tiny reasoner that ships with the package
 
 # Submodules of a decoder block whose weights are never pruned: they route, or say what a linear attention forgets.
 ROUTERS = re.compile(
-    r"(^|\.)(\w*router|gate|shared_expert_gate|forget_gate|in_proj_(ba|b|a)|linear_attn\.[ab]_proj)(\.|$)"
+    r"(^|\.)(\w*router|gate|shared_expert_gate|forget_gate|in_proj_(ba|b|a)|(linear_attn|self_attn)\.[ab]_proj)(\.|$)"
 )
 
 
@@ -142,10 +142,10 @@ def computes_in(model: PreTrainedModel) -> torch.dtype:
     return next(decoder_blocks(model)[1][0].parameters()).dtype
 
 
-def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block that may be pruned, by name within the block; routers are left out."""
+def linears(block: nn.Module, *, routers: bool = False) -> dict[str, nn.Linear]:
+    """The linears of a block that may be pruned, by name within the block; with `routers` those that may not too."""
     found = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    return {name: module for name, module in found.items() if not ROUTERS.search(name)}
+    return {name: module for name, module in found.items() if routers or not ROUTERS.search(name)}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secateurs.artifacts import atomic_folder, read_json, write_json
 from secateurs.calibration import Batch
 from secateurs.checkpoint import Checkpoint, Shards
-from secateurs.collect import UnknownFamily, logits_of
+from secateurs.collect import logits_of
 from secateurs.export import SIDE_FILE, copy_beside, mask_hash
 from secateurs.models import linears, name_of
 from secateurs.packed import RECORD, SCHEMA, STEM, VERSION, PackedMatrix, Weights
@@ -46,59 +46,59 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
         raise ValueError(f"{model} is packed already")
     if out.exists():
         raise ValueError(f"{out} exists: name another folder, or remove it")
+    with atomic_folder(out) as folder:
+        found, beside = _write(model, folder, weights)
+        held = sum(file.stat().st_size for file in folder.glob(f"{STEM}*.safetensors")) + beside
+        found["checked"] = held <= SAFE * available(torch.device("cpu")) and _check(model, folder)
+    return found
+
+
+def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], int]:
+    """Pack a model: what there is of what, and the bytes that a check holds beside what was written."""
     checkpoint = Checkpoint(model)
     if not any(linears(block) for block in checkpoint.blocks):
         raise ValueError(f"{model} has no linear layers that could be packed")
     counts = {"matrices": 0, "packed": 0, "weights": 0, "zeros": 0, "dense_bytes": 0, "bytes": 0}
     names: dict[str, list[int]] = {}
     masks, moved = _masks(checkpoint.folder / SIDE_FILE), 0
+    files = Shards(folder, STEM)
 
-    with atomic_folder(out) as folder:
-        files = Shards(folder, STEM)
+    def add(name: str, weight: Tensor, weights: Weights = weights) -> None:
+        matrix = PackedMatrix.of(weight.detach().cpu(), weights)
+        names[name] = [matrix.rows, matrix.d_in]
+        for part, tensor in matrix.tensors.items():
+            files.add(f"{name}.{part}", tensor.contiguous())
+        zeros = int((weight == 0).count_nonzero())
+        found = (1, int(matrix.layout != "dense"), weight.numel(), zeros, 2 * weight.numel(), matrix.nbytes)
+        for key, number in zip(counts, found, strict=True):
+            counts[key] += number
 
-        def add(name: str, weight: Tensor, weights: Weights = weights) -> None:
-            matrix = PackedMatrix.of(weight.detach().cpu(), weights)
-            names[name] = [matrix.rows, matrix.d_in]
-            for part, tensor in matrix.tensors.items():
-                files.add(f"{name}.{part}", tensor.contiguous())
-            zeros = int((weight == 0).count_nonzero())
-            found = (1, int(matrix.layout != "dense"), weight.numel(), zeros, 2 * weight.numel(), matrix.nbytes)
-            for key, number in zip(counts, found, strict=True):
-                counts[key] += number
-
-        for index, block in enumerate(checkpoint.blocks):
-            with checkpoint.opened(index):
-                place = f"{checkpoint.prefix}.{index}"
-                inside = linears(block)
-                for name, linear in inside.items():
-                    known = masks.get(f"{place}.{name}")
-                    moved += known not in (None, mask_hash(linear.weight))
-                    add(f"{place}.{name}", linear.weight)
-                for name, tensor in block.state_dict().items():
-                    if name.removesuffix(".weight") not in inside:
-                        files.add(f"{place}.{name}", tensor.cpu().contiguous())
-        head: Any = checkpoint.model.get_output_embeddings()
-        embedding: Any = checkpoint.model.get_input_embeddings()
-        if weights != "bf16" or head.weight is not embedding.weight:
-            add(name_of(checkpoint.model, head), head.weight, "bf16" if weights == "bf16" else "int8")
-        weight = f"{name_of(checkpoint.model, head)}.weight"
-        for name, tensor in checkpoint.model.state_dict().items():
-            if name != weight and not name.startswith(f"{checkpoint.prefix}."):
-                files.add(name, tensor.cpu().contiguous())
-        files.close()
-        copy_beside(checkpoint.folder, folder)
-        write_json(folder / RECORD, {"schema": SCHEMA, "version": VERSION, "weights": weights, "matrices": names})
-        del checkpoint
-        stored = sum(file.stat().st_size for file in folder.glob(f"{STEM}*.safetensors"))
-        held = stored if has_kernels(torch.device("cpu")) else stored + 4 * counts["weights"]
-        checked = held <= SAFE * available(torch.device("cpu")) and _check(model, folder)
-    return {
-        "weights": weights,
-        **counts,
-        "moved": moved,
-        "checked": checked,
-        "density": 1 - counts["zeros"] / counts["weights"],
-    }
+    for index, block in enumerate(checkpoint.blocks):
+        with checkpoint.opened(index):
+            place = f"{checkpoint.prefix}.{index}"
+            inside = linears(block)
+            for name, linear in inside.items():
+                known = masks.get(f"{place}.{name}")
+                moved += known not in (None, mask_hash(linear.weight))
+                add(f"{place}.{name}", linear.weight)
+            for name, tensor in block.state_dict().items():
+                if name.removesuffix(".weight") not in inside:
+                    files.add(f"{place}.{name}", tensor.cpu().contiguous())
+    head: Any = checkpoint.model.get_output_embeddings()
+    embedding: Any = checkpoint.model.get_input_embeddings()
+    if weights != "bf16" or head.weight is not embedding.weight:
+        add(name_of(checkpoint.model, head), head.weight, "bf16" if weights == "bf16" else "int8")
+    weight = f"{name_of(checkpoint.model, head)}.weight"
+    for name, tensor in checkpoint.model.state_dict().items():
+        if name != weight and not name.startswith(f"{checkpoint.prefix}."):
+            files.add(name, tensor.cpu().contiguous())
+    files.close()
+    copy_beside(checkpoint.folder, folder)
+    write_json(folder / RECORD, {"schema": SCHEMA, "version": VERSION, "weights": weights, "matrices": names})
+    density = 1 - counts["zeros"] / counts["weights"]
+    block = max(sum(parameter.numel() for parameter in block.parameters()) for block in checkpoint.blocks)
+    single = head.weight.numel() + 2 * block + (0 if has_kernels(torch.device("cpu")) else counts["weights"])
+    return {"weights": weights, **counts, "moved": moved, "density": density}, 4 * single
 
 
 def _check(model: str, folder: Path) -> bool:
@@ -117,12 +117,14 @@ def _check(model: str, folder: Path) -> bool:
             cache = first.get("past_key_values")
             last = None if cache is None else packed(input_ids=ids[:, -1:], past_key_values=cache)
             said = torch.cat([first.logits[0], *([] if last is None else [last.logits[0]])])
+    except MemoryError:
+        return False
     except Exception as error:  # whatever a family's code does where its layers are others
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"the runtime cannot run {type(source.model).__name__} ({reason})") from error
     try:
         wanted = _said_with(source, packed, ids[:, : len(said)])
-    except UnknownFamily:
+    except Exception:  # nothing is known of a family whose code runs in one piece only
         return False
     off, largest = (said - wanted).abs(), float(wanted.abs().max())
     rounds = "int4" in {module.matrix.kind for module in packed.modules() if isinstance(module, PackedLinear)}

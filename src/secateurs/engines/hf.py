@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
@@ -165,6 +165,7 @@ class _Batch:
         self.cache = Cache(layers=[_State() if linear else _Buffer() for linear in self.linear])
         self.buffers = [layer for layer in self.cache.layers if isinstance(layer, _Buffer)]
         self.states = [layer for layer in self.cache.layers if isinstance(layer, _State)]
+        self.most = learned_positions(model)
         self.rows: list[_Row] = []
         self.starts = torch.zeros(0, dtype=torch.long, device=self.device)
         self.last = torch.zeros(0, dtype=torch.long, device=self.device)
@@ -173,10 +174,10 @@ class _Batch:
     def admit(self, rows: list[_Row], sampling: Sampling) -> list[int | None]:
         """Prefill new rows and lay them left of the write column; returns a first token for each new row only."""
         size: int = self.model.config.get_text_config(decoder=True).vocab_size
-        if (largest := max(max(row.request.prompt_ids) for row in rows)) >= size:
+        if (largest := max(token for row in rows for token in row.request.prompt_ids)) >= size:
             raise ValueError(f"the tokenizer gives the id {largest}, and the model knows {size}: it is another model's")
         lengths = torch.tensor([len(row.request.prompt_ids) for row in rows], device=self.device)
-        check_positions(self.model, int(lengths.max()) + sampling.max_new_tokens)
+        self._fits(int(lengths.max()))
         width = int(lengths.max())
         ids = torch.full((len(rows), width), self.pad_id, device=self.device)
         for index, row in enumerate(rows):
@@ -208,6 +209,7 @@ class _Batch:
 
     def step(self, sampling: Sampling) -> list[int | None]:
         """One token for every row."""
+        self._fits(self.column - self.first + 1)
         if self.column == self.capacity:
             self._move(self.slots, self.first, [buffer.store for buffer in self.buffers])
         columns = torch.arange(self.first, self.column + 1, device=self.device)
@@ -239,6 +241,14 @@ class _Batch:
         self._look()
         return gone
 
+    def _fits(self, tokens: int) -> None:
+        """ValueError for more tokens than the model has positions."""
+        if self.most is not None and tokens > self.most:
+            raise ValueError(
+                f"{type(self.model).__name__} has {self.most} positions, and a prompt with its answer takes {tokens}: "
+                "set max_new_tokens lower"
+            )
+
     def _look(self) -> None:
         """Have the buffers show what is in use: the rows in flight, from the column where the first of them starts."""
         self.first = int(self.starts.min()) if self.rows else self.column
@@ -259,12 +269,12 @@ class _Batch:
         return sample_tokens(logits.float(), uniforms.to(logits.device), sampling)
 
 
-def check_positions(model: PreTrainedModel, tokens: int) -> None:
-    """ValueError for more tokens than a model with learned positions has (OPT, GPT-2); rotary ones have no end."""
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a model with a table of positions can take (OPT, GPT-2); None where they are computed."""
     config: Any = model.config.get_text_config(decoder=True)
-    most = getattr(config, "max_position_embeddings", None)
-    if most and not hasattr(config, "rope_parameters") and tokens > most:
-        raise ValueError(f"{type(model).__name__} has {most} positions: too few for a prompt and answer of {tokens}")
+    most, words = getattr(config, "max_position_embeddings", None), model.get_input_embeddings()
+    tables = [one for one in model.modules() if isinstance(one, nn.Embedding) and one is not words]
+    return most if most and any(most <= one.num_embeddings <= most + 2 for one in tables) else None
 
 
 def hf_engine(model: PreTrainedModel, tokenizer: Any, batch_size: int) -> HF:
