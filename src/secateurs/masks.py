@@ -75,16 +75,16 @@ def side_file(folder: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{folder} has no {SIDE_FILE}, so secateurs did not write it; name the pruned model by --of")
     data: Any = read_json(file)
-    rows = data.get("layers") if isinstance(data, dict) else None
-    wanted = {"name": str, "mask_sha256": str, "zeros": int}
+    table = data if isinstance(data, dict) else {}
+    if table.get("cut"):
+        raise ValueError(f"{folder} is smaller than the model it was cut from and has no zeros that could be lost")
+    rows, wanted = table.get("layers"), {"name": str, "mask_sha256": str, "zeros": int}
     sound = isinstance(rows, list) and all(
         isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in wanted.items()) for row in rows
     )
-    if isinstance(data, dict) and data.get("cut"):
-        raise ValueError(f"{folder} is smaller than the model it was cut from and has no zeros that could be lost")
     if not rows or not sound:
         raise ValueError(f"{file} is damaged: it does not say which matrices have which zeros")
-    return data
+    return table
 
 
 def _layers(side: dict[str, Any]) -> dict[str, Any]:
