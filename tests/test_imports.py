@@ -7,7 +7,7 @@ import secateurs
 
 SOURCE = Path(secateurs.__file__).parent
 ORDER = [
-    {"artifacts", "patterns", "linalg", "leaks", "hub", "parallel", "statistics", "kernels"},
+    {"artifacts", "patterns", "linalg", "leaks", "hub", "parallel", "statistics", "kernels", "int4"},
     {"rows", "ranks"},
     {"questions"},
     {"layer", "traces", "prompts"},

@@ -37,13 +37,13 @@ from secateurs.calibration import (
     trace_document,
 )
 from secateurs.checkpoint import Checkpoint
-from secateurs.collect import Opened
+from secateurs.collect import Opened, matrices_of
 from secateurs.corpus import corpus_documents
 from secateurs.cuts import Cut, Depth, FewerExperts, Hidden, Width
 from secateurs.dense import Dense
 from secateurs.experts import ExpertScore, Verdict, drop_experts, keeping
 from secateurs.export import PROBE_TOKENS, export, rename_probe
-from secateurs.models import Matrix, window
+from secateurs.models import Matrix, decoder_blocks, window
 from secateurs.narrow import Narrowed, Narrowing, narrow
 from secateurs.parallel import Progress, silent
 from secateurs.patterns import Pattern, Unstructured
@@ -61,6 +61,7 @@ from secateurs.recipe import (
     solver_label,
 )
 from secateurs.solvers.masking import Masking
+from secateurs.solvers.rounded import Rounded
 from secateurs.survey import BY_GRADIENTS, blocks_to_drop, survey
 from secateurs.trim import ExpertTrimmer, Smaller, StreamTrimmer, Trimmer
 
@@ -419,16 +420,24 @@ def plan_of(recipe: Recipe, dense: Dense) -> pruner.Plan:
     pattern = build_pattern(recipe.prune.pattern)
     patterns = pattern.patterns(dense.checkpoint.model) if isinstance(pattern, Cut) else {}
     solver = build_solver(recipe.prune.solver)
+    rest = _kept_whole(dense) if patterns and isinstance(solver, Rounded) else {}
     return pruner.Plan(
         pattern=next(iter(patterns.values())) if isinstance(pattern, Cut) else pattern,
-        patterns=patterns,
+        patterns={**rest, **patterns},
         solver=Masking(score="magnitude") if isinstance(solver, (ExpertScore, Narrowing)) else solver,  # not used
         propagate=recipe.prune.propagate,
         goal=recipe.prune.goal,
         tune=build_tune(recipe.prune.tune),
-        targets=tuple(patterns or recipe.prune.targets),
+        targets=tuple({**rest, **patterns} or recipe.prune.targets),
         ignore=tuple(recipe.prune.ignore),
     )
+
+
+def _kept_whole(dense: Dense) -> dict[str, Pattern]:
+    """A pattern without zeros for every matrix of the decoder blocks."""
+    prefix, blocks = decoder_blocks(dense.checkpoint.model)
+    matrices = (matrix for index, block in enumerate(blocks) for matrix in matrices_of(block, f"{prefix}.{index}"))
+    return {matrix.name: Unstructured(0) for matrix in matrices}
 
 
 def allocate(case: Case, calibration: CalibrationSet, progress: Progress = silent) -> dict[str, Pattern]:
@@ -439,7 +448,7 @@ def allocate(case: Case, calibration: CalibrationSet, progress: Progress = silen
     table, dense = case.recipe.prune, case.dense
     allocator, plan, cut = build_allocator(table.allocator), plan_of(case.recipe, dense), build_pattern(table.pattern)
     if isinstance(cut, Depth):
-        return _without_blocks(cut, case, calibration, progress)
+        return {**plan.patterns, **_without_blocks(cut, case, calibration, progress)}
     if not allocator.needs_survey:
         return dict(plan.patterns)
     sparsity, curves = table.pattern["sparsity"], allocator.needs_curves

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
@@ -305,6 +306,14 @@ def pack(
         f"{found['packed']} of {found['matrices']} matrices packed, {100 * found['density']:.1f} % of weights kept: "
         f"{before:,.1f} MB as bf16, {after:,.1f} MB now ({after / before:.2f})"
     )
+    if off := found.get("rounded_off"):
+        console.print(
+            f'weights are off by {100 * off:.1f} % of their size: a solver with `weights = "int4"` rounds on traces, '
+            "which changes outputs less, and is stored exactly",
+            soft_wrap=True,
+        )
+    elif off is not None:
+        console.print("its weights are int4 numbers: stored exactly")
     if not found["checked"]:
         console.print("[yellow]not checked[/]: no room here to load it, or its family runs in one piece only")
     if found["moved"]:
@@ -504,7 +513,8 @@ def show(recipe: RecipeName, overrides: Set = [], as_json: Json = False) -> None
     loaded = load_recipe(recipe, overrides)
     print(json.dumps(loaded.model_dump(), indent=None if as_json else 2))
     if not as_json:
-        for said, patterns in groupby(map(build_pattern, loaded.patterns), key=gains):
+        rounded = any("weights" in solver for solver in loaded.solvers)
+        for said, patterns in groupby(map(build_pattern, loaded.patterns), key=partial(gains, rounded=rounded)):
             shown = Table("engine", "what it gains", title=", ".join(map(str, patterns)))
             for row in said:
                 shown.add_row(*row)

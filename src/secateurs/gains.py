@@ -9,8 +9,12 @@ NOT_QWEN2 = "; not a Qwen2, whose heads it takes to be as wide as the stream"
 GONE = "loads it as a dense model; its sparse kernels were removed in 2026"
 
 
-def gains(pattern: Pattern | Cut) -> list[tuple[str, str]]:
-    """(engine, what it gains) for the output of a pattern. What is not measured by `secateurs bench` is no promise."""
+def gains(pattern: Pattern | Cut, rounded: bool = False) -> list[tuple[str, str]]:
+    """(engine, what it gains) for the output of a pattern, maybe of int4 numbers. What is not measured by `secateurs
+    bench` is no promise."""
+    if rounded:
+        stored = ("secateurs pack --weights int4 (CPU)", "its matrices exactly, in 4.25 bits a weight, zeros too")
+        return [*gains(pattern), stored]
     if isinstance(pattern, Cut):
         cache = pattern.attention == "kv_heads" if isinstance(pattern, Width) else not isinstance(pattern, Hidden)
         said = f"about 1 / (1 - {pattern.sparsity:g}) in its blocks" + (", and a smaller KV cache" if cache else "")

@@ -16,6 +16,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from secateurs import kernels
+from secateurs.int4 import LOWEST, group_scales, nearest
 
 Weights = Literal["bf16", "int8", "int4"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
@@ -27,7 +28,6 @@ DENSE_FROM = 0.8  # of the weights: with so many kept a bitmap saves too little 
 HALF_FROM = 0.35  # with fewer kept a bitmap is so much less to read that halves are not worth it
 GROUP, KEPT, BLOCK, PLACES = 8, 4, 8, 3  # halves: columns in a group, kept of them, rows in a block, bytes for two rows
 WORD = 64  # columns in a word of the bitmap, and with a scale of int4
-LARGEST_AT = (7.0, 7.5, 8.0, 8.5, 9.0, 10.0)  # where int4 may put the largest weight of a group; beyond 8 it is clipped
 PADDING = 64  # bytes after the kept weights that a kernel may read
 
 
@@ -44,9 +44,9 @@ class PackedMatrix:
     def of(cls, weight: Float[Tensor, "rows d_in"], weights: Weights, layout: Layout | None = None) -> "PackedMatrix":
         """A weight, rounded to what it is stored as, in a layout or (None) the one that suits it. Zeros stay zero.
 
-        int8 is symmetric, with the largest weight of a row at 127; int4 is -8 to 7 times what loses least of a group,
-        and always dense: a bitmap would save little of so few bits. ValueError for int4 in another layout, and for
-        halves of a matrix that keeps more than four of some eight columns.
+        int8 is symmetric, with the largest weight of a row at 127; int4 (`int4`) is always dense: a bitmap would save
+        little of so few bits. Weights that are int4 numbers already stay what they are. ValueError for int4 in another
+        layout, and for halves of a matrix that keeps more than four of some eight columns.
         """
         rows, d_in = weight.shape
         if weights == "int4":
@@ -179,7 +179,7 @@ class PackedMatrix:
             return self.stored.expand()
         if self.kind == "int4":
             pairs = self.tensors["weight"].view(self.rows, -1, WORD // 2)
-            numbers = torch.cat([pairs & 15, pairs >> 4], 2).float() - 8
+            numbers = torch.cat([pairs & 15, pairs >> 4], 2).float() + LOWEST
             whole = numbers * self.tensors["scales"][:, :, None].float()
             return whole.view(self.rows, -1)[:, : self.d_in].contiguous()
         if self.layout == "half":
@@ -248,24 +248,9 @@ def _whole(kept: Tensor, places: Tensor) -> Float32[Tensor, "rows d_in"]:
 
 
 def _int4(weight: Float32[Tensor, "rows d_in"]) -> dict[str, Tensor]:
-    """Two numbers in a byte, in the order of packed.c [rows, words * 32], and bfloat16 scales [rows, words].
-
-    The weight of a group that is furthest from zero goes to one of LARGEST_AT, on the negative side, which has a number
-    more: whichever gives the least squared error.
-    """
+    """Two numbers in a byte, in the order of packed.c [rows, words * 32], and bfloat16 scales [rows, words]."""
     rows, d_in = weight.shape
-    groups = nn.functional.pad(weight, (0, -d_in % WORD)).view(rows, -1, WORD)
-    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-
-    def rounded(scale: Tensor) -> Tensor:
-        return (groups / torch.where(scale == 0, 1, scale)).round().clamp(-8, 7)
-
-    scales = (-largest / LARGEST_AT[0]).to(torch.bfloat16).float()
-    least = (rounded(scales) * scales - groups).square().sum(2, keepdim=True)
-    for at in LARGEST_AT[1:]:
-        scale = (-largest / at).to(torch.bfloat16).float()
-        error = (rounded(scale) * scale - groups).square().sum(2, keepdim=True)
-        scales, least = torch.where(error < least, scale, scales), error.minimum(least)
-    numbers = rounded(scales)
-    first, second = (numbers + 8).to(torch.uint8).split(WORD // 2, dim=2)
-    return {"weight": (first | second << 4).view(rows, -1), "scales": scales.squeeze(2).to(torch.bfloat16)}
+    scales = group_scales(weight)
+    numbers = nearest(nn.functional.pad(weight, (0, -d_in % WORD)).view(rows, -1, WORD), scales[:, :, None])
+    first, second = (numbers - LOWEST).to(torch.uint8).split(WORD // 2, dim=2)
+    return {"weight": (first | second << 4).view(rows, -1), "scales": scales.to(torch.bfloat16)}

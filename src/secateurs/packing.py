@@ -37,9 +37,9 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
     """Write the model in the folder or hub id `model` to `out` with its linear layers packed; one block at a time.
 
     Returns how much there is of what, and in how many matrices (`moved`) zeros are not where they were when it was
-    pruned, as its side file has them; and whether it was `checked`, where there is room for it: the runtime says what
-    the model says with its weights rounded so. ValueError for a model that cannot be loaded, or that the runtime has no
-    way to run.
+    pruned, as its side file has them; how far int4 is from the weights as they were (`rounded_off`, of their root mean
+    square); and whether it was `checked`, where there is room for it: the runtime says what the model says with its
+    weights rounded so. ValueError for a model that cannot be loaded, or that the runtime has no way to run.
     Embeddings stay as they are, and so does a head that is tied to them, but for int8. With int4 a head is int8.
     """
     if (Path(model) / RECORD).exists():
@@ -60,10 +60,12 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
         raise ValueError(f"{model} has no linear layers that could be packed")
     counts = {"matrices": 0, "packed": 0, "weights": 0, "zeros": 0, "dense_bytes": 0, "bytes": 0}
     names: dict[str, list[int]] = {}
+    off = whole = 0.0
     masks, moved = _masks(checkpoint.folder / SIDE_FILE), 0
     files = Shards(folder, STEM)
 
     def add(name: str, weight: Tensor, weights: Weights = weights) -> None:
+        nonlocal off, whole
         matrix = PackedMatrix.of(weight.detach().cpu(), weights)
         names[name] = [matrix.rows, matrix.d_in]
         for part, tensor in matrix.tensors.items():
@@ -72,6 +74,9 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
         found = (1, int(matrix.layout != "dense"), weight.numel(), zeros, 2 * weight.numel(), matrix.nbytes)
         for key, number in zip(counts, found, strict=True):
             counts[key] += number
+        if weights == "int4":
+            off += float((matrix.dense() - weight.cpu()).square().sum())
+            whole += float(weight.float().square().sum())
 
     for index, block in enumerate(checkpoint.blocks):
         with checkpoint.opened(index):
@@ -98,7 +103,8 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
     density = 1 - counts["zeros"] / counts["weights"]
     block = max(sum(parameter.numel() for parameter in block.parameters()) for block in checkpoint.blocks)
     single = head.weight.numel() + 2 * block + (0 if has_kernels(torch.device("cpu")) else counts["weights"])
-    return {"weights": weights, **counts, "moved": moved, "density": density}, 4 * single
+    found = {"weights": weights, **counts, "moved": moved, "density": density}
+    return found | ({"rounded_off": (off / whole) ** 0.5 if off else 0.0} if weights == "int4" else {}), 4 * single
 
 
 def _check(model: str, folder: Path) -> bool:

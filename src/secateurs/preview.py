@@ -82,16 +82,19 @@ def estimate(recipe: Recipe, dense: Dense, plan: dict[str, Any]) -> dict[str, fl
     clock = time.perf_counter()
     evaluate.reference_states(dense.checkpoint.model, [batch], dense.checkpoint.opened)
     forward = (time.perf_counter() - clock) / batch.tokens
-    plan_ = plan_of(recipe.grid[0], dense)
-    matrices = [matrix for block in pruner.prunable(dense.model, plan_) for matrix in block]
-    median = sorted(matrices, key=lambda matrix: matrix.weight.numel())[len(matrices) // 2]
-    weight, pattern = median.weight, plan_.pattern_of(median)
-    gram = Gram(torch.eye(weight.shape[1], device=weight.device), 1e6, 10**6)
-    clock = time.perf_counter()
-    for solver in map(build_solver, recipe.solvers):
-        if not isinstance(solver, (ExpertScore, Narrowing)):
-            solver.solve(LayerProblem(name="probe", weight=weight, gram=gram, pattern=pattern))
-    solve = (time.perf_counter() - clock) * len(matrices) / len(recipe.solvers)
+    solve = 0.0
+    cells = {repr(cell.prune.solver): cell for cell in recipe.grid}.values()
+    for cell in cells:
+        if isinstance(build_solver(cell.prune.solver), (ExpertScore, Narrowing)):
+            continue
+        how = plan_of(cell, dense)
+        matrices = [matrix for block in pruner.prunable(dense.model, how) for matrix in block]
+        median = sorted(matrices, key=lambda matrix: matrix.weight.numel())[len(matrices) // 2]
+        gram = Gram(torch.eye(median.weight.shape[1], device=median.weight.device), 1e6, 10**6)
+        problem = LayerProblem(name="probe", weight=median.weight, gram=gram, pattern=how.pattern_of(median))
+        clock = time.perf_counter()
+        how.solver.solve(problem)
+        solve += (time.perf_counter() - clock) * len(matrices) / len(cells)
     tokens = recipe.calibration.num_tokens + recipe.calibration.held_out_tokens
     length = (recipe.evaluate.sampling or recipe.traces.sampling).max_new_tokens / 2
     return {

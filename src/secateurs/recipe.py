@@ -31,6 +31,7 @@ from secateurs.narrow import NARROWINGS, Narrowing
 from secateurs.patterns import PATTERNS, Pattern, Unstructured
 from secateurs.questions import QuestionSet, question_set, unknown_name
 from secateurs.solvers import CUT_SOLVERS, SOLVERS, Solver
+from secateurs.solvers.rounded import Rounded
 from secateurs.traces import apply_filters
 from secateurs.tune import Tune
 
@@ -306,6 +307,8 @@ class Recipe(_Table):
                 f"sweep: two cells would have one name in the report: {arm}, {place}, {solver}, seed {seed}; leave "
                 "repeats out, and give what differs in other ways runs of its own"
             )
+        if self.prune.tune.steps and any("weights" in solver for solver in self.solvers):
+            raise ValueError('a solver with weights = "int4" takes no tune, which would move what was rounded')
         for pattern, solver in product(self.patterns, self.solvers):
             built, name = build_pattern(pattern), solver["name"]
             cut, own_way = isinstance(built, Cut), isinstance(built, (FewerExperts, Hidden))
@@ -403,8 +406,14 @@ def build_pattern(spec: Mapping[str, Any]) -> Pattern | Cut:
 
 def build_solver(spec: Mapping[str, Any]) -> Solver | ExpertScore | Narrowing:
     """The solver a table describes; for experts the score, for `hidden` how. ValueError for an unknown name, key or
-    value."""
-    return _build("solver", SOLVERS | CUT_SOLVERS | EXPERT_SCORES | NARROWINGS, spec)
+    value. Solvers of matrices may have `weights = "int4"`: what they find is rounded (`solvers.rounded`)."""
+    of_matrices = SOLVERS | CUT_SOLVERS
+    if spec.get("name") not in of_matrices:
+        return _build("solver", of_matrices | EXPERT_SCORES | NARROWINGS, spec)
+    base = _build("solver", of_matrices, {key: spec[key] for key in spec if key != "weights"}, "weights")
+    if spec.get("weights", "int4") != "int4":
+        raise ValueError(f'solver `{spec["name"]}`: weights can be "int4", found {spec["weights"]!r}')
+    return Rounded(base=base) if "weights" in spec else base
 
 
 def build_allocator(spec: Mapping[str, Any]) -> Allocator:
@@ -429,8 +438,9 @@ def build_questions(spec: Mapping[str, Any]) -> QuestionSet:
     return question_set(name, **options)
 
 
-def _build(kind: str, table: Mapping[str, Any], spec: Mapping[str, Any]) -> Any:
-    """An entry of `table` with the options of `spec`; the entry is a dataclass, or one with some fields fixed."""
+def _build(kind: str, table: Mapping[str, Any], spec: Mapping[str, Any], *also: str) -> Any:
+    """An entry of `table` with the options of `spec`; the entry is a dataclass, or one with some fields fixed. `also`
+    are keys that it could have had beside those."""
     options = dict(spec)
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in table:
@@ -441,7 +451,7 @@ def _build(kind: str, table: Mapping[str, Any], spec: Mapping[str, Any]) -> Any:
     known = [key for key in factory.__dataclass_fields__ if key not in fixed]
     for key in options:
         if key not in known:
-            raise ValueError(unknown_name(f"key of {kind} `{name}`", key, known))
+            raise ValueError(unknown_name(f"key of {kind} `{name}`", key, [*known, *also]))
     try:
         return TypeAdapter[Any](factory).validate_python(fixed | options)
     except ValidationError as error:

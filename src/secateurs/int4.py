@@ -1,0 +1,52 @@
+"""The numbers that int4 has: -8 to 7 times a scale, one for each 64 neighbouring weights of a row."""
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor, nn
+
+GROUP = 64
+LOWEST, HIGHEST = -8, 7
+LARGEST_AT = (7.0, 7.5, 8.0, 8.5, 9.0, 10.0)  # where the largest weight of a group may lie; beyond 8 it is clipped
+WHOLE_AT = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)  # where it lies too in weights that are such numbers already
+DIGITS = 8  # binary ones of a bfloat16
+EXACT = 5  # of a scale whose products with -8 to 7 are bfloat16 as well
+
+
+def group_scales(
+    weight: Float32[Tensor, "rows d_in"], energy: Float[Tensor, " d_in"] | None = None, digits: int = DIGITS
+) -> Float32[Tensor, "rows groups"]:
+    """For every group, the scale with so many binary digits that loses least when its weights are rounded.
+
+    The weight furthest from zero goes to one of LARGEST_AT, on the negative side, which has a number more, or of
+    WHOLE_AT: what was rounded before is found again exactly. The loss is squared, each input's times its `energy`.
+    Scales of groups that are all zero are zero.
+    """
+    groups = _grouped(weight)
+    price = None if energy is None else _grouped(energy[None])
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    best = least = None
+    for at in LARGEST_AT + WHOLE_AT:
+        scale = _rounded_off(-largest / at, digits)
+        lost = (nearest(groups, scale) * scale).sub_(groups).square_()
+        lost = (lost if price is None else lost.mul_(price)).sum(2, keepdim=True)
+        if best is None or least is None:
+            best, least = scale, lost
+        else:
+            best, least = torch.where(lost < least, scale, best), lost.minimum(least)
+    assert best is not None
+    return best.squeeze(2)
+
+
+def nearest(weight: Float[Tensor, "*shape"], scale: Float[Tensor, "*shape2"]) -> Float[Tensor, "*shape"]:
+    """Which of -8 to 7 is nearest, in units of `scale`; where that is 0, as if it were 1."""
+    return (weight / torch.where(scale == 0, 1, scale)).round_().clamp_(LOWEST, HIGHEST)
+
+
+def _grouped(matrix: Tensor) -> Tensor:
+    """[rows, d_in] as [rows, groups, 64], with zeros behind it."""
+    return nn.functional.pad(matrix, (0, -matrix.shape[1] % GROUP)).view(len(matrix), -1, GROUP)
+
+
+def _rounded_off(number: Tensor, digits: int) -> Tensor:
+    fraction, exponent = torch.frexp(number)
+    return torch.ldexp((fraction * 2**digits).round_() / 2**digits, exponent)
