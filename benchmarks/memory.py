@@ -1,6 +1,6 @@
 """Peak memory of a solve over what the problem itself takes, in units of its Gram. One process a figure.
 
-    python benchmarks/memory.py [--solvers NAME,...] [--shapes 2048x2048,1024x4096]
+    python benchmarks/memory.py [--solvers NAME,NAME@int4,...] [--shapes 2048x2048,1024x4096]
 
 Resident memory is sampled every millisecond, with an allocator told to give back what is freed. On a GPU the caching
 allocator keeps count, and `--device cuda` asks it.
@@ -33,7 +33,8 @@ def measure(name: str, d_out: int, d_in: int, device: str) -> float:
     del x
     weight = torch.randn(d_out, d_in, device=device)
     problem = LayerProblem(name="layer", weight=weight, gram=gram, pattern=Unstructured(0.5, "layer"))
-    solver = build_solver({"name": name})
+    name, _, weights = name.partition("@")
+    solver = build_solver({"name": name, **({"weights": weights} if weights else {})})
     corner = Gram(gram.xtx[:64, :64].clone(), 1.0, 999)
     solver.solve(LayerProblem(name="warm up", weight=weight[:64, :64].clone(), gram=corner, pattern=problem.pattern))
     if device.startswith("cuda"):

@@ -10,6 +10,7 @@ from secateurs import planner, pruner
 from secateurs.models import decoder_blocks
 from secateurs.planner import Needs, available, choose, needs, shelf
 from secateurs.ranks import Ranks
+from secateurs.solvers.rounded import Rounded
 from secateurs.tune import Tune
 from test_checkpoint import file_at
 from test_pruner import CALIBRATION, EVERYTHING, PLAN
@@ -130,6 +131,11 @@ def test_parts_that_can_be_counted_are_exact():
         there += weights_of_group * (4 + 4 + 1)
     wanda = needs(model, PLAN, "wanda", tokens=700, held_out_tokens=100, batch_tokens=200)
     assert wanda.solve == most and found.solve > most
+    rounded = needs(
+        model, replace(PLAN, solver=Rounded(base=PLAN.solver)), "wanda", tokens=700, held_out_tokens=100,
+        batch_tokens=200,
+    )  # fmt: skip
+    assert rounded.solve > most, "rounding takes more than wanda did"
     assert found.grams == sum(4 * d_in**2 for d_in in inputs)
     assert found.held_out == 4 * sum(d_in * (d_in + 25) for d_in in inputs), "a Gram for three quarters of the tokens"
     long = needs(model, PLAN, "wanda", tokens=700, held_out_tokens=100, batch_tokens=200, longest=400)

@@ -437,7 +437,7 @@ def _kept_whole(dense: Dense) -> dict[str, Pattern]:
     """A pattern without zeros for every matrix of the decoder blocks."""
     prefix, blocks = decoder_blocks(dense.checkpoint.model)
     matrices = (matrix for index, block in enumerate(blocks) for matrix in matrices_of(block, f"{prefix}.{index}"))
-    return {matrix.name: Unstructured(0) for matrix in matrices}
+    return {matrix.name: Unstructured(0.0) for matrix in matrices}
 
 
 def allocate(case: Case, calibration: CalibrationSet, progress: Progress = silent) -> dict[str, Pattern]:

@@ -75,8 +75,8 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
         for key, number in zip(counts, found, strict=True):
             counts[key] += number
         if weights == "int4":
-            off += float((matrix.dense() - weight.cpu()).square().sum())
-            whole += float(weight.float().square().sum())
+            off += float((matrix.dense() - weight.detach().cpu()).square().sum())
+            whole += float(weight.detach().float().square().sum())
 
     for index, block in enumerate(checkpoint.blocks):
         with checkpoint.opened(index):

@@ -16,12 +16,14 @@ from secateurs.layer import TOKENS_AT_ONCE
 from secateurs.models import Matrix, computes_in, decoder_blocks
 from secateurs.pruner import Plan, prunable
 from secateurs.ranks import ALONE, Ranks
+from secateurs.solvers.rounded import Rounded
 
 Where = Literal["device", "cpu", "disk"]
 SAFE = 0.8  # of the memory that is free now
 # Working memory of a solve in Grams of its inputs and in float32 copies of its weights (benchmarks/memory.py)
 WORK = {"admm": (3.0, 2.9), "admm+": (4.0, 2.9), "alps": (10.0, 4.0), "wanda": (0.0, 2.0), "magnitude": (0.0, 2.0)}
 OTHER_WORK = (3.9, 1.7)
+ROUNDED_WORK = (4.6, 2.5)  # after any of them (`solvers.rounded`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +84,11 @@ def needs(
         drifts = 2 if plan.goal != "own" else 1
         grams = max(grams, sum(4 * drifts * d_in**2 for _, d_in, _ in groups))
         held = max(held, sum(_held(int(share * held_out_tokens), d_in, size, plan) for _, d_in, share in groups))
-        a, b = WORK.get(solver, OTHER_WORK)
+        works = [WORK.get(solver, OTHER_WORK), *([ROUNDED_WORK] if isinstance(plan.solver, Rounded) else [])]
         there = 0
         for rows, d_in, _ in sorted(groups, key=lambda group: -solve_cost(group[0], group[1])):
-            solve = max(solve, there + rows * d_in * dense + int(4 * (a * d_in**2 + b * rows * d_in)))
+            work = max(4 * (a * d_in**2 + b * rows * d_in) for a, b in works)
+            solve = max(solve, there + rows * d_in * dense + int(work))
             there += rows * d_in * (2 * dense + 1)  # dense, solved, and the mask
         copies = max(copies, there)
         widest = max([widest, *(d_in for _, d_in, _ in groups)])
