@@ -526,10 +526,12 @@ def test_what_the_runtime_would_say_otherwise_is_not_packed(tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"the runtime cannot run Gemma3ForCausalLM \(AttributeError: .*weight"):
         pack(str(tmp_path / "dense"), tmp_path / "packed")
     monkeypatch.setattr("secateurs.packing.available", lambda device: 1000)
-    assert not pack(str(tmp_path / "dense"), tmp_path / "packed")["checked"], "no room to try"
+    found = pack(str(tmp_path / "dense"), tmp_path / "packed")
+    assert not found["checked"] and found["why_unchecked"] == "no room here to load it"
     monkeypatch.undo()
     monkeypatch.setattr(collect.Shell, "_watched", lambda self, batch: [][0])
-    assert not pack(str(tmp_path / "dense"), tmp_path / "other")["checked"], "its blocks cannot be run alone"
+    found = pack(str(tmp_path / "dense"), tmp_path / "other")
+    assert not found["checked"] and "does not run block by block (" in found["why_unchecked"]
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "mistral"])

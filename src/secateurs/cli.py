@@ -292,6 +292,8 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Store a pruned model without its zeros, for the CPU runtime (`secateurs.runtime.load_packed`)."""
+    from rich.markup import escape
+
     from secateurs.packed import WEIGHTS
     from secateurs.packing import pack as store
 
@@ -315,7 +317,7 @@ def pack(
     elif off is not None:
         console.print("its weights are int4 numbers: stored exactly")
     if not found["checked"]:
-        console.print("[yellow]not checked[/]: no room here to load it, or its family runs in one piece only")
+        console.print(f"[yellow]not checked[/]: {escape(found['why_unchecked'])}", soft_wrap=True)
     if found["moved"]:
         console.print(
             f"[bold red]in {found['moved']} matrices zeros are not where they were when it was pruned[/]: "

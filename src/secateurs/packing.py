@@ -20,6 +20,7 @@ from secateurs.runtime import PackedLinear, has_kernels, load_packed
 
 PROBED = 24  # tokens that are read at once, as matrices made dense: more than `runtime.FEW`
 OFF, ROUNDED_OFF = 2e-3, 0.3  # of the largest logit; kernels of int4 round a single token's vectors
+NO_ROOM = "no room here to load it"
 
 
 def _masks(file: Path) -> dict[str, str]:
@@ -38,8 +39,8 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
 
     Returns how much there is of what, and in how many matrices (`moved`) zeros are not where they were when it was
     pruned, as its side file has them; how far int4 is from the weights as they were (`rounded_off`, of their root mean
-    square); and whether it was `checked`, where there is room for it: the runtime says what the model says with its
-    weights rounded so. ValueError for a model that cannot be loaded, or that the runtime has no way to run.
+    square); and whether it was `checked`, or `why_unchecked`: the runtime says what the model says with its weights
+    rounded so. ValueError for a model that cannot be loaded, or that the runtime has no way to run.
     Embeddings stay as they are, and so does a head that is tied to them, but for int8. With int4 a head is int8.
     """
     if (Path(model) / RECORD).exists():
@@ -49,7 +50,8 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
     with atomic_folder(out) as folder:
         found, beside = _write(model, folder, weights)
         held = sum(file.stat().st_size for file in folder.glob(f"{STEM}*.safetensors")) + beside
-        found["checked"] = held <= SAFE * available(torch.device("cpu")) and _check(model, folder)
+        why = _check(model, folder) if held <= SAFE * available(torch.device("cpu")) else NO_ROOM
+        found |= {"checked": not why, "why_unchecked": why}
     return found
 
 
@@ -107,8 +109,8 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
     return found | ({"rounded_off": (off / whole) ** 0.5 if off else 0.0} if weights == "int4" else {}), 4 * single
 
 
-def _check(model: str, folder: Path) -> bool:
-    """Whether a packed model could be compared: `model` can be run block by block.
+def _check(model: str, folder: Path) -> str:
+    """Why a packed model could not be compared; "" if it was.
 
     ValueError if it does not run, or says something else than `model` does with the weights that are packed: for PROBED
     tokens at once, then for one more.
@@ -124,14 +126,15 @@ def _check(model: str, folder: Path) -> bool:
             last = None if cache is None else packed(input_ids=ids[:, -1:], past_key_values=cache)
             said = torch.cat([first.logits[0], *([] if last is None else [last.logits[0]])])
     except MemoryError:
-        return False
+        return NO_ROOM
     except Exception as error:  # whatever a family's code does where its layers are others
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"the runtime cannot run {type(source.model).__name__} ({reason})") from error
     try:
         wanted = _said_with(source, packed, ids[:, : len(said)])
-    except Exception:  # nothing is known of a family whose code runs in one piece only
-        return False
+    except Exception as error:  # nothing is known of a family whose code runs in one piece only
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"{type(source.model).__name__} does not run block by block ({reason})"
     off, largest = (said - wanted).abs(), float(wanted.abs().max())
     rounds = "int4" in {module.matrix.kind for module in packed.modules() if isinstance(module, PackedLinear)}
     at_once, after = float(off[:PROBED].max()), float(off[PROBED:].max()) if len(off) > PROBED else 0.0
@@ -140,7 +143,7 @@ def _check(model: str, folder: Path) -> bool:
             f"the runtime does not say what {type(source.model).__name__} says: logits are off by {at_once:.3g}, of a "
             f"token by itself by {after:.3g} (largest {largest:.3g})"
         )
-    return True
+    return ""
 
 
 def _said_with(source: Checkpoint, packed: nn.Module, ids: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 FORMATS = ("dense_bf16", "packed_bf16", "dense_int8", "packed_int8", "dense_int4", "half_bf16", "half_int8")
-EXPANDED = tuple(name for name in FORMATS if name not in ("dense_bf16", "dense_int8"))
-"""Those that can be made dense here; for the others torch does as well."""
+EXPANDED = tuple(name for name in FORMATS if name != "dense_bf16")
+"""Those that can be made dense here; for bfloat16 torch does as well."""
 FIELDS = {"weight": "weights", "values": "weights", "kept": "weights"}  # of tensors, where they are called otherwise
 FUNCTIONS = {  # whose arguments are ints, pointers, numbers (int64) and floats
     "multiply": "iipppn",

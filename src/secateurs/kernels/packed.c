@@ -860,9 +860,22 @@ INLINE void expand_half_row(enum format format, const struct matrix *m, int64_t 
 }
 
 static void expand_int4_row(const struct matrix *m, int64_t row, float *weights) {
-    for (int64_t j = 0; j < m->columns; j++)
-        weights[j] = (float)int4_at(int4_row(m, row) + j / WORD * (WORD / 2), (int)(j % WORD)) *
-                     from_bf16(m->scales + row * m->words + j / WORD);
+    const uint8_t *pairs = int4_row(m, row);
+    for (int64_t word = 0; word < m->words; word++, pairs += WORD / 2, weights += WORD) {
+        const float scale = from_bf16(m->scales + row * m->words + word);
+        const int64_t left = m->columns - word * WORD;
+        float all[WORD];
+        for (int j = 0; j < WORD / 2; j++) { /* without branches, so that compilers take many at once */
+            all[j] = (float)((pairs[j] & 15) - 8) * scale;
+            all[WORD / 2 + j] = (float)((pairs[j] >> 4) - 8) * scale;
+        }
+        memcpy(weights, all, (size_t)(left < WORD ? left : WORD) * sizeof(float));
+    }
+}
+
+static void expand_int8_row(const struct matrix *m, int64_t row, float *weights) {
+    const int8_t *whole = (const int8_t *)m->weights + row * m->columns;
+    for (int64_t j = 0; j < m->columns; j++) weights[j] = (float)whole[j] * m->scale[row];
 }
 
 INLINE void expand(enum format format, int threads, const struct matrix *m, float *out) {
@@ -873,14 +886,15 @@ INLINE void expand(enum format format, int threads, const struct matrix *m, floa
 #endif
     for (int64_t row = 0; row < m->rows; row++) {
         float *weights = out + row * m->columns, scale = is_int8(format) ? m->scale[row] : 1;
-        memset(weights, 0, (size_t)m->columns * sizeof(float));
+        if (is_half(format) || is_packed(format)) memset(weights, 0, (size_t)m->columns * sizeof(float));
         if (is_half(format)) expand_half_row(format, m, row, scale, weights);
         else if (is_packed(format)) expand_packed_row(format, m, row, scale, weights);
+        else if (is_int8(format)) expand_int8_row(m, row, weights);
         else expand_int4_row(m, row, weights);
     }
 }
 
-/* Of any format but dense bfloat16 and int8. */
+/* Of any format but dense bfloat16. */
 EXPORT void secateurs_expand(int threads, const struct matrix *matrix, float *out) {
     struct matrix m = *matrix;
     m.words = (m.columns + WORD - 1) / WORD;
@@ -889,6 +903,7 @@ EXPORT void secateurs_expand(int threads, const struct matrix *matrix, float *ou
     case PACKED_INT8: expand(PACKED_INT8, threads, &m, out); break;
     case HALF_BF16: expand(HALF_BF16, threads, &m, out); break;
     case HALF_INT8: expand(HALF_INT8, threads, &m, out); break;
+    case DENSE_INT8: expand(DENSE_INT8, threads, &m, out); break;
     default: expand(DENSE_INT4, threads, &m, out);
     }
 }
