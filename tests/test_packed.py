@@ -198,7 +198,7 @@ def test_int4_of_the_wrong_size_is_refused(part):
 
 
 @compiled
-@pytest.mark.parametrize("format", ["packed_bf16", "packed_int8", "half_bf16", "half_int8", "dense_int4"])
+@pytest.mark.parametrize("format", ["packed_bf16", "packed_int8", "half_bf16", "half_int8", "dense_int4", "dense_int8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_expanded_by_a_kernel_or_without_it_is_the_same(shape, format, monkeypatch):
     layout, weights = format.split("_")

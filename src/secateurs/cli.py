@@ -308,14 +308,15 @@ def pack(
         f"{found['packed']} of {found['matrices']} matrices packed, {100 * found['density']:.1f} % of weights kept: "
         f"{before:,.1f} MB as bf16, {after:,.1f} MB now ({after / before:.2f})"
     )
-    if off := found.get("rounded_off"):
+    off = found.get("rounded_off")
+    if off == 0:
+        console.print("the weights of its blocks are int4 numbers: stored exactly")
+    elif off is not None:
         console.print(
-            f'weights are off by {100 * off:.1f} % of their size: a solver with `weights = "int4"` rounds on traces, '
-            "which changes outputs less, and is stored exactly",
+            f"the weights of its blocks are off by {100 * off:.2g} % of their size: a solver with weights of int4 "
+            "rounds them on traces, which changes outputs less and is stored exactly",
             soft_wrap=True,
         )
-    elif off is not None:
-        console.print("its weights are int4 numbers: stored exactly")
     if not found["checked"]:
         console.print(f"[yellow]not checked[/]: {escape(found['why_unchecked'])}", soft_wrap=True)
     if found["moved"]:

@@ -13,7 +13,7 @@ def gains(pattern: Pattern | Cut, rounded: bool = False) -> list[tuple[str, str]
     """(engine, what it gains) for the output of a pattern, maybe of int4 numbers. What is not measured by `secateurs
     bench` is no promise."""
     if rounded:
-        stored = ("secateurs pack --weights int4 (CPU)", "its matrices exactly, in 4.25 bits a weight, zeros too")
+        stored = ("secateurs pack --weights int4 (CPU)", "its linear layers exactly, in 4.25 bits a weight, zeros too")
         return [*gains(pattern), stored]
     if isinstance(pattern, Cut):
         cache = pattern.attention == "kv_heads" if isinstance(pattern, Width) else not isinstance(pattern, Hidden)

@@ -24,22 +24,18 @@ def group_scales(
     groups = _grouped(weight)
     price = None if energy is None else _grouped(energy[None])
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    best = least = None
+    best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
     for at in LARGEST_AT + WHOLE_AT:
         scale = _rounded_off(-largest / at, digits)
-        lost = (nearest(groups, scale) * scale).sub_(groups).square_()
+        lost = (nearest(groups, torch.where(scale == 0, 1, scale)) * scale).sub_(groups).square_()
         lost = (lost if price is None else lost.mul_(price)).sum(2, keepdim=True)
-        if best is None or least is None:
-            best, least = scale, lost
-        else:
-            best, least = torch.where(lost < least, scale, best), lost.minimum(least)
-    assert best is not None
+        best, least = torch.where(lost < least, scale, best), lost.minimum(least)
     return best.squeeze(2)
 
 
 def nearest(weight: Float[Tensor, "*shape"], scale: Float[Tensor, "*shape2"]) -> Float[Tensor, "*shape"]:
-    """Which of -8 to 7 is nearest, in units of `scale`; where that is 0, as if it were 1."""
-    return (weight / torch.where(scale == 0, 1, scale)).round_().clamp_(LOWEST, HIGHEST)
+    """Which of -8 to 7 is nearest, in units of `scale`, which is not 0."""
+    return (weight / scale).round_().clamp_(LOWEST, HIGHEST)
 
 
 def _grouped(matrix: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ class PackedMatrix:
         """A weight, rounded to what it is stored as, in a layout or (None) the one that suits it. Zeros stay zero.
 
         int8 is symmetric, with the largest weight of a row at 127; int4 (`int4`) is always dense: a bitmap would save
-        little of so few bits. Weights that are int4 numbers already stay what they are. ValueError for int4 in another
-        layout, and for halves of a matrix that keeps more than four of some eight columns.
+        little of so few bits. Weights that are int4 numbers already stay what they are (`int4.EXACT`). ValueError
+        for int4 in another layout, and for halves of a matrix that keeps more than four of some eight columns.
         """
         rows, d_in = weight.shape
         if weights == "int4":
@@ -251,6 +251,7 @@ def _int4(weight: Float32[Tensor, "rows d_in"]) -> dict[str, Tensor]:
     """Two numbers in a byte, in the order of packed.c [rows, words * 32], and bfloat16 scales [rows, words]."""
     rows, d_in = weight.shape
     scales = group_scales(weight)
-    numbers = nearest(nn.functional.pad(weight, (0, -d_in % WORD)).view(rows, -1, WORD), scales[:, :, None])
+    groups = nn.functional.pad(weight, (0, -d_in % WORD)).view(rows, -1, WORD)
+    numbers = nearest(groups, torch.where(scales == 0, 1, scales)[:, :, None])
     first, second = (numbers - LOWEST).to(torch.uint8).split(WORD // 2, dim=2)
     return {"weight": (first | second << 4).view(rows, -1), "scales": scales.to(torch.bfloat16)}

@@ -23,7 +23,7 @@ SAFE = 0.8  # of the memory that is free now
 # Working memory of a solve in Grams of its inputs and in float32 copies of its weights (benchmarks/memory.py)
 WORK = {"admm": (3.0, 2.9), "admm+": (4.0, 2.9), "alps": (10.0, 4.0), "wanda": (0.0, 2.0), "magnitude": (0.0, 2.0)}
 OTHER_WORK = (3.9, 1.7)
-ROUNDED_WORK = (4.6, 2.5)  # after any of them (`solvers.rounded`)
+ROUNDED_WORK = (5.0, 3.4)  # after any of them (`solvers.rounded`)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,10 +25,11 @@ from secateurs.recipe import Recipe, arm_label, build_pattern, build_questions, 
 def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
     """What a run will do, without doing it: sizes, tokens, memory. ValueError for what cannot work."""
     counts: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
     for cell in recipe.grid:
         plan = plan_of(cell, dense)
         matrices = [matrix for block in pruner.prunable(dense.checkpoint.model, plan) for matrix in block]
-        shapes = [tuple(matrix.weight.shape) for matrix in matrices]
+        sizes |= {matrix.name: matrix.weight.numel() for matrix in matrices}
         zeros = sum(plan.pattern_of(matrix).num_zeros(*matrix.weight.shape) for matrix in matrices)
         counts[str(build_pattern(cell.prune.pattern))] = zeros
     for cell in {arm_label(cell.calibration.arm): cell for cell in recipe.grid}.values():
@@ -50,8 +51,8 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
     return {
         "model": recipe.model,
         "parameters": parameters,
-        "prunable_parameters": sum(a * b for a, b in shapes),
-        "matrices": len(shapes),
+        "prunable_parameters": sum(sizes.values()),
+        "matrices": len(sizes),
         "zeros": counts,
         "cells": len(recipe.seeds) * models,
         "trace_tokens_per_seed": tokens if traced else recipe.calibration.held_out_tokens,
@@ -89,7 +90,8 @@ def estimate(recipe: Recipe, dense: Dense, plan: dict[str, Any]) -> dict[str, fl
             continue
         how = plan_of(cell, dense)
         matrices = [matrix for block in pruner.prunable(dense.model, how) for matrix in block]
-        median = sorted(matrices, key=lambda matrix: matrix.weight.numel())[len(matrices) // 2]
+        pruned = [one for one in matrices if how.pattern_of(one).num_zeros(*one.weight.shape)] or matrices
+        median = sorted(pruned, key=lambda matrix: matrix.weight.numel())[len(pruned) // 2]
         gram = Gram(torch.eye(median.weight.shape[1], device=median.weight.device), 1e6, 10**6)
         problem = LayerProblem(name="probe", weight=median.weight, gram=gram, pattern=how.pattern_of(median))
         clock = time.perf_counter()

@@ -407,12 +407,12 @@ def build_pattern(spec: Mapping[str, Any]) -> Pattern | Cut:
 def build_solver(spec: Mapping[str, Any]) -> Solver | ExpertScore | Narrowing:
     """The solver a table describes; for experts the score, for `hidden` how. ValueError for an unknown name, key or
     value. Solvers of matrices may have `weights = "int4"`: what they find is rounded (`solvers.rounded`)."""
-    of_matrices = SOLVERS | CUT_SOLVERS
-    if spec.get("name") not in of_matrices:
+    of_matrices, name = SOLVERS | CUT_SOLVERS, spec.get("name")
+    if not isinstance(name, str) or name not in of_matrices:
         return _build("solver", of_matrices | EXPERT_SCORES | NARROWINGS, spec)
     base = _build("solver", of_matrices, {key: spec[key] for key in spec if key != "weights"}, "weights")
     if spec.get("weights", "int4") != "int4":
-        raise ValueError(f'solver `{spec["name"]}`: weights can be "int4", found {spec["weights"]!r}')
+        raise ValueError(f'solver `{name}`: weights can be "int4", found {spec["weights"]!r}')
     return Rounded(base=base) if "weights" in spec else base
 
 

@@ -43,8 +43,8 @@ class OBS:
 
     @property
     def by_rows(self) -> bool:
-        """No: rows choose together."""
-        return False
+        """Yes: rows choose together, as the pattern has it."""
+        return True
 
     def __post_init__(self):
         if self.steps < 1:

@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from secateurs.int4 import EXACT, GROUP, HIGHEST, LOWEST, group_scales
+from secateurs.int4 import EXACT, GROUP, group_scales, nearest
 from secateurs.layer import LayerProblem, LayerSolution, Outcome
 from secateurs.linalg import (
     Damping,
     NotPositiveDefiniteError,
     damped_inverse_factor,
     damping_diagonal,
+    dead_inputs,
     row_chunks,
 )
 from secateurs.patterns import Columns
@@ -30,10 +31,12 @@ class Rounded:
     Column by column, those with the most energy first, each is rounded and the columns after it make up for that, as
     in GPTQ (Frantar et al. 2023, arXiv 2210.17323, eq. 2-4). Differs from it: scales are chosen before, for the least
     loss weighted by energy, and a weight that was pruned is rounded to 0. Then every weight in turn goes to the number
-    that is best given all others, `sweeps` times, which never makes it worse: pruned weights could not make up for
-    anything at first. Scales have five binary digits, so that weights are exact in a checkpoint of bfloat16, and
-    `pack` finds them again. Of whole inputs that go (`Columns`), those that stay are grouped as they will be stored.
-    Cost: `base`, and (1 + 2 `sweeps`) d_out d_in^2 flops + 4/3 d_in^3; three d_in x d_in matrices.
+    that is best given all others, `sweeps` times, which never makes the damped loss worse: pruned weights could not
+    make up for anything at first. What is kept near are the outputs of `base`, not those of the dense weights. Scales
+    have five binary digits, so that weights are exact in a checkpoint of bfloat16, and `pack` finds them again.
+    Of whole inputs that go (`Columns`), those that stay are grouped as they will be stored; one of which nothing is
+    left keeps a number that is next to nothing, as `trim` sees from zeros what went.
+    Cost: `base`, and (1 + 2 `sweeps`) d_out d_in^2 flops + 4/3 d_in^3; five d_in x d_in matrices.
     """
 
     base: Any
@@ -57,13 +60,12 @@ class Rounded:
         if pattern.num_zeros(*problem.weight.shape):
             solution = self.base.solve(replace(problem, weight=problem.weight.float()))
         else:
-            whole = torch.ones_like(problem.weight, dtype=torch.bool)
-            weight = problem.goal.detach().to(torch.float32, copy=True)
+            weight = problem.goal.detach().to(torch.float32, copy=True).masked_fill_(problem.weight == 0, 0)
+            whole = torch.ones_like(weight, dtype=torch.bool)
             solution = LayerSolution(weight=weight, mask=whole, outcome=problem.outcome(), stats={})
         stays = solution.mask.any(0) if isinstance(pattern, Columns) else slice(None)
         weight, gram = solution.weight[:, stays], problem.gram.xtx[stays][:, stays]
-        damp = solution.stats.get("damp", 0.0)
-        raised = False
+        damp, raised = solution.stats.get("damp", 0.0), False
         if weight.numel():
             try:
                 rounded, used = self._round(weight, gram)
@@ -71,13 +73,13 @@ class Rounded:
                 raise NotPositiveDefiniteError(f"{problem.name}: {error}") from None
             damp, raised = max(damp, used), used > self.damp
             if isinstance(pattern, Columns):
-                _keep_columns(rounded, weight)
+                next_to_nothing = 2.0**-24 if as_stored == torch.float16 else 2.0**-100
+                rounded[0].masked_fill_(~rounded.any(0) & weight.any(0), next_to_nothing)
             solution.weight[:, stays] = rounded
-        outcome = max(solution.outcome, problem.outcome(raised), key=list(Outcome).index)
         return LayerSolution(
             weight=solution.weight.to(as_stored),
             mask=solution.mask,
-            outcome=outcome,
+            outcome=max(solution.outcome, problem.outcome(raised), key=list(Outcome).index),
             stats=solution.stats | {"damp": damp, "seconds": time.perf_counter() - started},
         )
 
@@ -89,9 +91,11 @@ class Rounded:
         order = energy.argsort(descending=True, stable=True)
         gram = gram[order][:, order]
         inverse = damped_inverse_factor(gram, self.damp, self.damping)
-        gram.diagonal().add_(damping_diagonal(gram, inverse.damp, self.damping))
+        extra, dead = damping_diagonal(gram, inverse.damp, self.damping), dead_inputs(gram)
+        gram[dead], gram[:, dead] = 0, 0  # as in the factor
+        gram.diagonal().add_(extra)
         rounded = torch.empty_like(weight)
-        for rows in row_chunks(len(weight), len(weight) if weight.is_cuda else ROWS_AT_ONCE):
+        for rows in row_chunks(len(weight), ROWS_AT_ONCE * (4 if weight.is_cuda else 1)):
             columns = weight[rows].T[order]
             scales = group_scales(weight[rows], energy, EXACT).T.repeat_interleave(GROUP, 0)[order]
             kept = (columns != 0) & (scales != 0)
@@ -105,7 +109,7 @@ class Rounded:
 
 def _nearest(wanted: Tensor, scale: Tensor, kept: Tensor) -> Tensor:
     """The number nearest to each, 0 where none is `kept`."""
-    return (wanted / scale).round_().clamp_(LOWEST, HIGHEST).mul_(scale).mul_(kept)
+    return nearest(wanted, scale).mul_(scale).mul_(kept)
 
 
 def _one_after_the_other(
@@ -143,13 +147,3 @@ def _each_given_the_others(
             at, before = start + j, found[start + j].clone()
             found[at] = _nearest(before + pull[j] / gram[at, at], scales[at], kept[at])
             pull.addr_(gram[start:end, at], before - found[at])
-
-
-def _keep_columns(rounded: Float32[Tensor, "rows d_in"], weight: Float32[Tensor, "rows d_in"]) -> None:
-    """Give each input that stays a weight other than zero, where all became 0: `trim` sees from those what went."""
-    for column in (~rounded.any(0) & weight.any(0)).nonzero().flatten().tolist():
-        row = int(weight[:, column].abs().argmax())
-        start = column - column % GROUP
-        group = rounded[row, start : start + GROUP]
-        scale = group.abs()[group != 0].min() if bool(group.any()) else weight[row, column].abs()
-        rounded[row, column] = scale.copysign(weight[row, column])
