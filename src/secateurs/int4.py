@@ -43,6 +43,7 @@ def _grouped(matrix: Tensor) -> Tensor:
     return nn.functional.pad(matrix, (0, -matrix.shape[1] % GROUP)).view(len(matrix), -1, GROUP)
 
 
-def _rounded_off(number: Tensor, digits: int) -> Tensor:
-    fraction, exponent = torch.frexp(number)
-    return torch.ldexp((fraction * 2**digits).round_() / 2**digits, exponent)
+def _rounded_off(number: Float32[Tensor, "*shape"], digits: int) -> Float32[Tensor, "*shape"]:
+    """To so many binary digits, by the bits of the number: exact on every device."""
+    dropped = 24 - digits
+    return ((number.view(torch.int32) + (1 << dropped - 1)) & -(1 << dropped)).view(torch.float32)
