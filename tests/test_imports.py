@@ -20,7 +20,7 @@ ORDER = [
     {"export", "evaluate", "planner", "experts", "narrow"},
     {"report", "masks", "packed", "reload"},
     {"page", "runtime"},
-    {"packing"},
+    {"packing", "compressed"},
     {"recipe", "gains"},
     {"corpus"},
     {"dense"},

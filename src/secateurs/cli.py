@@ -289,25 +289,36 @@ def pack(
     weights: Annotated[
         str, typer.Option(help="What kept weights are stored as: bf16, int8, or int4 (all of them, zeros too).")
     ] = "bf16",
+    format: Annotated[
+        str, typer.Option(help="secateurs, for this runtime; compressed-tensors, for engines, with int4.")
+    ] = "secateurs",
     as_json: Json = False,
 ) -> None:
-    """Store a pruned model without its zeros, for the CPU runtime (`secateurs.runtime.load_packed`)."""
+    """Store a pruned model without its zeros, for the CPU runtime (`load_packed`), or in int4 for serving engines."""
     from rich.markup import escape
 
+    from secateurs.compressed import compress
     from secateurs.packed import WEIGHTS
     from secateurs.packing import pack as store
 
     if weights not in WEIGHTS:
         raise ValueError(f"--weights is {weights!r}; it must be {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}")
-    found = store(model, out, weights)
+    if format not in ("secateurs", "compressed-tensors"):
+        raise ValueError(f"--format is {format!r}; it must be secateurs or compressed-tensors")
+    for_engines = format == "compressed-tensors"
+    if for_engines and weights != "int4":
+        raise ValueError(f"--format compressed-tensors stores int4: add --weights int4 (found {weights})")
+    found = compress(model, out) if for_engines else store(model, out, weights)
     if as_json:
         print(json.dumps(found))
         return
     before, after = found["dense_bytes"] / 1e6, found["bytes"] / 1e6
-    console.print(
-        f"{found['packed']} of {found['matrices']} matrices packed, {100 * found['density']:.1f} % of weights kept: "
-        f"{before:,.1f} MB as bf16, {after:,.1f} MB now ({after / before:.2f})"
+    what = (
+        f"{found['matrices']} matrices in int4"
+        if for_engines
+        else f"{found['packed']} of {found['matrices']} matrices packed, {100 * found['density']:.1f} % of weights kept"
     )
+    console.print(f"{what}: {before:,.1f} MB as bf16, {after:,.1f} MB now ({after / before:.2f})")
     off = found.get("rounded_off")
     if off == 0:
         console.print("the weights of its blocks are int4 numbers: stored exactly")
@@ -317,6 +328,8 @@ def pack(
             "rounds them on traces, which changes outputs less and is stored exactly",
             soft_wrap=True,
         )
+    if for_engines:
+        return
     if not found["checked"]:
         console.print(f"[yellow]not checked[/]: {escape(found['why_unchecked'])}", soft_wrap=True)
     if found["moved"]:

@@ -10,6 +10,7 @@ LARGEST_AT = (7.0, 7.5, 8.0, 8.5, 9.0, 10.0)  # where the largest weight of a gr
 WHOLE_AT = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)  # where it lies too in weights that are such numbers already
 DIGITS = 8  # binary ones of a bfloat16
 EXACT = 5  # of a scale whose products with -8 to 7 are bfloat16 as well
+AT_ONCE = 1 << 16  # weights whose scales are looked for while a CPU's cache has them
 
 
 def group_scales(
@@ -21,8 +22,14 @@ def group_scales(
     WHOLE_AT: what was rounded before is found again exactly. The loss is squared, each input's times its `energy`.
     Scales of groups that are all zero are zero.
     """
-    groups = _grouped(weight)
     price = None if energy is None else _grouped(energy[None])
+    rows_at_once = max(1, AT_ONCE // max(weight.shape[1], 1)) if weight.device.type == "cpu" else max(1, len(weight))
+    return torch.cat([_scales(_grouped(rows), price, digits) for rows in weight.split(rows_at_once)])
+
+
+def _scales(
+    groups: Float32[Tensor, "rows groups 64"], price: Float[Tensor, "1 groups 64"] | None, digits: int
+) -> Float32[Tensor, "rows groups"]:
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
     for at in LARGEST_AT + WHOLE_AT:

@@ -1,0 +1,100 @@
+"""A model in int4 as compressed-tensors packs it: what vLLM, SGLang and, with that package, transformers run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor, nn
+
+from secateurs.artifacts import atomic_folder
+from secateurs.checkpoint import Checkpoint, Shards
+from secateurs.export import copy_beside
+from secateurs.int4 import GROUP, LOWEST, group_scales, nearest
+from secateurs.models import linears, packed_experts
+
+IN_A_WORD = 8  # numbers of four bits
+
+
+def compress(model: str, out: Path) -> dict[str, Any]:
+    """Write the model in the folder or hub id `model` to `out` with its linear layers in int4; one block at a time.
+
+    Returns how many matrices there are (`matrices`), their bytes before and after, and how far the numbers are from the
+    weights as they were, of their root mean square (`rounded_off`; 0 for what a solver rounded). Layers whose inputs
+    are no whole number of groups, embeddings, head and routers stay, and the configuration names them. ValueError for a
+    mixture of experts, for a model that is quantised already, and where nothing could be packed.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: name another folder, or remove it")
+    checkpoint = Checkpoint(model)
+    if getattr(checkpoint.model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{model} is quantised already")
+    if any(packed_experts(block) for block in checkpoint.blocks):
+        raise ValueError(f"{type(checkpoint.model).__name__} has experts, which are not packed so")
+    found = {"weights": "int4", "matrices": 0, "dense_bytes": 0, "bytes": 0}
+    off = whole = 0.0
+    packed: set[str] = set()
+    with atomic_folder(out) as folder:
+        files = Shards(folder, "model")
+        for index, block in enumerate(checkpoint.blocks):
+            fit = {name for name, linear in linears(block).items() if linear.weight.shape[1] % GROUP == 0}
+            with checkpoint.opened(index):
+                for key, tensor in checkpoint.block_weights(index).items():
+                    name = checkpoint.names[key].removeprefix(f"{checkpoint.prefix}.{index}.").removesuffix(".weight")
+                    if name not in fit or not key.endswith(".weight"):
+                        files.add(key, tensor)
+                        continue
+                    packed.add(checkpoint.names[key].removesuffix(".weight"))
+                    weight = tensor.float()
+                    scales = group_scales(weight).to(tensor.dtype)
+                    numbers, rounded = _numbers(weight, scales.float())
+                    parts = {"packed": _words(numbers), "scale": scales, "shape": torch.tensor(weight.shape)}
+                    for part, value in parts.items():
+                        files.add(f"{key}_{part}", value)
+                    off += float((rounded - weight).square().sum())
+                    whole += float(weight.square().sum())
+                    sizes = (1, 2 * weight.numel(), sum(value.nbytes for value in parts.values()))
+                    for what, size in zip(("matrices", "dense_bytes", "bytes"), sizes, strict=True):
+                        found[what] += size
+        if not packed:
+            raise ValueError(f"{model} has no linear layers with inputs in groups of {GROUP}")
+        for key, tensor in checkpoint.around():
+            files.add(key, tensor)
+        files.close()
+        copy_beside(checkpoint.folder, folder)
+        layers = (name for name, module in checkpoint.model.named_modules() if isinstance(module, nn.Linear))
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = _settings([name for name in layers if name not in packed])
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return found | {"rounded_off": (off / whole) ** 0.5 if off else 0.0}
+
+
+def _numbers(
+    weight: Float[Tensor, "rows d_in"], scales: Float[Tensor, "rows groups"]
+) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "rows d_in"]]:
+    """Which of -8 to 7 each weight is nearest to, and what that stands for."""
+    each = scales.repeat_interleave(GROUP, 1)
+    numbers = nearest(weight, torch.where(each == 0, 1, each))
+    return numbers, numbers * each
+
+
+def _words(numbers: Float[Tensor, "rows d_in"]) -> Int32[Tensor, "rows words"]:
+    """Eight numbers in a word, the first in its lowest bits, counted from -8."""
+    bits = (numbers - LOWEST).to(torch.int64).view(len(numbers), -1, IN_A_WORD)
+    words = (bits << torch.arange(0, 4 * IN_A_WORD, 4, device=bits.device)).sum(2)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def _settings(ignored: list[str]) -> dict[str, Any]:
+    """What engines read of a configuration; `ignored` are the linear layers that stay as they are."""
+    weights = {
+        "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP, "dynamic": False
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}},
+        "ignore": ignored,
+    }
