@@ -41,7 +41,7 @@ class Rounded:
 
     base: Any
     sweeps: int = 1
-    damp: float = 0.01
+    damp: float = 0.03
     damping: Damping = "capped"
 
     @property
