@@ -13,8 +13,10 @@ def gains(pattern: Pattern | Cut, rounded: bool = False) -> list[tuple[str, str]
     """(engine, what it gains) for the output of a pattern, maybe of int4 numbers. What is not measured by `secateurs
     bench` is no promise."""
     if rounded:
-        stored = ("secateurs pack --weights int4 (CPU)", "its linear layers exactly, in 4.25 bits a weight, zeros too")
-        return [*gains(pattern), stored]
+        stored = "its linear layers exactly, in 4.25 bits a weight, zeros too"
+        served = "the same, for their int4 kernels; a smaller model is faster still, zeros are not"
+        ways = [("secateurs pack --weights int4 (CPU)", stored), ("vLLM, SGLang, by its --format", served)]
+        return [*gains(pattern), *ways]
     if isinstance(pattern, Cut):
         cache = pattern.attention == "kv_heads" if isinstance(pattern, Width) else not isinstance(pattern, Hidden)
         said = f"about 1 / (1 - {pattern.sparsity:g}) in its blocks" + (", and a smaller KV cache" if cache else "")
