@@ -28,8 +28,6 @@ def compress(model: str, out: Path) -> dict[str, Any]:
     if out.exists():
         raise ValueError(f"{out} exists: name another folder, or remove it")
     checkpoint = Checkpoint(model)
-    if getattr(checkpoint.model.config, "quantization_config", None) is not None:
-        raise ValueError(f"{model} is quantised already")
     if any(packed_experts(block) for block in checkpoint.blocks):
         raise ValueError(f"{type(checkpoint.model).__name__} has experts, which are not packed so")
     found = {"weights": "int4", "matrices": 0, "dense_bytes": 0, "bytes": 0}
