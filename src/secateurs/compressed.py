@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secateurs.artifacts import atomic_folder
 from secateurs.checkpoint import Checkpoint, Shards
 from secateurs.export import copy_beside
-from secateurs.int4 import GROUP, LOWEST, group_scales, nearest
+from secateurs.int4 import GROUP, LOWEST, group_scales, numbers_of
 from secateurs.models import linears, packed_experts
 
 IN_A_WORD = 8  # numbers of four bits
@@ -46,10 +46,11 @@ def compress(model: str, out: Path) -> dict[str, Any]:
                     packed.add(checkpoint.names[key].removesuffix(".weight"))
                     weight = tensor.float()
                     scales = group_scales(weight).to(tensor.dtype)
-                    numbers, rounded = _numbers(weight, scales.float())
+                    numbers = numbers_of(weight, scales.float())
                     parts = {"packed": _words(numbers), "scale": scales, "shape": torch.tensor(weight.shape)}
                     for part, value in parts.items():
                         files.add(f"{key}_{part}", value)
+                    rounded = numbers * scales.float().repeat_interleave(GROUP, 1)
                     off += float((rounded - weight).square().sum())
                     whole += float(weight.square().sum())
                     sizes = (1, 2 * weight.numel(), sum(value.nbytes for value in parts.values()))
@@ -66,15 +67,6 @@ def compress(model: str, out: Path) -> dict[str, Any]:
         config["quantization_config"] = _settings([name for name in layers if name not in packed])
         (folder / "config.json").write_text(json.dumps(config, indent=2))
     return found | {"rounded_off": (off / whole) ** 0.5 if off else 0.0}
-
-
-def _numbers(
-    weight: Float[Tensor, "rows d_in"], scales: Float[Tensor, "rows groups"]
-) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "rows d_in"]]:
-    """Which of -8 to 7 each weight is nearest to, and what that stands for."""
-    each = scales.repeat_interleave(GROUP, 1)
-    numbers = nearest(weight, torch.where(each == 0, 1, each))
-    return numbers, numbers * each
 
 
 def _words(numbers: Float[Tensor, "rows d_in"]) -> Int32[Tensor, "rows words"]:

@@ -40,6 +40,14 @@ def _scales(
     return best.squeeze(2)
 
 
+def numbers_of(
+    weight: Float32[Tensor, "rows d_in"], scales: Float32[Tensor, "rows groups"]
+) -> Float32[Tensor, "rows d_in"]:
+    """Which of -8 to 7 each weight is nearest to, in units of its group's scale."""
+    each = torch.where(scales == 0, 1, scales).repeat_interleave(GROUP, 1)[:, : weight.shape[1]]
+    return nearest(weight, each)
+
+
 def nearest(weight: Float[Tensor, "*shape"], scale: Float[Tensor, "*shape2"]) -> Float[Tensor, "*shape"]:
     """Which of -8 to 7 is nearest, in units of `scale`, which is not 0."""
     return (weight / scale).round_().clamp_(LOWEST, HIGHEST)

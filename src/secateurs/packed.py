@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from secateurs import kernels
-from secateurs.int4 import LOWEST, group_scales, nearest
+from secateurs.int4 import LOWEST, group_scales, numbers_of
 
 Weights = Literal["bf16", "int8", "int4"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
@@ -251,7 +251,6 @@ def _int4(weight: Float32[Tensor, "rows d_in"]) -> dict[str, Tensor]:
     """Two numbers in a byte, in the order of packed.c [rows, words * 32], and bfloat16 scales [rows, words]."""
     rows, d_in = weight.shape
     scales = group_scales(weight)
-    groups = nn.functional.pad(weight, (0, -d_in % WORD)).view(rows, -1, WORD)
-    numbers = nearest(groups, torch.where(scales == 0, 1, scales)[:, :, None])
+    numbers = nn.functional.pad(numbers_of(weight, scales), (0, -d_in % WORD)).view(rows, -1, WORD)
     first, second = (numbers - LOWEST).to(torch.uint8).split(WORD // 2, dim=2)
     return {"weight": (first | second << 4).view(rows, -1), "scales": scales.to(torch.bfloat16)}
