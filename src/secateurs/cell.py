@@ -417,18 +417,21 @@ def memory_needs(recipe: Recipe, dense: Dense, tokens: int, held_out_tokens: int
 
 def plan_of(recipe: Recipe, dense: Dense) -> pruner.Plan:
     """What the recipe says to do to the model, before anything is known of it but its shapes."""
-    pattern = build_pattern(recipe.prune.pattern)
-    patterns = pattern.patterns(dense.checkpoint.model) if isinstance(pattern, Cut) else {}
-    solver = build_solver(recipe.prune.solver)
-    rest = _kept_whole(dense) if patterns and isinstance(solver, Rounded) else {}
+    pattern, solver = build_pattern(recipe.prune.pattern), build_solver(recipe.prune.solver)
+    patterns: dict[str, Pattern] = {}
+    if isinstance(pattern, Cut):
+        patterns = {**pattern.patterns(dense.checkpoint.model)}
+        pattern = next(iter(patterns.values()))
+        if isinstance(solver, Rounded):
+            patterns = _kept_whole(dense) | patterns
     return pruner.Plan(
-        pattern=next(iter(patterns.values())) if isinstance(pattern, Cut) else pattern,
-        patterns={**rest, **patterns},
+        pattern=pattern,
+        patterns=patterns,
         solver=Masking(score="magnitude") if isinstance(solver, (ExpertScore, Narrowing)) else solver,  # not used
         propagate=recipe.prune.propagate,
         goal=recipe.prune.goal,
         tune=build_tune(recipe.prune.tune),
-        targets=tuple({**rest, **patterns} or recipe.prune.targets),
+        targets=tuple(patterns or recipe.prune.targets),
         ignore=tuple(recipe.prune.ignore),
     )
 

@@ -128,13 +128,11 @@ def _check(model: str, folder: Path) -> str:
     except MemoryError:
         return NO_ROOM
     except Exception as error:  # whatever a family's code does where its layers are others
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"the runtime cannot run {type(source.model).__name__} ({reason})") from error
+        raise ValueError(f"the runtime cannot run {type(source.model).__name__} ({_short(error)})") from error
     try:
         wanted = _said_with(source, packed, ids[:, : len(said)])
     except Exception as error:  # nothing is known of a family whose code runs in one piece only
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return f"{type(source.model).__name__} does not run block by block ({reason})"
+        return f"{type(source.model).__name__} does not run block by block ({_short(error)})"
     off, largest = (said - wanted).abs(), float(wanted.abs().max())
     rounds = "int4" in {module.matrix.kind for module in packed.modules() if isinstance(module, PackedLinear)}
     at_once, after = float(off[:PROBED].max()), float(off[PROBED:].max()) if len(off) > PROBED else 0.0
@@ -144,6 +142,10 @@ def _check(model: str, folder: Path) -> str:
             f"token by itself by {after:.3g} (largest {largest:.3g})"
         )
     return ""
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _said_with(source: Checkpoint, packed: nn.Module, ids: Tensor) -> Tensor:
