@@ -44,7 +44,9 @@ def halved(weight: torch.Tensor, m: int = 8) -> torch.Tensor:
 
 
 def levels() -> list[int]:
-    return sorted({0, kernels.best_level()} | ({1} if kernels.level_name(kernels.best_level()) == "avx512" else set()))
+    """Those that this processor can run: the lower ones too, but on ARM."""
+    best = kernels.best_level()
+    return [0, best] if kernels.level_name(best) == "neon" else list(range(best + 1))
 
 
 def check_products(x: torch.Tensor, wanted: torch.Tensor, *matrices: PackedMatrix) -> dict[int, torch.Tensor]:

@@ -88,7 +88,7 @@ def best_level() -> int:
 
 
 def level_name(level: int) -> str:
-    """Its name: portable, avx2, avx512 or neon. RuntimeError without a library."""
+    """Its name: portable, avx2, avx512, avx512vbmi2 or neon. RuntimeError without a library."""
     return loaded().secateurs_level_name(level).decode()
 
 

@@ -6,7 +6,7 @@
  *
  * Where no eight columns (8 i to 8 i + 7) keep more than four, as with 4:8 and 2:4, a matrix can be stored in halves
  * instead: four weights for each eight columns of a row, and three bits each that say which columns these are. Nothing
- * is counted or expanded: a kernel picks the four numbers of x that a row wants (AVX2: for two rows in one shuffle).
+ * is counted or expanded: a kernel picks the four numbers of x that a row wants (of two rows in a shuffle, or four).
  * Blocks of eight rows follow each other, in them the groups of eight columns, in those the four pairs of rows: eight
  * weights, the second row's last, and three bytes of places in the same order. Rows of zeros fill up the last block.
  *
@@ -36,7 +36,7 @@
 
 enum { WORD = 64, HIGHEST_TILE = 8, WIDEST_TILE = 4 };
 enum { GROUP = 8, KEPT = 4, PAIRS = HIGHEST_TILE / 2, PLACES = 3 }; /* halves: columns, kept of them; bytes of places */
-enum level { PORTABLE, AVX2, AVX512, NEON, LEVELS };
+enum level { PORTABLE, AVX2, AVX512, VBMI2, NEON, LEVELS };
 /* A word of a vector for int4, eight times the sum of each four columns k to k + 3 and k + 32 to k + 35, and its scale. */
 struct word_int8 {
     int8_t x[WORD];
@@ -402,22 +402,52 @@ AVX2_CODE INLINE void avx2(enum format format, int height, int width, const stru
         UNROLL for (int b = 0; b < width; b++) store(format, m, y + b * m->step, row + r, avx2_sum(sums[r][b]));
 }
 
-#define AVX512_CODE __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")))
+#define AVX512_CODE __attribute__((target("avx2,fma,popcnt,avx512f,avx512bw,avx512dq,avx512vl")))
+#define VBMI2_CODE __attribute__((target("avx2,fma,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2")))
 
-AVX512_CODE INLINE __m512 avx512_int8(__m128i weights) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(weights)); }
+/* Sixteen weights in a row, each at the foot of a lane. */
+AVX512_CODE INLINE __m512i avx512_lanes(enum format format, const uint8_t *from) {
+    if (is_int8(format)) return _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)from));
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from));
+}
 
-/* The weights of one word, as floats. A bf16 pair shares a 32-bit lane, so even and odd columns part, as x does. */
+/* Sixteen bits as a mask: from memory, as to shift one takes the port that expands. */
+AVX512_CODE INLINE __mmask16 avx512_mask(const uint8_t *from) {
+    __mmask16 mask;
+    __asm__("kmovw %1, %0" : "=Yk"(mask) : "m"(*(const uint8_t(*)[2])from));
+    return mask;
+}
+
+AVX512_CODE INLINE __m512 avx512_floats(enum format format, __m512i lanes) {
+    return is_int8(format) ? _mm512_cvtepi32_ps(lanes) : _mm512_castsi512_ps(_mm512_slli_epi32(lanes, 16));
+}
+
+/* The weights of one word, as floats. */
 AVX512_CODE INLINE void avx512_fetch(enum format format, struct cursor *cursor, __m512 weights[4]) {
+    uint64_t kept = ~0ull;
+    int before = 0; /* weights of the groups before this one */
+    if (is_packed(format)) memcpy(&kept, cursor->bits, sizeof kept);
+    UNROLL for (int group = 0; group < 4; group++) {
+        __m512i lanes = avx512_lanes(format, cursor->weights + before * weight_size(format));
+        if (is_packed(format)) lanes = _mm512_maskz_expand_epi32(avx512_mask(cursor->bits + 2 * group), lanes);
+        weights[group] = avx512_floats(format, lanes);
+        before = __builtin_popcountll(kept & ~0ull >> (48 - 16 * group));
+    }
+    if (is_packed(format)) cursor->weights += weight_size(format) * before;
+}
+
+/* The same where less than lanes can be expanded. A bf16 pair shares a lane: even and odd columns part, as x does. */
+VBMI2_CODE INLINE void vbmi2_fetch(enum format format, struct cursor *cursor, __m512 weights[4]) {
     uint64_t kept = ~0ull;
     if (is_packed(format)) memcpy(&kept, cursor->bits, sizeof kept);
     const uint8_t *from = cursor->weights;
     if (is_int8(format)) {
         __m512i all = _mm512_loadu_si512(from);
         if (is_packed(format)) all = _mm512_maskz_expand_epi8(kept, all);
-        weights[0] = avx512_int8(_mm512_castsi512_si128(all));
-        weights[1] = avx512_int8(_mm512_extracti32x4_epi32(all, 1));
-        weights[2] = avx512_int8(_mm512_extracti32x4_epi32(all, 2));
-        weights[3] = avx512_int8(_mm512_extracti32x4_epi32(all, 3));
+        weights[0] = avx512_floats(format, _mm512_cvtepi8_epi32(_mm512_castsi512_si128(all)));
+        weights[1] = avx512_floats(format, _mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(all, 1)));
+        weights[2] = avx512_floats(format, _mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(all, 2)));
+        weights[3] = avx512_floats(format, _mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(all, 3)));
     } else {
         UNROLL for (int half = 0; half < 2; half++) {
             __m512i pairs = _mm512_loadu_si512(from);
@@ -432,39 +462,83 @@ AVX512_CODE INLINE void avx512_fetch(enum format format, struct cursor *cursor, 
 }
 
 AVX512_CODE INLINE float avx512_sum(__m512 lanes) {
-    float lane[16], sum = 0;
-    _mm512_storeu_ps(lane, lanes);
-    for (int i = 0; i < 16; i++) sum += lane[i];
-    return sum;
+    return avx2_sum(_mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1)));
 }
 
-AVX512_CODE INLINE void avx512(enum format format, int height, int width, const struct matrix *m, int64_t row,
-                               const void *vectors, float *y) {
+/* Four rows at a time; a tile of one row goes the way of AVX2, whose sums are the same. */
+AVX512_CODE INLINE void avx512_half(enum format format, int height, int width, const struct matrix *m, int64_t row,
+                                    const void *vectors, float *y) {
     const float *x = vectors;
-    struct cursor cursors[HIGHEST_TILE];
-    struct ahead ahead = look_ahead(format, height, m, row);
-    __m512 sums[HIGHEST_TILE][WIDEST_TILE], weights[4];
-    uint8_t tails[HIGHEST_TILE][2 * WORD];
-    UNROLL for (int r = 0; r < height; r++) {
-        cursors[r] = row_cursor(format, m, row + r);
-        UNROLL for (int b = 0; b < width; b++) sums[r][b] = _mm512_setzero_ps();
-    }
-    for (int64_t word = 0; word < m->words; word++, x += WORD * width) {
-        prefetch(format, height, &ahead);
-        if (is_partial(format, m, word))
-            UNROLL for (int r = 0; r < height; r++) pad_tail(format, m, &cursors[r], tails[r]);
-        UNROLL for (int r = 0; r < height; r++) {
-            avx512_fetch(format, &cursors[r], weights);
-            next_word(format, &cursors[r]);
-            UNROLL for (int group = 0; group < 4; group++)
-                UNROLL for (int b = 0; b < width; b++)
-                    sums[r][b] = _mm512_fmadd_ps(weights[group], _mm512_load_ps(x + 16 * (group * width + b)),
-                                                 sums[r][b]);
+    const int fours = height / 4, size = weight_size(format);
+    const __m512i shifts = _mm512_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21, 0, 3, 6, 9, 12, 15, 18, 21);
+    struct cursor cursor = half_cursor(format, m, row);
+    __m512 sums[PAIRS / 2][WIDEST_TILE];
+    UNROLL for (int f = 0; f < fours; f++)
+        UNROLL for (int b = 0; b < width; b++) sums[f][b] = _mm512_setzero_ps();
+    for (int64_t group = 0; group < half_groups(m); group++, x += GROUP * width) {
+        __builtin_prefetch(cursor.weights + NEAR_WEIGHTS, 0, 3);
+        __builtin_prefetch(cursor.bits + NEAR_PLACES, 0, 3);
+        UNROLL for (int f = 0; f < fours; f++) {
+            __m512 weights = avx512_floats(format, avx512_lanes(format, cursor.weights + 2 * f * GROUP * size));
+            const uint8_t *at = cursor.bits + 2 * f * PLACES;
+            __m512i places = _mm512_set1_epi32((int)places_at(at));
+            places = _mm512_mask_set1_epi32(places, 0xff00, (int)places_at(at + PLACES));
+            places = _mm512_srlv_epi32(places, shifts); /* a shuffle looks at four bits: x stands there twice */
+            UNROLL for (int b = 0; b < width; b++) {
+                __m512 chosen = _mm512_permutexvar_ps(places, _mm512_broadcast_f32x8(_mm256_load_ps(x + GROUP * b)));
+                sums[f][b] = _mm512_fmadd_ps(weights, chosen, sums[f][b]);
+            }
         }
+        next_group(format, &cursor);
     }
-    UNROLL for (int r = 0; r < height; r++)
-        UNROLL for (int b = 0; b < width; b++) store(format, m, y + b * m->step, row + r, avx512_sum(sums[r][b]));
+    UNROLL for (int f = 0; f < fours; f++)
+        UNROLL for (int b = 0; b < width; b++) {
+            float *to = y + b * m->step;
+            store(format, m, to, row + 4 * f, avx2_half_sum(_mm512_castps512_ps128(sums[f][b])));
+            store(format, m, to, row + 4 * f + 1, avx2_half_sum(_mm512_extractf32x4_ps(sums[f][b], 1)));
+            store(format, m, to, row + 4 * f + 2, avx2_half_sum(_mm512_extractf32x4_ps(sums[f][b], 2)));
+            store(format, m, to, row + 4 * f + 3, avx2_half_sum(_mm512_extractf32x4_ps(sums[f][b], 3)));
+        }
 }
+
+/* Rows of all formats but int4, by a level's own way to fetch weights. */
+#define AVX512_ROWS(code, level)                                                                                       \
+    code INLINE void level(enum format format, int height, int width, const struct matrix *m, int64_t row,             \
+                           const void *vectors, float *y) {                                                            \
+        if (is_half(format)) {                                                                                         \
+            if (height == 1) avx2_half(format, height, width, m, row, vectors, y);                                     \
+            else avx512_half(format, height, width, m, row, vectors, y);                                               \
+            return;                                                                                                    \
+        }                                                                                                              \
+        const float *x = vectors;                                                                                      \
+        struct cursor cursors[HIGHEST_TILE];                                                                           \
+        struct ahead ahead = look_ahead(format, height, m, row);                                                       \
+        __m512 sums[HIGHEST_TILE][WIDEST_TILE], weights[4];                                                            \
+        uint8_t tails[HIGHEST_TILE][2 * WORD];                                                                         \
+        UNROLL for (int r = 0; r < height; r++) {                                                                      \
+            cursors[r] = row_cursor(format, m, row + r);                                                               \
+            UNROLL for (int b = 0; b < width; b++) sums[r][b] = _mm512_setzero_ps();                                   \
+        }                                                                                                              \
+        for (int64_t word = 0; word < m->words; word++, x += WORD * width) {                                           \
+            prefetch(format, height, &ahead);                                                                          \
+            if (is_partial(format, m, word))                                                                           \
+                UNROLL for (int r = 0; r < height; r++) pad_tail(format, m, &cursors[r], tails[r]);                    \
+            UNROLL for (int r = 0; r < height; r++) {                                                                  \
+                level##_fetch(format, &cursors[r], weights);                                                           \
+                next_word(format, &cursors[r]);                                                                        \
+                UNROLL for (int group = 0; group < 4; group++)                                                         \
+                    UNROLL for (int b = 0; b < width; b++)                                                             \
+                        sums[r][b] = _mm512_fmadd_ps(weights[group], _mm512_load_ps(x + 16 * (group * width + b)),     \
+                                                     sums[r][b]);                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        UNROLL for (int r = 0; r < height; r++)                                                                        \
+            UNROLL for (int b = 0; b < width; b++)                                                                     \
+                store(format, m, y + b * m->step, row + r, avx512_sum(sums[r][b]));                                    \
+    }
+
+AVX512_ROWS(AVX512_CODE, avx512)
+AVX512_ROWS(VBMI2_CODE, vbmi2)
 #endif
 
 #ifdef ON_ARM
@@ -628,9 +702,9 @@ struct tile {
         {low, level##_##format##_##low##x4, level##_##format##_1x4},                                              \
     };
 
-#define ALL_FORMATS(level, with) \
+#define ALL_FORMATS(level, half, int4) \
     {level##_DENSE_BF16, level##_PACKED_BF16, level##_DENSE_INT8, level##_PACKED_INT8,                            \
-     with##_DENSE_INT4,  with##_HALF_BF16,    with##_HALF_INT8}
+     int4,               half##_HALF_BF16,    half##_HALF_INT8}
 
 struct kernels {
     int lanes, widest, bf16_stride; /* stride 2: even and odd columns of two lane groups part */
@@ -650,9 +724,15 @@ TILES(AVX2_CODE, avx2, DENSE_INT4, 4, 4, 2)
 TILES(AVX2_CODE, avx2, HALF_BF16, 8, 8, 4)
 TILES(AVX2_CODE, avx2, HALF_INT8, 8, 8, 4)
 TILES(AVX512_CODE, avx512, DENSE_BF16, 4, 4, 4)
-TILES(AVX512_CODE, avx512, PACKED_BF16, 4, 4, 4)
+TILES(AVX512_CODE, avx512, PACKED_BF16, 2, 4, 4)
 TILES(AVX512_CODE, avx512, DENSE_INT8, 4, 4, 4)
 TILES(AVX512_CODE, avx512, PACKED_INT8, 4, 4, 4)
+TILES(AVX512_CODE, avx512, HALF_BF16, 8, 8, 8)
+TILES(AVX512_CODE, avx512, HALF_INT8, 8, 8, 8)
+TILES(VBMI2_CODE, vbmi2, DENSE_BF16, 4, 4, 4)
+TILES(VBMI2_CODE, vbmi2, PACKED_BF16, 4, 4, 4)
+TILES(VBMI2_CODE, vbmi2, DENSE_INT8, 4, 4, 4)
+TILES(VBMI2_CODE, vbmi2, PACKED_INT8, 4, 4, 4)
 #endif
 #ifdef ON_ARM
 TILES(NEON_CODE, neon, DENSE_BF16, 4, 4, 2)
@@ -669,11 +749,13 @@ static const struct kernels kernels[LEVELS] = {
                   {&portable_tile, &portable_tile, &portable_tile, &portable_tile, &portable_int4_tile,
                    &portable_half_tile, &portable_half_tile}},
 #ifdef ON_X86
-    [AVX2] = {8, 4, 1, ALL_FORMATS(avx2, avx2)},
-    [AVX512] = {16, 4, 2, ALL_FORMATS(avx512, avx2)}, /* AVX2 is enough for int4 and halves to wait for memory */
+    [AVX2] = {8, 4, 1, ALL_FORMATS(avx2, avx2, avx2_DENSE_INT4)},
+    /* int4: one vector waits for memory with AVX2 */
+    [AVX512] = {16, 4, 1, ALL_FORMATS(avx512, avx512, avx2_DENSE_INT4)},
+    [VBMI2] = {16, 4, 2, ALL_FORMATS(vbmi2, avx512, avx2_DENSE_INT4)},
 #endif
 #ifdef ON_ARM
-    [NEON] = {8, 4, 1, ALL_FORMATS(neon, neon)},
+    [NEON] = {8, 4, 1, ALL_FORMATS(neon, neon, neon_DENSE_INT4)},
 #endif
 };
 
@@ -825,8 +907,8 @@ EXPORT int secateurs_level(void) {
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2"))
-        return AVX512;
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return __builtin_cpu_supports("avx512vbmi2") ? VBMI2 : AVX512;
     if (avx2) return AVX2;
 #endif
 #ifdef ON_ARM
@@ -836,7 +918,7 @@ EXPORT int secateurs_level(void) {
 }
 
 EXPORT const char *secateurs_level_name(int level) {
-    static const char *const names[LEVELS] = {"portable", "avx2", "avx512", "neon"};
+    static const char *const names[LEVELS] = {"portable", "avx2", "avx512", "avx512vbmi2", "neon"};
     return level >= 0 && level < LEVELS ? names[level] : "unknown";
 }
 
