@@ -31,10 +31,10 @@ def gains(pattern: Pattern | Cut, rounded: bool = False) -> list[tuple[str, str]
         ]
     served = GONE if isinstance(pattern, NM) else NOTHING
     halves = isinstance(pattern, NM) and GROUP % pattern.m == 0 and HALF_FROM < pattern.n / pattern.m <= KEPT / GROUP
-    packed = "about twice as fast as dense bfloat16 there" if halves else "less memory; 4:8 is faster"
+    packed = "up to twice as fast as dense bfloat16" if halves else "less memory, time with AVX-512 only; 4:8 is faster"
     return [
         ("transformers", NOTHING),
         *((engine, served) for engine in ("vLLM", "SGLang", "TensorRT-LLM")),
         ("llama.cpp", NOTHING),
-        ("secateurs pack (CPU)", f"matrices, one row at a time: {packed}; measure it with `bench`"),
+        ("secateurs pack (CPU)", f"one row at a time, with AVX-512 a few: {packed}; measure it with `bench`"),
     ]
