@@ -402,8 +402,8 @@ AVX2_CODE INLINE void avx2(enum format format, int height, int width, const stru
         UNROLL for (int b = 0; b < width; b++) store(format, m, y + b * m->step, row + r, avx2_sum(sums[r][b]));
 }
 
-#define AVX512_CODE __attribute__((target("avx2,fma,popcnt,avx512f,avx512bw,avx512dq,avx512vl")))
-#define VBMI2_CODE __attribute__((target("avx2,fma,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2")))
+#define AVX512_CODE __attribute__((target("avx2,fma,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define VBMI2_CODE __attribute__((target("avx2,fma,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi2")))
 
 /* Sixteen weights in a row, each at the foot of a lane. */
 AVX512_CODE INLINE __m512i avx512_lanes(enum format format, const uint8_t *from) {
@@ -501,10 +501,51 @@ AVX512_CODE INLINE void avx512_half(enum format format, int height, int width, c
         }
 }
 
-/* Rows of all formats but int4, by a level's own way to fetch weights. */
+/* A product of 64 numbers is one instruction (VNNI), which starts from what eight too much in each has to go. */
+AVX512_CODE INLINE void avx512_int4(int height, int width, const struct matrix *m, int64_t row, const void *vectors,
+                                    float *y) {
+    const struct word_int8 *x = vectors;
+    const uint8_t *weights[HIGHEST_TILE];
+    const uint16_t *scales[HIGHEST_TILE];
+    const __m512i shifts = _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4), low = _mm512_set1_epi8(15);
+    __m512i numbers[HIGHEST_TILE];
+    __m512 scale[HIGHEST_TILE], sums[HIGHEST_TILE][WIDEST_TILE];
+    UNROLL for (int r = 0; r < height; r++) {
+        weights[r] = int4_row(m, row + r);
+        scales[r] = m->scales + (row + r) * m->words;
+        UNROLL for (int b = 0; b < width; b++) sums[r][b] = _mm512_setzero_ps();
+    }
+    const uint8_t *ahead = weights[0] + NEAREST;
+    for (int64_t word = 0; word < m->words; word++, x += width) {
+        UNROLL for (int line = 0; line < (height + 1) / 2; line++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
+        UNROLL for (int r = 0; r < height; r++) {
+            __m256i both = _mm256_loadu_si256((const void *)(weights[r] + word * (WORD / 2)));
+            numbers[r] = _mm512_and_si512(_mm512_srlv_epi64(_mm512_broadcast_i64x4(both), shifts), low);
+            scale[r] = _mm512_set1_ps(from_bf16(scales[r] + word));
+        }
+        UNROLL for (int b = 0; b < width; b++) {
+            __m512i vector = _mm512_load_si512((const void *)x[b].x);
+            __m256i eights = _mm256_load_si256((const void *)x[b].eights);
+            __m512i start = _mm512_zextsi256_si512(_mm256_sub_epi32(_mm256_setzero_si256(), eights));
+            __m512 per = _mm512_set1_ps(x[b].scale[0]);
+            UNROLL for (int r = 0; r < height; r++) {
+                __m512 product = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, numbers[r], vector));
+                sums[r][b] = _mm512_fmadd_ps(_mm512_mul_ps(product, per), scale[r], sums[r][b]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < height; r++)
+        UNROLL for (int b = 0; b < width; b++) y[b * m->step + row + r] = avx512_sum(sums[r][b]);
+}
+
+/* Rows of all formats, by a level's own way to fetch weights. */
 #define AVX512_ROWS(code, level)                                                                                       \
     code INLINE void level(enum format format, int height, int width, const struct matrix *m, int64_t row,             \
                            const void *vectors, float *y) {                                                            \
+        if (format == DENSE_INT4) {                                                                                    \
+            avx512_int4(height, width, m, row, vectors, y);                                                            \
+            return;                                                                                                    \
+        }                                                                                                              \
         if (is_half(format)) {                                                                                         \
             if (height == 1) avx2_half(format, height, width, m, row, vectors, y);                                     \
             else avx512_half(format, height, width, m, row, vectors, y);                                               \
@@ -702,9 +743,9 @@ struct tile {
         {low, level##_##format##_##low##x4, level##_##format##_1x4},                                              \
     };
 
-#define ALL_FORMATS(level, half, int4) \
+#define ALL_FORMATS(level, with) \
     {level##_DENSE_BF16, level##_PACKED_BF16, level##_DENSE_INT8, level##_PACKED_INT8,                            \
-     int4,               half##_HALF_BF16,    half##_HALF_INT8}
+     with##_DENSE_INT4,  with##_HALF_BF16,    with##_HALF_INT8}
 
 struct kernels {
     int lanes, widest, bf16_stride; /* stride 2: even and odd columns of two lane groups part */
@@ -727,6 +768,7 @@ TILES(AVX512_CODE, avx512, DENSE_BF16, 4, 4, 4)
 TILES(AVX512_CODE, avx512, PACKED_BF16, 2, 4, 4)
 TILES(AVX512_CODE, avx512, DENSE_INT8, 4, 4, 4)
 TILES(AVX512_CODE, avx512, PACKED_INT8, 4, 4, 4)
+TILES(AVX512_CODE, avx512, DENSE_INT4, 4, 4, 4)
 TILES(AVX512_CODE, avx512, HALF_BF16, 8, 8, 8)
 TILES(AVX512_CODE, avx512, HALF_INT8, 8, 8, 8)
 TILES(VBMI2_CODE, vbmi2, DENSE_BF16, 4, 4, 4)
@@ -749,13 +791,12 @@ static const struct kernels kernels[LEVELS] = {
                   {&portable_tile, &portable_tile, &portable_tile, &portable_tile, &portable_int4_tile,
                    &portable_half_tile, &portable_half_tile}},
 #ifdef ON_X86
-    [AVX2] = {8, 4, 1, ALL_FORMATS(avx2, avx2, avx2_DENSE_INT4)},
-    /* int4: one vector waits for memory with AVX2 */
-    [AVX512] = {16, 4, 1, ALL_FORMATS(avx512, avx512, avx2_DENSE_INT4)},
-    [VBMI2] = {16, 4, 2, ALL_FORMATS(vbmi2, avx512, avx2_DENSE_INT4)},
+    [AVX2] = {8, 4, 1, ALL_FORMATS(avx2, avx2)},
+    [AVX512] = {16, 4, 1, ALL_FORMATS(avx512, avx512)},
+    [VBMI2] = {16, 4, 2, ALL_FORMATS(vbmi2, avx512)},
 #endif
 #ifdef ON_ARM
-    [NEON] = {8, 4, 1, ALL_FORMATS(neon, neon, neon_DENSE_INT4)},
+    [NEON] = {8, 4, 1, ALL_FORMATS(neon, neon)},
 #endif
 };
 
@@ -907,7 +948,7 @@ EXPORT int secateurs_level(void) {
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
         return __builtin_cpu_supports("avx512vbmi2") ? VBMI2 : AVX512;
     if (avx2) return AVX2;
 #endif
