@@ -23,7 +23,7 @@ EXPANDED = tuple(name for name in FORMATS if name != "dense_bf16")
 FIELDS = {"weight": "weights", "values": "weights", "kept": "weights"}  # of tensors, where they are called otherwise
 FUNCTIONS = {  # whose arguments are ints, pointers, numbers (int64) and floats
     "multiply": "iipppn",
-    "expand": "ipp",
+    "expand": "iipp",
     "before_attention": "iippppppppfppfppnpnn",
     "attended": "iipnpnnnpnnnppnfpnnnnn",
     "after_attention": "iipppppppppppfpn",
@@ -127,10 +127,11 @@ class Stored:
         )
         return out
 
-    def expand(self) -> Float32[Tensor, "rows d_in"]:
+    def expand(self, *, level: int | None = None) -> Float32[Tensor, "rows d_in"]:
         """The weights of a matrix whose format is in EXPANDED. RuntimeError without a library."""
         out = torch.empty(self._matrix.rows, self._matrix.columns, dtype=torch.float32, device="cpu")
-        loaded().secateurs_expand(torch.get_num_threads(), self.address, out.data_ptr())
+        level = best_level() if level is None else level
+        loaded().secateurs_expand(level, torch.get_num_threads(), self.address, out.data_ptr())
         return out
 
 

@@ -948,7 +948,8 @@ EXPORT int secateurs_level(void) {
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni"))
         return __builtin_cpu_supports("avx512vbmi2") ? VBMI2 : AVX512;
     if (avx2) return AVX2;
 #endif
@@ -966,6 +967,7 @@ EXPORT const char *secateurs_level_name(int level) {
 /* The weights themselves, for products with so many vectors that another library does them better. */
 INLINE void expand_packed_row(enum format format, const struct matrix *m, int64_t row, float scale, float *weights) {
     struct cursor cursor = row_cursor(format, m, row);
+    memset(weights, 0, (size_t)m->columns * sizeof(float));
     for (int64_t word = 0; word < m->words; word++, weights += WORD)
         for (uint64_t kept = m->bits[row * m->words + word]; kept; kept &= kept - 1)
             weights[__builtin_ctzll(kept)] = next_weight(format, &cursor) * scale;
@@ -973,6 +975,7 @@ INLINE void expand_packed_row(enum format format, const struct matrix *m, int64_
 
 INLINE void expand_half_row(enum format format, const struct matrix *m, int64_t row, float scale, float *weights) {
     struct cursor cursor = half_cursor(format, m, row);
+    memset(weights, 0, (size_t)m->columns * sizeof(float));
     for (int64_t column = 0; column < m->columns; column += GROUP) {
         for (int k = 0, place; k < KEPT; k++) {
             float weight = half_weight(format, &cursor, row, k, &place) * scale;
@@ -981,6 +984,45 @@ INLINE void expand_half_row(enum format format, const struct matrix *m, int64_t 
         next_group(format, &cursor);
     }
 }
+
+#ifdef ON_X86
+AVX2_CODE INLINE void avx2_expand_packed_row(enum format format, const struct matrix *m, int64_t row, float scale,
+                                             float *weights) {
+    struct cursor cursor = row_cursor(format, m, row);
+    for (int64_t column = 0; column < m->columns; column += WORD) {
+        const int64_t left = m->columns - column;
+        float last[WORD], *to = left < WORD ? last : weights + column;
+        UNROLL for (int group = 0; group < 8; group++)
+            _mm256_storeu_ps(to + 8 * group, _mm256_mul_ps(avx2_fetch(format, &cursor, group), _mm256_set1_ps(scale)));
+        next_word(format, &cursor);
+        if (left < WORD) memcpy(weights + column, last, (size_t)left * sizeof(float));
+    }
+}
+
+/* Of a group, each of the four weights a row keeps is put where its place is one of the columns' numbers. */
+AVX2_CODE INLINE void avx2_expand_half_row(enum format format, const struct matrix *m, int64_t row, float scale,
+                                           float *weights) {
+    struct cursor cursor = half_cursor(format, m, row);
+    const int first = (int)(row % 2) * KEPT;
+    const __m256i columns = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), lowest = _mm256_set1_epi32(GROUP - 1);
+    for (int64_t column = 0; column < m->columns; column += GROUP, next_group(format, &cursor)) {
+        __m256 all = _mm256_setzero_ps();
+        UNROLL for (int k = 0; k < KEPT; k++) {
+            struct cursor at = {cursor.weights + (first + k) * weight_size(format), NULL};
+            __m256i place = _mm256_set1_epi32((int)(places_at(cursor.bits) >> 3 * (first + k)));
+            __m256i here = _mm256_cmpeq_epi32(_mm256_and_si256(place, lowest), columns);
+            __m256 weight = _mm256_set1_ps(next_weight(format, &at) * scale);
+            all = _mm256_add_ps(all, _mm256_and_ps(weight, _mm256_castsi256_ps(here)));
+        }
+        const int64_t left = m->columns - column;
+        if (left < GROUP) {
+            float last[GROUP];
+            _mm256_storeu_ps(last, all);
+            memcpy(weights + column, last, (size_t)left * sizeof(float));
+        } else _mm256_storeu_ps(weights + column, all);
+    }
+}
+#endif
 
 static void expand_int4_row(const struct matrix *m, int64_t row, float *weights) {
     const uint8_t *pairs = int4_row(m, row);
@@ -1001,32 +1043,39 @@ static void expand_int8_row(const struct matrix *m, int64_t row, float *weights)
     for (int64_t j = 0; j < m->columns; j++) weights[j] = (float)whole[j] * m->scale[row];
 }
 
-INLINE void expand(enum format format, int threads, const struct matrix *m, float *out) {
+typedef void expand_function(const struct matrix *m, int64_t row, float *weights);
+#define EXPAND(code, name, format, by)                                                                                 \
+    code static void name##_##format(const struct matrix *m, int64_t row, float *weights) {                            \
+        by(format, m, row, is_int8(format) ? m->scale[row] : 1, weights);                                              \
+    }
+#define EXPANDERS(code, name)                                                                                          \
+    EXPAND(code, name, PACKED_BF16, name##_packed_row)                                                                 \
+    EXPAND(code, name, PACKED_INT8, name##_packed_row)                                                                 \
+    EXPAND(code, name, HALF_BF16, name##_half_row)                                                                     \
+    EXPAND(code, name, HALF_INT8, name##_half_row)                                                                     \
+    static expand_function *const name##ers[FORMATS] = {                                                               \
+        [PACKED_BF16] = name##_PACKED_BF16, [PACKED_INT8] = name##_PACKED_INT8, [DENSE_INT8] = expand_int8_row,        \
+        [HALF_BF16] = name##_HALF_BF16,     [HALF_INT8] = name##_HALF_INT8,     [DENSE_INT4] = expand_int4_row,        \
+    };
+
+EXPANDERS(, expand)
+#ifdef ON_X86
+EXPANDERS(AVX2_CODE, avx2_expand)
+#endif
+
+/* Of any format but dense bfloat16. */
+EXPORT void secateurs_expand(int level, int threads, const struct matrix *matrix, float *out) {
+    struct matrix m = *matrix;
+    m.words = (m.columns + WORD - 1) / WORD;
+    expand_function *row_of = expanders[m.format];
+    (void)level;
+#ifdef ON_X86
+    if (level >= AVX2) row_of = avx2_expanders[m.format];
+#endif
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
 #else
     (void)threads;
 #endif
-    for (int64_t row = 0; row < m->rows; row++) {
-        float *weights = out + row * m->columns, scale = is_int8(format) ? m->scale[row] : 1;
-        if (is_half(format) || is_packed(format)) memset(weights, 0, (size_t)m->columns * sizeof(float));
-        if (is_half(format)) expand_half_row(format, m, row, scale, weights);
-        else if (is_packed(format)) expand_packed_row(format, m, row, scale, weights);
-        else if (is_int8(format)) expand_int8_row(m, row, weights);
-        else expand_int4_row(m, row, weights);
-    }
-}
-
-/* Of any format but dense bfloat16. */
-EXPORT void secateurs_expand(int threads, const struct matrix *matrix, float *out) {
-    struct matrix m = *matrix;
-    m.words = (m.columns + WORD - 1) / WORD;
-    switch (m.format) {
-    case PACKED_BF16: expand(PACKED_BF16, threads, &m, out); break;
-    case PACKED_INT8: expand(PACKED_INT8, threads, &m, out); break;
-    case HALF_BF16: expand(HALF_BF16, threads, &m, out); break;
-    case HALF_INT8: expand(HALF_INT8, threads, &m, out); break;
-    case DENSE_INT8: expand(DENSE_INT8, threads, &m, out); break;
-    default: expand(DENSE_INT4, threads, &m, out);
-    }
+    for (int64_t row = 0; row < m.rows; row++) row_of(&m, row, out + row * m.columns);
 }
