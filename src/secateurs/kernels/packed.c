@@ -538,19 +538,10 @@ AVX512_CODE INLINE void avx512_int4(int height, int width, const struct matrix *
         UNROLL for (int b = 0; b < width; b++) y[b * m->step + row + r] = avx512_sum(sums[r][b]);
 }
 
-/* Rows of all formats, by a level's own way to fetch weights. */
-#define AVX512_ROWS(code, level)                                                                                       \
-    code INLINE void level(enum format format, int height, int width, const struct matrix *m, int64_t row,             \
-                           const void *vectors, float *y) {                                                            \
-        if (format == DENSE_INT4) {                                                                                    \
-            avx512_int4(height, width, m, row, vectors, y);                                                            \
-            return;                                                                                                    \
-        }                                                                                                              \
-        if (is_half(format)) {                                                                                         \
-            if (height == 1) avx2_half(format, height, width, m, row, vectors, y);                                     \
-            else avx512_half(format, height, width, m, row, vectors, y);                                               \
-            return;                                                                                                    \
-        }                                                                                                              \
+/* Dense and packed rows, by a level's own way to fetch weights. */
+#define AVX512_ROWS(code, name, fetch)                                                                                 \
+    code INLINE void name(enum format format, int height, int width, const struct matrix *m, int64_t row,              \
+                          const void *vectors, float *y) {                                                             \
         const float *x = vectors;                                                                                      \
         struct cursor cursors[HIGHEST_TILE];                                                                           \
         struct ahead ahead = look_ahead(format, height, m, row);                                                       \
@@ -565,7 +556,7 @@ AVX512_CODE INLINE void avx512_int4(int height, int width, const struct matrix *
             if (is_partial(format, m, word))                                                                           \
                 UNROLL for (int r = 0; r < height; r++) pad_tail(format, m, &cursors[r], tails[r]);                    \
             UNROLL for (int r = 0; r < height; r++) {                                                                  \
-                level##_fetch(format, &cursors[r], weights);                                                           \
+                fetch(format, &cursors[r], weights);                                                                   \
                 next_word(format, &cursors[r]);                                                                        \
                 UNROLL for (int group = 0; group < 4; group++)                                                         \
                     UNROLL for (int b = 0; b < width; b++)                                                             \
@@ -578,8 +569,16 @@ AVX512_CODE INLINE void avx512_int4(int height, int width, const struct matrix *
                 store(format, m, y + b * m->step, row + r, avx512_sum(sums[r][b]));                                    \
     }
 
-AVX512_ROWS(AVX512_CODE, avx512)
-AVX512_ROWS(VBMI2_CODE, vbmi2)
+AVX512_ROWS(AVX512_CODE, avx512_rows, avx512_fetch)
+AVX512_ROWS(VBMI2_CODE, vbmi2, vbmi2_fetch)
+
+AVX512_CODE INLINE void avx512(enum format format, int height, int width, const struct matrix *m, int64_t row,
+                               const void *vectors, float *y) {
+    if (format == DENSE_INT4) avx512_int4(height, width, m, row, vectors, y);
+    else if (is_half(format) && height == 1) avx2_half(format, height, width, m, row, vectors, y);
+    else if (is_half(format)) avx512_half(format, height, width, m, row, vectors, y);
+    else avx512_rows(format, height, width, m, row, vectors, y);
+}
 #endif
 
 #ifdef ON_ARM
