@@ -1,7 +1,7 @@
-"""Packed models as transformers' models: linear layers that our kernels multiply, blocks that need fewer steps.
+"""Packed models as transformers' models: linear layers that our kernels multiply, decoders that need fewer steps.
 
-Between its products a token of a small model spends as long as in them, in fifty small steps a block, so blocks of the
-families in `FAST` take a token of each row in as few as they can; whatever else they are given goes the way of
+Between its products a token of a small model spends as long as in them, in fifty small steps a block, so decoders of
+the families in `FAST` take a token of each row through all blocks in one; whatever else they are given goes the way of
 transformers.
 """
 
@@ -12,20 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Int
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
 from secateurs import kernels
 from secateurs.artifacts import read_json
 from secateurs.checkpoint import compute_buffers, weight_files
-from secateurs.kernels import block
+from secateurs.engines.hf import Buffer
+from secateurs.kernels import blocks as kernel
+from secateurs.kernels.blocks import Block
 from secateurs.models import cannot_be_loaded, name_of
 from secateurs.packed import RECORD, SCHEMA, STEM, VERSION, PackedMatrix
 
@@ -59,88 +63,117 @@ class PackedEmbedding(nn.Module):
         return rows if self.scale == 1 else rows * self.scale
 
 
-class FastBlock:
-    """A decoder block that takes one token of each of a few rows in three calls; what is unusual goes its family's way.
+class FastModel:
+    """A decoder that takes one token of each of a few rows through all of its blocks in one call.
 
-    Forward hooks inside it are not called for single tokens.
+    What is unusual goes its family's way. Forward hooks of its blocks are not called for single tokens.
     """
 
     training: bool
-    self_attn: Any
-    mlp: Any
-    input_layernorm: Any
-    post_attention_layernorm: Any
+    config: Any
+    layers: Any
+    norm: Any
+    rotary_emb: Any
+    embed_tokens: Any
 
     def forward(
         self,
-        hidden_states: Float[Tensor, "batch tokens width"],
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
         **others: Any,
-    ) -> Float[Tensor, "batch tokens width"]:
-        attention, mlp = self.self_attn, self.mlp
-        layers = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-        layers += mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        norms = [self.input_layernorm, self.post_attention_layernorm]
-        if hasattr(attention, "q_norm"):
-            norms += [attention.q_norm, attention.k_norm]
-        batch, tokens, _ = hidden_states.shape
+    ) -> BaseModelOutputWithPast:
+        keeps = self.config.use_cache if use_cache is None else use_cache
+        cache = DynamicCache(config=self.config) if keeps and past_key_values is None else past_key_values
         usual = (
-            tokens == 1
-            and 0 < batch <= FEW
+            keeps
             and not self.training
-            and (attention_mask is None or attention_mask.shape[1:3] == (1, 1))
-            and attention.config._attn_implementation == "sdpa"
-            and all(type(layer) is PackedLinear for layer in layers)
-            and type(mlp.act_fn) is SiLUActivation
-            and position_embeddings[0].shape[2] == attention.head_dim
-            and all(value is None or isinstance(value, bool) for value in others.values())
-            and _plain(hidden_states, *position_embeddings)
-            and _plain(*(norm.weight for norm in norms), *(layer.bias for layer in layers if layer.bias is not None))
+            and input_ids is not None
+            and input_ids.shape[1] == 1
+            and 0 < len(input_ids) <= FEW
+            and inputs_embeds is None
+            and not any(others.values())
+            and self.config._attn_implementation == "sdpa"
+            and not (self.config.output_attentions or self.config.output_hidden_states)
+            and len(cache.layers) == len(self.layers)
+            and all(type(layer) in IN_PLACE for layer in cache.layers)
         )
-        if not usual:
-            state = (attention_mask, position_ids, past_key_values, use_cache, position_embeddings)
-            return super().forward(hidden_states, *state, **others)  # type: ignore[misc]
-        x = hidden_states[:, 0]
-        heads = [layer.out_features // attention.head_dim for layer in layers[:3]]
-        stored = [(layer.matrix.stored, layer.bias) for layer in layers]
-        first, second, *of_heads = ((norm.weight, norm.variance_epsilon) for norm in norms)
-        head_norms = (of_heads[0][0], *of_heads[1]) if of_heads else None
-        projected = block.before_attention(x, first, stored[:3], head_norms, position_embeddings, heads)
-        queries, keys, values = projected.split(heads, 1)
-        keys, values = keys[:, :, None], values[:, :, None]
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, attention.layer_idx)
-        seen = block.attended(queries, keys, values, attention_mask, attention.scaling)
-        return block.after_attention(x, seen, stored[3], second, *stored[4:])[:, None]
+        past = cache.get_seq_length() if usual else 0
+        if attention_mask is not None and usual:
+            usual = isinstance(attention_mask, Tensor) and attention_mask.shape == (len(input_ids), past + 1)
+        blocks = [usual and _block(layer) for layer in self.layers]
+        if not all(blocks):
+            return super().forward(  # type: ignore[misc]
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **others,
+            )
+        x = self.embed_tokens(input_ids)
+        angles = self.rotary_emb(x, torch.full((1, 1), past) if position_ids is None else position_ids)
+        blank = x.new_empty(len(x), self.config.num_key_value_heads, 1, angles[0].shape[2])
+        stored = [cache.update(blank, blank, at) for at in range(len(blocks))]  # written when they are known
+        seen = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
+        x = x[:, 0]
+        kernel.run(x, blocks, stored, angles, seen)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x[:, None]), past_key_values=cache)
 
 
-class FastLlamaBlock(FastBlock, LlamaDecoderLayer): ...
+class FastLlamaModel(FastModel, LlamaModel): ...
 
 
-class FastMistralBlock(FastBlock, MistralDecoderLayer): ...
+class FastMistralModel(FastModel, MistralModel): ...
 
 
-class FastQwen2Block(FastBlock, Qwen2DecoderLayer): ...
+class FastQwen2Model(FastModel, Qwen2Model): ...
 
 
-class FastQwen3Block(FastBlock, Qwen3DecoderLayer): ...
+class FastQwen3Model(FastModel, Qwen3Model): ...
 
 
 FAST = {
-    LlamaDecoderLayer: FastLlamaBlock,
-    MistralDecoderLayer: FastMistralBlock,
-    Qwen2DecoderLayer: FastQwen2Block,
-    Qwen3DecoderLayer: FastQwen3Block,
+    LlamaModel: FastLlamaModel,
+    MistralModel: FastMistralModel,
+    Qwen2Model: FastQwen2Model,
+    Qwen3Model: FastQwen3Model,
 }
+BLOCKS = LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer
+IN_PLACE = DynamicLayer, DynamicSlidingWindowLayer, Buffer
+"""Layers of caches that keep what their `update` returns, and so what is written there."""
 
 
-def _plain(*tensors: Tensor) -> bool:
-    """Whether C can take them for what it knows: float32, one after the other in this memory."""
-    return all(one.dtype == torch.float32 and one.device.type == "cpu" and one.is_contiguous() for one in tensors)
+def _block(layer: Any) -> Block | None:
+    """A block as C takes it; None if there is something that C does not know. Asked of every block for every token."""
+    if type(layer) not in BLOCKS:
+        return None
+    own = layer._modules  # what a module's own lookup takes is ten times as long
+    attention, of_mlp = own["self_attn"], own["mlp"]._modules
+    of_attention = attention._modules
+    linears = [of_attention[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    linears += [of_mlp[name] for name in ("gate_proj", "up_proj", "down_proj")]
+    norms = [own["input_layernorm"], own["post_attention_layernorm"]]
+    if "q_norm" in of_attention:
+        norms += [of_attention["q_norm"], of_attention["k_norm"]]
+    if type(of_mlp["act_fn"]) is not SiLUActivation or any(type(linear) is not PackedLinear for linear in linears):
+        return None
+    weights, biases = [norm._parameters["weight"] for norm in norms], [linear.bias for linear in linears]
+    if not all(one is None or _plain(one) for one in weights + biases):
+        return None
+    epsilons = [norm.variance_epsilon for norm in norms[:3]]
+    of = attention.config if type(layer) is MistralDecoderLayer else attention
+    window = getattr(of, "sliding_window", None)
+    return Block([linear.matrix.stored for linear in linears], biases, weights, epsilons, attention.scaling, window)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether C can take it for what it knows: float32, one after the other in this memory."""
+    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
 
 
 def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = None) -> PreTrainedModel:

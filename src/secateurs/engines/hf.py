@@ -52,7 +52,7 @@ def sample_tokens(
     return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
 
 
-class _Buffer(DynamicLayer):
+class Buffer(DynamicLayer):
     """One layer's keys and values, written in place: row i in slot i, in columns `first` to `length` of its store."""
 
     def __init__(self) -> None:
@@ -162,8 +162,8 @@ class _Batch:
         config: Any = model.config.get_text_config(decoder=True)
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         self.linear = [kind == "linear_attention" for kind in kinds]
-        self.cache = Cache(layers=[_State() if linear else _Buffer() for linear in self.linear])
-        self.buffers = [layer for layer in self.cache.layers if isinstance(layer, _Buffer)]
+        self.cache = Cache(layers=[_State() if linear else Buffer() for linear in self.linear])
+        self.buffers = [layer for layer in self.cache.layers if isinstance(layer, Buffer)]
         self.states = [layer for layer in self.cache.layers if isinstance(layer, _State)]
         self.most = learned_positions(model)
         self.rows: list[_Row] = []

@@ -1,5 +1,5 @@
 """Products of a few vectors with a matrix that is stored packed, on a CPU: the compiled half is packed.c,
-and block.c for what lies between products.
+and blocks.c for all blocks of a decoder.
 
 Built when the package is installed, if there is a C compiler. Without one `library()` is None. Beside it lie kernels
 for GPUs, in Triton: `has_triton` says whether they can be used.
@@ -24,9 +24,7 @@ FIELDS = {"weight": "weights", "values": "weights", "kept": "weights"}  # of ten
 FUNCTIONS = {  # whose arguments are ints, pointers, numbers (int64) and floats
     "multiply": "iipppn",
     "expand": "iipp",
-    "before_attention": "iippppppppfppfppnpnn",
-    "attended": "iipnpnnnpnnnppnfpnnnnn",
-    "after_attention": "iipppppppppppfpn",
+    "blocks": "iipnpnnppnpn",
 }
 
 

@@ -1,7 +1,6 @@
 /*
- * A decoder block with one token of each of a few rows, in float32, in three calls: what comes before its attention,
- * that, and what comes after it. Between the products lies little arithmetic, which takes as long as they do when it is
- * done in fifty small steps by a general library.
+ * All blocks of a decoder with one token of each of a few rows, in float32, in one call. Between the products lies
+ * little arithmetic, which takes as long as they do when it is done in fifty small steps a block by a general library.
  *
  * Vectors of eight floats are the compiler's own (an AVX register, or two of SSE or NEON). On x86 every step is
  * compiled twice, and runs with AVX2 where the processor has it.
@@ -132,8 +131,7 @@ enum { PART = 64 };
 struct group {
     const float *queries, *keys, *values;
     int64_t key_step, value_step; /* floats from token to token */
-    const uint8_t *seen;          /* both masks may be NULL */
-    const float *added;
+    const uint8_t *seen;          /* may be NULL */
     float scale, *out;
     int64_t tokens, width;
 };
@@ -161,14 +159,10 @@ INLINE void score(int heads, const struct group *g, const float *queries, int64_
                     sums[k * heads + h] += key * load_first(queries + h * g->width + i, g->width - i);
             }
         store(scores + t * heads, eight_sums(sums) * g->scale);
-        if (!g->seen && !g->added && t + together <= g->tokens) continue;
-        UNROLL for (int k = 0; k < together; k++) {
-            const int hidden = t + k >= g->tokens || (g->seen && !g->seen[t + k]);
-            UNROLL for (int h = 0; h < heads; h++) {
-                float *one = scores + (t + k) * heads + h;
-                *one = hidden ? -__builtin_inff() : *one + (g->added ? g->added[t + k] : 0);
-            }
-        }
+        if (!g->seen && t + together <= g->tokens) continue;
+        UNROLL for (int k = 0; k < together; k++)
+            if (t + k >= g->tokens || (g->seen && !g->seen[t + k]))
+                UNROLL for (int h = 0; h < heads; h++) scores[(t + k) * heads + h] = -__builtin_inff();
     }
 }
 
@@ -291,110 +285,134 @@ static void add(float *to, int64_t step, const float *added, int64_t added_step,
         for (int64_t i = 0; i < width; i++) to[i] += added[i];
 }
 
-/*
- * Level 0 is plain code, another what secateurs_level found. Biases may be NULL.
- *
- * What comes before the attention of a block, of vectors x: they are normed, multiplied with the matrices of queries,
- * keys and values, and what comes of it is turned.
- */
-EXPORT void secateurs_before_attention(int level, int threads, const struct matrix *queries,
-                                       const struct matrix *keys, const struct matrix *values,
-                                       const float *query_bias, const float *key_bias, const float *value_bias,
-                                       const float *x, const float *norm, float eps, const float *query_norm,
-                                       const float *key_norm, float head_eps, const float *cosine, const float *sine,
-                                       int64_t angle_step, float *heads, int64_t rows, int64_t width) {
-    const struct matrix *const layers[] = {queries, keys, values};
-    const float *const biases[] = {query_bias, key_bias, value_bias};
-    const int64_t columns = queries->columns, step = queries->rows + keys->rows + values->rows;
-    float *scratch = malloc((size_t)(rows * columns) * sizeof *scratch);
-    if (!scratch) {
-        memset(heads, 0xff, (size_t)(rows * step) * sizeof *heads); /* NaN, to be seen */
-        return;
-    }
-    AT_LEVEL(level, normed, x, norm, eps, scratch, rows, columns);
-    secateurs_multiply_all(level, threads, layers, 3, scratch, heads, rows, step);
+/* A decoder block, as Python fills it in (kernels/blocks.py). Biases and norms of heads may be NULL. */
+struct block {
+    const struct matrix *queries, *keys, *values, *output, *gate, *up, *down;
+    const float *query_bias, *key_bias, *value_bias, *output_bias, *gate_bias, *up_bias, *down_bias;
+    const float *norm, *mlp_norm, *query_norm, *key_norm;
+    float *stored_keys, *stored_values; /* [rows, key heads, tokens, width]: the last token's are written */
+    int64_t key_row, key_head, key_token, value_row, value_head, value_token; /* floats from one to the next */
+    int64_t tokens, window; /* of which the last are seen; 0: all */
+    float norm_eps, mlp_eps, head_eps, scale;
+};
+
+/* What all blocks share: a token of each row. */
+struct step {
+    int level, threads;
+    int64_t rows, width; /* of a head */
+    const float *cosine, *sine;
+    int64_t angle_row;
+    const uint8_t *seen; /* [rows, masked]: of which tokens, the last of them last; or NULL, all */
+    int64_t masked;
+};
+
+/* Heads of queries, keys and values of normed x; the keys and values are stored. */
+static void before_attention(const struct step *s, const struct block *b, const float *x, float *normed_x,
+                             float *heads) {
+    const struct matrix *const layers[] = {b->queries, b->keys, b->values};
+    const float *const biases[] = {b->query_bias, b->key_bias, b->value_bias};
+    const int64_t step = b->queries->rows + b->keys->rows + b->values->rows;
+    AT_LEVEL(s->level, normed, x, b->norm, b->norm_eps, normed_x, s->rows, b->queries->columns);
+    secateurs_multiply_all(s->level, s->threads, layers, 3, normed_x, heads, s->rows, step);
     float *to = heads;
-    for (int i = 0; i < 3; to += layers[i++]->rows) add(to, step, biases[i], 0, rows, layers[i]->rows);
-    AT_LEVEL(level, turned, heads, query_norm, key_norm, head_eps, cosine, sine, angle_step, rows,
-             queries->rows / width, keys->rows / width, width);
-    free(scratch);
+    for (int i = 0; i < 3; to += layers[i++]->rows) add(to, step, biases[i], 0, s->rows, layers[i]->rows);
+    const int64_t queries = b->queries->rows / s->width, keys = b->keys->rows / s->width;
+    AT_LEVEL(s->level, turned, heads, b->query_norm, b->key_norm, b->head_eps, s->cosine, s->sine, s->angle_row,
+             s->rows, queries, keys, s->width);
+    for (int64_t row = 0; row < s->rows; row++)
+        for (int64_t head = 0; head < keys; head++) {
+            const float *key = heads + row * step + (queries + head) * s->width, *value = key + keys * s->width;
+            float *key_to = b->stored_keys + row * b->key_row + head * b->key_head + (b->tokens - 1) * b->key_token;
+            float *value_to =
+                b->stored_values + row * b->value_row + head * b->value_head + (b->tokens - 1) * b->value_token;
+            memcpy(key_to, key, (size_t)s->width * sizeof *key);
+            memcpy(value_to, value, (size_t)s->width * sizeof *value);
+        }
 }
 
+static int64_t seen_tokens(const struct block *b) {
+    return b->window && b->window < b->tokens ? b->window : b->tokens;
+}
+
+/* Of one head. */
+static int64_t score_floats(const struct block *b) { return (seen_tokens(b) + LANES - 1) / LANES * LANES; }
+
 /*
- * Attention of one token a row. queries [rows, kv_heads * heads, width] are query_step floats apart from row to row,
- * keys and values [rows, kv_heads, tokens, width] as their steps say; out [rows, kv_heads * heads, width] is dense.
- * Tokens are seen where the bytes of `seen` are not zero, and `added` goes to their scores; either may be NULL, and has
- * mask_step elements from row to row. Groups of heads are computed side by side; where there are fewer of them than
- * threads, parts of a group, which then read the same keys.
+ * out [rows, heads, width] of heads as before_attention leaves them. Groups of heads, which share keys, are computed
+ * side by side; where there are fewer of them than threads, parts of a group, which then read the same keys.
  */
-EXPORT void secateurs_attended(int level, int threads, const float *queries, int64_t query_step, const float *keys,
-                               int64_t key_row, int64_t key_head, int64_t key_token, const float *values,
-                               int64_t value_row, int64_t value_head, int64_t value_token, const uint8_t *seen,
-                               const float *added, int64_t mask_step, float scale, float *out, int64_t rows,
-                               int64_t kv_heads, int64_t heads, int64_t tokens, int64_t width) {
-    const int64_t padded = (tokens + LANES - 1) / LANES * LANES, groups = rows * kv_heads;
+static void attention(const struct step *s, const struct block *b, const float *queries, float *scores, float *out) {
+    enum { ALONE_BELOW = 1 << 14 }; /* products: a second thread takes longer to wake than these take */
+    const int64_t width = s->width, kv_heads = b->keys->rows / width, heads = b->queries->rows / width / kv_heads;
+    const int64_t tokens = seen_tokens(b), unseen = b->tokens - tokens, groups = s->rows * kv_heads;
+    const int64_t step = b->queries->rows + b->keys->rows + b->values->rows;
+    int threads = s->threads < 0 ? -s->threads : s->threads;
+    if (groups * heads * tokens * width < ALONE_BELOW) threads = 1;
     const int64_t tiles = (heads + 3) / 4, wanted = (threads + groups - 1) / groups;
     const int64_t parts = wanted < tiles ? wanted : tiles, each = ((tiles + parts - 1) / parts) * 4;
-    float *scores = malloc((size_t)(groups * heads * padded) * sizeof *scores);
-    if (!scores) {
-        memset(out, 0xff, (size_t)(groups * heads * width) * sizeof *out); /* NaN, to be seen */
-        return;
-    }
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-#else
-    (void)threads;
 #endif
     for (int64_t which = 0; which < groups * parts; which++) {
         const int64_t group_of = which / parts, row = group_of / kv_heads, head = group_of % kv_heads;
         const int64_t first = which % parts * each, count = heads - first < each ? heads - first : each;
         if (count <= 0) continue;
         const struct group group = {
-            .queries = queries + row * query_step + (head * heads + first) * width,
-            .keys = keys + row * key_row + head * key_head,
-            .values = values + row * value_row + head * value_head,
-            .key_step = key_token,
-            .value_step = value_token,
-            .seen = seen ? seen + row * mask_step : NULL,
-            .added = added ? added + row * mask_step : NULL,
-            .scale = scale,
+            .queries = queries + row * step + (head * heads + first) * width,
+            .keys = b->stored_keys + row * b->key_row + head * b->key_head + unseen * b->key_token,
+            .values = b->stored_values + row * b->value_row + head * b->value_head + unseen * b->value_token,
+            .key_step = b->key_token,
+            .value_step = b->value_token,
+            .seen = s->seen ? s->seen + (row + 1) * s->masked - tokens : NULL,
+            .scale = b->scale,
             .out = out + (group_of * heads + first) * width,
             .tokens = tokens,
             .width = width,
         };
-        AT_LEVEL(level, attended, &group, count, scores + group_of * heads * padded + first * padded);
+        AT_LEVEL(s->level, attended, &group, count, scores + (group_of * heads + first) * score_floats(b));
     }
-    free(scores);
+}
+
+/* x += the output layer of what was attended to; then += a gated MLP of that, normed. */
+static void after_attention(const struct step *s, const struct block *b, const float *seen, float *products,
+                            float *normed_x, float *gates, float *inside, float *x) {
+    const struct matrix *const both[] = {b->gate, b->up};
+    const int64_t rows = s->rows, width = b->output->rows, inner = b->gate->rows;
+    secateurs_multiply_all(s->level, s->threads, &b->output, 1, seen, products, rows, width);
+    add(products, width, b->output_bias, 0, rows, width);
+    add(x, width, products, width, rows, width);
+    AT_LEVEL(s->level, normed, x, b->mlp_norm, b->mlp_eps, normed_x, rows, width);
+    secateurs_multiply_all(s->level, s->threads, both, 2, normed_x, gates, rows, 2 * inner);
+    add(gates, 2 * inner, b->gate_bias, 0, rows, inner);
+    add(gates + inner, 2 * inner, b->up_bias, 0, rows, inner);
+    AT_LEVEL(s->level, gated, gates, inside, rows, inner);
+    secateurs_multiply_all(s->level, s->threads, &b->down, 1, inside, products, rows, width);
+    add(products, width, b->down_bias, 0, rows, width);
+    add(x, width, products, width, rows, width);
 }
 
 /*
- * What comes after it: the output matrix, of what was attended to, is added to x; then what is normed of it, multiplied
- * with those of gate and up, gated, and multiplied with that of down.
+ * x [rows, stream] goes through all blocks, in place. Level 0 is plain code, another what secateurs_level found; less
+ * than no threads are at most as many.
  */
-EXPORT void secateurs_after_attention(int level, int threads, const struct matrix *output, const float *output_bias,
-                                      const struct matrix *gate, const float *gate_bias, const struct matrix *up,
-                                      const float *up_bias, const struct matrix *down, const float *down_bias,
-                                      const float *seen, const float *x, const float *norm, float eps, float *y,
-                                      int64_t rows) {
-    const struct matrix *const both[] = {gate, up};
-    const int64_t width = output->rows, inner = gate->rows;
-    float *scratch = malloc((size_t)(rows * (2 * width + 3 * inner)) * sizeof *scratch);
-    if (!scratch) {
-        memset(y, 0xff, (size_t)(rows * width) * sizeof *y);
-        return;
+EXPORT void secateurs_blocks(int level, int threads, const struct block *blocks, int64_t count, float *x, int64_t rows,
+                             int64_t width, const float *cosine, const float *sine, int64_t angle_row,
+                             const uint8_t *seen, int64_t masked) {
+    const struct step step = {level, threads, rows, width, cosine, sine, angle_row, seen, masked};
+    for (const struct block *b = blocks; b < blocks + count; b++) {
+        const int64_t stream = b->output->rows, queries = b->queries->rows, inner = b->gate->rows;
+        const int64_t heads = queries + b->keys->rows + b->values->rows, scored = queries / width * score_floats(b);
+        float *scratch = malloc((size_t)(rows * (2 * stream + heads + queries + 3 * inner + scored)) * sizeof *x);
+        if (!scratch) {
+            memset(x, 0xff, (size_t)(rows * stream) * sizeof *x); /* NaN, to be seen */
+            return;
+        }
+        float *normed_x = scratch, *products = normed_x + rows * stream, *projected = products + rows * stream;
+        float *attended_to = projected + rows * heads, *gates = attended_to + rows * queries;
+        float *inside = gates + 2 * rows * inner, *scores = inside + rows * inner;
+        before_attention(&step, b, x, normed_x, projected);
+        attention(&step, b, projected, scores, attended_to);
+        after_attention(&step, b, attended_to, products, normed_x, gates, inside, x);
+        free(scratch);
     }
-    float *other = scratch, *normed_y = other + rows * width, *products = normed_y + rows * width;
-    float *inside = products + 2 * rows * inner;
-    secateurs_multiply_all(level, threads, &output, 1, seen, y, rows, width);
-    add(y, width, output_bias, 0, rows, width);
-    add(y, width, x, width, rows, width);
-    AT_LEVEL(level, normed, y, norm, eps, normed_y, rows, width);
-    secateurs_multiply_all(level, threads, both, 2, normed_y, products, rows, 2 * inner);
-    add(products, 2 * inner, gate_bias, 0, rows, inner);
-    add(products + inner, 2 * inner, up_bias, 0, rows, inner);
-    AT_LEVEL(level, gated, products, inside, rows, inner);
-    secateurs_multiply_all(level, threads, &down, 1, inside, other, rows, width);
-    add(y, width, down_bias, 0, rows, width);
-    add(y, width, other, width, rows, width);
-    free(scratch);
 }
