@@ -27,7 +27,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Mod
 from secateurs import kernels
 from secateurs.artifacts import read_json
 from secateurs.checkpoint import compute_buffers, weight_files
-from secateurs.engines.hf import Buffer
+from secateurs.engines.hf import GROW, Buffer
 from secateurs.kernels import blocks as kernel
 from secateurs.kernels.blocks import Block
 from secateurs.models import cannot_be_loaded, name_of
@@ -63,6 +63,34 @@ class PackedEmbedding(nn.Module):
         return rows if self.scale == 1 else rows * self.scale
 
 
+class Roomy(DynamicLayer):
+    """A layer of a cache with room after its last token, so that one more does not copy all of them."""
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        vars(self).update(vars(layer))
+        self.store: list[Tensor] = []
+        self.shown: tuple[Any, Any] = None, None
+        """What it last made of the store: keys and values that are others were put there since."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        begin, more = self.get_seq_length(), (key_states, value_states)
+        end = begin + key_states.shape[2]
+        store, known = self.store, self.keys is self.shown[0] and self.values is self.shown[1]
+        if not known or end > store[0].shape[2] or len(key_states) != len(store[0]):
+            store = [one.new_empty(*one.shape[:2], end + GROW, one.shape[3]) for one in more]
+            old: Any = (self.keys, self.values) if begin else ()
+            for stored, one in zip(store, old, strict=begin > 0):
+                stored[:, :, :begin] = one
+        for stored, one in zip(store, more, strict=True):
+            stored[:, :, begin:end] = one
+        self.store = store
+        self.keys, self.values = self.shown = store[0][:, :, :end], store[1][:, :, :end]
+        return self.shown
+
+
 class FastModel:
     """A decoder that takes one token of each of a few rows through all of its blocks in one call.
 
@@ -88,14 +116,15 @@ class FastModel:
     ) -> BaseModelOutputWithPast:
         keeps = self.config.use_cache if use_cache is None else use_cache
         cache = DynamicCache(config=self.config) if keeps and past_key_values is None else past_key_values
+        rows, tokens = (0, 0) if input_ids is None else input_ids.shape
         usual = (
             keeps
             and not self.training
-            and input_ids is not None
-            and input_ids.shape[1] == 1
-            and 0 < len(input_ids) <= FEW
+            and tokens == 1
+            and 0 < rows <= FEW
             and inputs_embeds is None
-            and not any(others.values())
+            and all(value is None or value is False for value in others.values())
+            and "return_dict" not in others
             and self.config._attn_implementation == "sdpa"
             and not (self.config.output_attentions or self.config.output_hidden_states)
             and len(cache.layers) == len(self.layers)
@@ -103,9 +132,9 @@ class FastModel:
         )
         past = cache.get_seq_length() if usual else 0
         if attention_mask is not None and usual:
-            usual = isinstance(attention_mask, Tensor) and attention_mask.shape == (len(input_ids), past + 1)
-        blocks = [usual and _block(layer) for layer in self.layers]
-        if not all(blocks):
+            usual = isinstance(attention_mask, Tensor) and attention_mask.shape == (rows, past + 1)
+        blocks = [block for layer in self.layers if (block := _block(layer))] if usual else []
+        if len(blocks) < len(self.layers):
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -117,7 +146,8 @@ class FastModel:
             )
         x = self.embed_tokens(input_ids)
         angles = self.rotary_emb(x, torch.full((1, 1), past) if position_ids is None else position_ids)
-        blank = x.new_empty(len(x), self.config.num_key_value_heads, 1, angles[0].shape[2])
+        cache.layers[:] = [Roomy(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        blank = x.new_empty(rows, self.config.num_key_value_heads, 1, angles[0].shape[2])
         stored = [cache.update(blank, blank, at) for at in range(len(blocks))]  # written when they are known
         seen = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
         x = x[:, 0]
@@ -144,7 +174,7 @@ FAST = {
     Qwen3Model: FastQwen3Model,
 }
 BLOCKS = LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer
-IN_PLACE = DynamicLayer, DynamicSlidingWindowLayer, Buffer
+IN_PLACE = DynamicLayer, DynamicSlidingWindowLayer, Buffer, Roomy
 """Layers of caches that keep what their `update` returns, and so what is written there."""
 
 
@@ -206,6 +236,8 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
         config: Any = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if place.type == "cpu" and not expand and type(model.base_model) in FAST:
+                setattr(model, model.base_model_prefix, FAST[type(model.base_model)](model.config))
         parts: dict[str, dict[str, Tensor]] = {}
         rest: dict[str, Tensor] = {}
         for key, tensor in _tensors(folder):
@@ -243,9 +275,6 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
         compute_buffers(model, place)
         if not any(True for _ in model.parameters()):  # OLMo's norms have none, and transformers asks one for its type
             model.register_parameter("of_type", nn.Parameter(torch.empty(0, dtype=dtype, device=place)))
-        if place.type == "cpu" and not expand:
-            for module in model.modules():
-                module.__class__ = FAST.get(type(module), type(module))
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except Exception as error:  # transformers and safetensors raise many types for the same damage

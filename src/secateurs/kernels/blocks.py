@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxtyping import Bool, Float32
-from torch import Tensor
+from torch import Tensor, float32
 
 from secateurs.kernels import Stored, best_level, loaded, most_threads
 
@@ -61,6 +61,8 @@ def run(
     heads' numbers side by side. Queries and keys are turned by cosine and sine [rows or 1, 1, width]. A block whose
     store has fewer tokens than the mask sees the last of them. A token that sees nothing gets zeros, as torch has it.
     """
+    if any(one.dtype is not float32 or one.stride(3) != 1 for both in stored for one in both):
+        raise ValueError("a token's keys and values are to be float32, side by side")
     structs = (Struct * len(blocks))()
     for struct, block, (keys, values) in zip(structs, blocks, stored, strict=True):
         addresses = [layer.address for layer in block.layers]
