@@ -12,7 +12,7 @@ from families import make_model
 from secateurs.calibration import batches, trace_document
 from secateurs.collect import final_states
 from secateurs.engines import Request, Sampling, default_sampling
-from secateurs.engines.hf import HF, REFILL, _Batch, sample_tokens
+from secateurs.engines.hf import HF, NUCLEUS, REFILL, _Batch, sample_tokens
 from secateurs.traces import Trace
 
 
@@ -119,6 +119,22 @@ def test_sampling_follows_the_filtered_distribution():
     half = torch.tensor([0.5, 0.3, 0.15, 0.05]).square()
     assert shares(Sampling(temperature=0.5)) == pytest.approx((half / half.sum()).tolist(), abs=1e-3)
     assert shares(Sampling(temperature=0)) == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.5, 2.0, 8.0])
+@pytest.mark.parametrize("top_p", [0.3, 0.95, 1 - 1e-12])
+def test_tokens_are_drawn_from_the_smallest_set_that_reaches_p(top_p, spread):
+    """Of flat rows that is most of the vocabulary, of steep ones a few tokens."""
+    generator = torch.Generator().manual_seed(0)
+    logits = spread * torch.randn(40, 3 * NUCLEUS, generator=generator)
+    logits[:, 7] += torch.linspace(0, 12, 40)
+    uniforms = torch.rand(40, generator=generator, dtype=torch.float64)
+    found = sample_tokens(logits, uniforms, Sampling(top_p=top_p, temperature=0.6))
+    for row, uniform, token in zip(logits, uniforms, found.tolist(), strict=True):
+        probs, order = (row.double() / 0.6).softmax(-1).sort(descending=True)
+        size = int((probs.cumsum(0) < top_p).sum()) + 1
+        share = probs[:size].cumsum(0) / probs[:size].sum()
+        assert token == order[int((share <= uniform).sum())]
 
 
 def test_the_models_own_settings_are_the_default():

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from secateurs.engines import Completion, Request, Sampling
 
 GROW = 256  # spare columns after each move of the buffers
+NUCLEUS = 1024  # likeliest tokens, among which top-p is looked for first: to sort a vocabulary takes as long as a model
 REFILL = 16  # steps that free slots may wait for a prefill, which is a forward pass of its own
 
 
@@ -35,21 +36,31 @@ def sample_tokens(
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    scaled = logits.double() / sampling.temperature
+    scaled, vocabulary = logits.double() / sampling.temperature, logits.shape[-1]
     if sampling.top_k == 0 and sampling.top_p == 1:
-        probs = scaled.softmax(dim=-1)
-        order = None
-    else:
-        count = min(sampling.top_k or scaled.shape[-1], scaled.shape[-1])
-        top, order = scaled.topk(count, dim=-1)
-        probs = top.softmax(dim=-1)
-        before = probs.cumsum(dim=-1) - probs
-        probs = probs.masked_fill(before >= sampling.top_p, 0.0)
+        return _at(uniforms, scaled.softmax(dim=-1)).clamp(max=vocabulary - 1)
+    drawn, reached = _draw(scaled, uniforms, sampling, min(sampling.top_k or NUCLEUS, vocabulary))
+    if not sampling.top_k and not reached.all():
+        drawn[~reached] = _draw(scaled[~reached], uniforms[~reached], sampling, vocabulary)[0]
+    return drawn
+
+
+def _draw(
+    scaled: Float[Tensor, "batch vocab"], uniforms: Float[Tensor, " batch"], sampling: Sampling, count: int
+) -> tuple[Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """Tokens drawn from the `count` likeliest, and whether these reach top-p."""
+    top, order = scaled.topk(count, dim=-1)
+    probs = (top - (top if sampling.top_k else scaled).logsumexp(dim=-1, keepdim=True)).exp()
     cumulative = probs.cumsum(dim=-1)
-    drawn = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-    last = (probs > 0).sum(dim=-1, keepdim=True) - 1 if order is not None else probs.shape[-1] - 1
-    drawn = torch.minimum(drawn, torch.as_tensor(last, device=drawn.device))
-    return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
+    nucleus = probs.masked_fill(cumulative - probs >= sampling.top_p, 0.0)
+    place = torch.minimum(_at(uniforms, nucleus), (nucleus > 0).sum(dim=-1) - 1)
+    return order.gather(-1, place[:, None]).squeeze(-1), cumulative[:, -1] >= sampling.top_p
+
+
+def _at(uniforms: Float[Tensor, " batch"], probs: Float[Tensor, "batch count"]) -> Int[Tensor, " batch"]:
+    """The first place where this share of all probability is passed; `count` where rounding finds none."""
+    cumulative = probs.cumsum(dim=-1)
+    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
 
 
 class Buffer(DynamicLayer):
