@@ -12,6 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from secateurs.kernels import library
+from secateurs.packing import pack
+from test_packed import pruned
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -99,3 +101,13 @@ def test_a_whole_prune_is_timed_part_by_part(tmp_path, script):
     assert [row[1] for row in rows] == ["block", "dense"]
     for row in rows:
         assert float(row[3].replace(",", "")) > 0 and sum(float(share.rstrip("%")) for share in row[6:12]) > 95
+
+
+@pytest.mark.skipif(library() is None, reason="installed without a C compiler: no kernels to time")
+def test_one_call_beside_transformers_blocks(tmp_path, script):
+    pruned("qwen3", tmp_path / "dense")
+    pack(str(tmp_path / "dense"), tmp_path / "packed", "bf16")
+    text = script("one_call.py", tmp_path / "packed", "--contexts", "3,5", "--batch", 2, "--tokens", 2, "--rounds", 1)
+    assert [line.split("│")[2:4] for line in text.splitlines() if "packed" in line] == [
+        [" 2    ", " 3       "], [" 2    ", " 5       "]
+    ]  # fmt: skip
