@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from secateurs import kernels
 from secateurs.artifacts import read_json
@@ -73,28 +73,42 @@ class Roomy(DynamicLayer):
         self.shown: tuple[Any, Any] = None, None
         """What it last made of the store: keys and values that are others were put there since."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which gets a store of its own."""
+        return vars(self) | {"store": [], "shown": (None, None)}
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        begin, more = self.get_seq_length(), (key_states, value_states)
+        begin, old, new = self.get_seq_length(), (self.keys, self.values), (key_states, value_states)
+        if not begin or self.keys.shape[:2] != key_states.shape[:2]:  # type: ignore[union-attr]
+            return super().update(*new)  # which begins, or says what is wrong
         end = begin + key_states.shape[2]
-        store, known = self.store, self.keys is self.shown[0] and self.values is self.shown[1]
-        if not known or end > store[0].shape[2] or len(key_states) != len(store[0]):
-            store = [one.new_empty(*one.shape[:2], end + GROW, one.shape[3]) for one in more]
-            old: Any = (self.keys, self.values) if begin else ()
-            for stored, one in zip(store, old, strict=begin > 0):
-                stored[:, :, :begin] = one
-        for stored, one in zip(store, more, strict=True):
+        if not self._has_room(end, new):
+            self.store = []
+            types = [torch.promote_types(one.dtype, of.dtype) for one, of in zip(new, old, strict=True)]  # type: ignore[union-attr]
+            sizes = [(*one.shape[:2], end + GROW, one.shape[3]) for one in new]
+            store = [one.new_empty(size, dtype=kind) for one, size, kind in zip(new, sizes, types, strict=True)]
+            for stored, one in zip(store, old, strict=True):
+                stored[:, :, :begin] = one  # type: ignore[assignment]
+            self.store = store
+        for stored, one in zip(self.store, new, strict=True):
             stored[:, :, begin:end] = one
-        self.store = store
-        self.keys, self.values = self.shown = store[0][:, :, :end], store[1][:, :, :end]
+        self.keys, self.values = self.shown = self.store[0][:, :, :end], self.store[1][:, :, :end]
         return self.shown
+
+    def _has_room(self, end: int, new: tuple[Tensor, Tensor]) -> bool:
+        return (
+            self.keys is self.shown[0]
+            and self.values is self.shown[1]
+            and all(end <= stored.shape[2] for stored in self.store)
+            and all(torch.promote_types(s.dtype, one.dtype) == s.dtype for s, one in zip(self.store, new, strict=True))
+            and not (self.store[0].is_inference() and not torch.is_inference_mode_enabled())
+        )
 
 
 class FastModel:
     """A decoder that takes one token of each of a few rows through all of its blocks in one call.
 
-    What is unusual goes its family's way. Forward hooks of its blocks are not called for single tokens.
+    What is unusual goes its family's way.
     """
 
     training: bool
@@ -107,7 +121,7 @@ class FastModel:
     def forward(
         self,
         input_ids: Int[Tensor, "batch tokens"] | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
@@ -116,89 +130,121 @@ class FastModel:
     ) -> BaseModelOutputWithPast:
         keeps = self.config.use_cache if use_cache is None else use_cache
         cache = DynamicCache(config=self.config) if keeps and past_key_values is None else past_key_values
-        rows, tokens = (0, 0) if input_ids is None else input_ids.shape
-        usual = (
+        out = None
+        if (
             keeps
             and not self.training
-            and tokens == 1
-            and 0 < rows <= FEW
             and inputs_embeds is None
             and all(value is None or value is False for value in others.values())
             and "return_dict" not in others
-            and self.config._attn_implementation == "sdpa"
-            and not (self.config.output_attentions or self.config.output_hidden_states)
-            and len(cache.layers) == len(self.layers)
-            and all(type(layer) in IN_PLACE for layer in cache.layers)
+        ):
+            out = self._in_one_call(input_ids, attention_mask, position_ids, cache)
+        if out is not None:
+            return BaseModelOutputWithPast(last_hidden_state=self.norm(out), past_key_values=cache)
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **others,
         )
-        past = cache.get_seq_length() if usual else 0
-        if attention_mask is not None and usual:
-            usual = isinstance(attention_mask, Tensor) and attention_mask.shape == (rows, past + 1)
+
+    def _in_one_call(
+        self, ids: Tensor | None, mask: Any, positions: Tensor | None, cache: Any
+    ) -> Float[Tensor, "batch 1 width"] | None:
+        """What the blocks make of a token a row; None, and nothing is changed, if something is not as it mostly is."""
+        if ids is None or ids.shape[1] != 1 or not 0 < len(ids) <= FEW or type(cache) not in (Cache, DynamicCache):
+            return None
+        rows, past = len(ids), cache.get_seq_length()
+        usual = (
+            self.config._attn_implementation == "sdpa"
+            and not (self.config.output_attentions or self.config.output_hidden_states)
+            and not torch.is_autocast_enabled("cpu")
+            and (mask is None or (isinstance(mask, Tensor) and mask.shape == (rows, past + 1)))
+            and (positions is None or positions.shape in ((1, 1), (rows, 1)))
+            and not cache.offloading
+            and len(cache.layers) == len(self.layers)
+            and all(type(one) in IN_PLACE and one.get_seq_length() == past for one in cache.layers)
+            and all(one.keys is None or one.keys.ndim < 4 or len(one.keys) == rows for one in cache.layers)
+        )
         blocks = [block for layer in self.layers if (block := _block(layer))] if usual else []
         if len(blocks) < len(self.layers):
-            return super().forward(  # type: ignore[misc]
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **others,
-            )
-        x = self.embed_tokens(input_ids)
-        angles = self.rotary_emb(x, torch.full((1, 1), past) if position_ids is None else position_ids)
-        cache.layers[:] = [Roomy(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+            return None
+        x = self.embed_tokens(ids)
+        angles = self.rotary_emb(x, torch.full((1, 1), past, device=x.device) if positions is None else positions)
+        if not all(_plain(one) for one in (x, *angles)):
+            return None
+        cache.layers[:] = [Roomy(one) if type(one) is DynamicLayer else one for one in cache.layers]
         blank = x.new_empty(rows, self.config.num_key_value_heads, 1, angles[0].shape[2])
-        stored = [cache.update(blank, blank, at) for at in range(len(blocks))]  # written when they are known
-        seen = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
-        x = x[:, 0]
+        places = [layer.self_attn.layer_idx for layer in self.layers]
+        stored = [cache.update(blank, blank, at) for at in places]  # written when they are known
+        seen = None if mask is None or mask.all() else mask.bool().contiguous()
+        x = x[:, 0].clone()
         kernel.run(x, blocks, stored, angles, seen)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x[:, None]), past_key_values=cache)
+        return x[:, None]
 
 
-class FastLlamaModel(FastModel, LlamaModel): ...
+class FastLlamaModel(FastModel, llama.LlamaModel): ...
 
 
-class FastMistralModel(FastModel, MistralModel): ...
+class FastMistralModel(FastModel, mistral.MistralModel): ...
 
 
-class FastQwen2Model(FastModel, Qwen2Model): ...
+class FastQwen2Model(FastModel, qwen2.Qwen2Model): ...
 
 
-class FastQwen3Model(FastModel, Qwen3Model): ...
+class FastQwen3Model(FastModel, qwen3.Qwen3Model): ...
 
 
 FAST = {
-    LlamaModel: FastLlamaModel,
-    MistralModel: FastMistralModel,
-    Qwen2Model: FastQwen2Model,
-    Qwen3Model: FastQwen3Model,
+    llama.LlamaModel: FastLlamaModel,
+    mistral.MistralModel: FastMistralModel,
+    qwen2.Qwen2Model: FastQwen2Model,
+    qwen3.Qwen3Model: FastQwen3Model,
 }
-BLOCKS = LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer
+PARTS = {  # of blocks that C knows
+    llama.LlamaDecoderLayer: (llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm),
+    mistral.MistralDecoderLayer: (mistral.MistralAttention, mistral.MistralMLP, mistral.MistralRMSNorm),
+    qwen2.Qwen2DecoderLayer: (qwen2.Qwen2Attention, qwen2.Qwen2MLP, qwen2.Qwen2RMSNorm),
+    qwen3.Qwen3DecoderLayer: (qwen3.Qwen3Attention, qwen3.Qwen3MLP, qwen3.Qwen3RMSNorm),
+}
 IN_PLACE = DynamicLayer, DynamicSlidingWindowLayer, Buffer, Roomy
 """Layers of caches that keep what their `update` returns, and so what is written there."""
 
 
 def _block(layer: Any) -> Block | None:
     """A block as C takes it; None if there is something that C does not know. Asked of every block for every token."""
-    if type(layer) not in BLOCKS:
-        return None
     own = layer._modules  # what a module's own lookup takes is ten times as long
-    attention, of_mlp = own["self_attn"], own["mlp"]._modules
-    of_attention = attention._modules
+    attention, mlp = own.get("self_attn"), own.get("mlp")
+    norms = [own.get("input_layernorm"), own.get("post_attention_layernorm")]
+    if PARTS.get(type(layer)) != (type(attention), type(mlp), type(norms[0])):
+        return None
+    of_attention, of_mlp = attention._modules, mlp._modules
     linears = [of_attention[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     linears += [of_mlp[name] for name in ("gate_proj", "up_proj", "down_proj")]
-    norms = [own["input_layernorm"], own["post_attention_layernorm"]]
     if "q_norm" in of_attention:
         norms += [of_attention["q_norm"], of_attention["k_norm"]]
-    if type(of_mlp["act_fn"]) is not SiLUActivation or any(type(linear) is not PackedLinear for linear in linears):
+    if (
+        type(of_mlp["act_fn"]) is not SiLUActivation
+        or any(type(linear) is not PackedLinear for linear in linears)
+        or any(type(norm) is not type(norms[0]) for norm in norms)
+        or any(_changed(module) for module in (layer, attention, mlp, of_mlp["act_fn"], *linears, *norms))
+    ):
         return None
     weights, biases = [norm._parameters["weight"] for norm in norms], [linear.bias for linear in linears]
     if not all(one is None or _plain(one) for one in weights + biases):
         return None
     epsilons = [norm.variance_epsilon for norm in norms[:3]]
-    of = attention.config if type(layer) is MistralDecoderLayer else attention
+    of = attention.config if type(attention) is mistral.MistralAttention else attention
     window = getattr(of, "sliding_window", None)
     return Block([linear.matrix.stored for linear in linears], biases, weights, epsilons, attention.scaling, window)
+
+
+def _changed(module: Any) -> bool:
+    """Whether something is to happen when it is called that its class does not say."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -61,8 +61,10 @@ def run(
     heads' numbers side by side. Queries and keys are turned by cosine and sine [rows or 1, 1, width]. A block whose
     store has fewer tokens than the mask sees the last of them. A token that sees nothing gets zeros, as torch has it.
     """
-    if any(one.dtype is not float32 or one.stride(3) != 1 for both in stored for one in both):
-        raise ValueError("a token's keys and values are to be float32, side by side")
+    if any(one.dtype is not float32 or one.stride(3) != 1 or len(one) != len(x) for both in stored for one in both):
+        raise ValueError(f"keys and values are to be float32, side by side in a head, and of {len(x)} rows")
+    if seen is not None and not seen.is_contiguous():
+        raise ValueError("the mask is to be contiguous")
     structs = (Struct * len(blocks))()
     for struct, block, (keys, values) in zip(structs, blocks, stored, strict=True):
         addresses = [layer.address for layer in block.layers]
