@@ -1,13 +1,14 @@
 """All blocks of a token in one call: they are what torch makes of them, the models what transformers runs."""
 
-from copy import deepcopy
+from copy import copy, deepcopy
 
 import pytest
 import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from families import FAMILIES, SMALL
 from secateurs import kernels, runtime
 from secateurs.engines import Request, Sampling
 from secateurs.engines.hf import HF
@@ -174,6 +175,8 @@ def test_every_head_is_computed_whatever_the_threads(monkeypatch):
     for threads in (1, 2, 3, 4, 8):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found.append(attended(queries, keys, values))
+        rows = [one.repeat(5, *[1] * (one.ndim - 1)) for one in (queries, keys, values)]
+        assert torch.equal(attended(*rows), found[-1].expand(5, -1))
     assert all(torch.equal(one, found[0]) for one in found)
 
 
@@ -213,7 +216,15 @@ def count(monkeypatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.fixture
+def mixed(monkeypatch) -> None:
+    """A family whose second block alone has a window."""
+    config = Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    monkeypatch.setitem(FAMILIES, "mixed", lambda: Qwen2ForCausalLM(config))
+
+
+@pytest.mark.usefixtures("mixed")
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "mixed"])
 @torch.no_grad()
 def test_a_token_of_each_row_goes_the_short_way_to_the_same_logits(family, tmp_path, count):
     model, exact = load(family, tmp_path)
@@ -222,13 +233,15 @@ def test_a_token_of_each_row_goes_the_short_way_to_the_same_logits(family, tmp_p
     ids = torch.randint(3, 60, (3, 20), generator=torch.Generator().manual_seed(0))
     padding = torch.ones(3, 20, dtype=torch.long)
     padding[1, :5] = 0
-    for mask in (None, padding):
+    own = (padding.cumsum(1) - 1).clamp(min=0)  # rows begin where padding ends
+    for mask, positions in ((None, None), (padding, None), (padding.bool(), own), (None, own[:1] + 3)):
         caches = [None, None]
         for begin, end in ((0, 9), (9, 10), (10, 11), (11, 14), (14, 15)):  # three tokens at once go the long way
             short = len(count)
             seen = None if mask is None else mask[:, :end]
+            options = {"position_ids": None if positions is None else positions[:, begin:end], "attention_mask": seen}
             outs = [
-                one(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True, attention_mask=seen)
+                one(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True, **options)
                 for one, cache in zip((model, exact), caches, strict=True)
             ]
             caches = [out.past_key_values for out in outs]
@@ -236,12 +249,54 @@ def test_a_token_of_each_row_goes_the_short_way_to_the_same_logits(family, tmp_p
             torch.testing.assert_close(outs[0].logits[rows], outs[1].logits[rows], rtol=1e-4, atol=1e-4)
             assert len(count) - short == (2 if end - begin == 1 else 0)
     assert max(count) == 8 if family == "mistral" else max(count) == 15  # its window
+    assert min(count[-2:]) == 8 if family in ("mistral", "mixed") else min(count[-2:]) == 15
+
+
+class OtherNorm(torch.nn.Module):
+    """Named and weighed as the family's."""
+
+    def __init__(self, norm) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+CHANGES = {  # of a model's second block
+    "activation": lambda block: setattr(block.mlp, "act_fn", torch.nn.GELU()),
+    "norm": lambda block: setattr(block, "input_layernorm", OtherNorm(block.input_layernorm)),
+    "second norm": lambda block: setattr(block, "post_attention_layernorm", OtherNorm(block.input_layernorm)),
+    "mlp": lambda block: setattr(block, "mlp", torch.nn.Identity()),
+    "forward": lambda block: setattr(block.mlp, "forward", torch.zeros_like),
+    "hook": lambda block: block.mlp.register_forward_hook(lambda _, args, out: 2 * out),
+    "hook before": lambda block: block.self_attn.v_proj.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
+    "bias": lambda block: setattr(block.mlp.down_proj, "bias", random(32).double()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_block_that_is_not_its_familys_goes_the_long_way(change, tmp_path, count):
+    models = load("qwen2", tmp_path)
+    count.clear()  # of the check that packing makes
+    ids = torch.tensor([[5]])
+    before = models[0](input_ids=ids).logits
+    assert len(count) == 2
+    if change == "bias":
+        models = (models[0], deepcopy(models[0]))
+    for model in models:
+        CHANGES[change](model.model.layers[1])
+    if change == "bias":
+        models[1].model.layers[1].mlp.down_proj.bias = random(32)
+    found, wanted = (model(input_ids=ids).logits.float() for model in models)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert len(count) == (4 if change == "bias" else 2) and not torch.allclose(before, wanted, atol=1e-4)
 
 
 @torch.no_grad()
 def test_what_the_short_way_does_not_know_goes_the_way_of_transformers(tmp_path, count):
     model, exact = load("qwen2", tmp_path)
-    count.clear()  # of the check that packing makes
     one = torch.tensor([[5]])
 
     def check(short: int, rows: int = 1, **options) -> None:
@@ -254,22 +309,123 @@ def test_what_the_short_way_does_not_know_goes_the_way_of_transformers(tmp_path,
     check(0, rows=FEW + 1)
     check(0, attention_mask=torch.zeros(1, 4, 1, 1))  # one mask a head
     check(0, position_bias=random(1, 4, 1, 1))
+    check(0, rows=3, position_ids=torch.tensor([9]))
+    check(0, use_cache=False)
     for each in (model, exact):
         each.set_attn_implementation("eager")
     check(0)
-    assert model(input_ids=one, output_attentions=True).attentions[0].shape == (1, 4, 1, 1)
     for each in (model, exact):
         each.set_attn_implementation("sdpa")
-        each.model.layers[0].mlp.act_fn = torch.nn.GELU()
-        each.model.layers[1].self_attn.v_proj.bias = torch.nn.Parameter(random(16), requires_grad=False)
+        each.train()
     check(0)
-    layer, packed = model.model.layers[1].mlp, model.model.layers[1].mlp.down_proj
-    layer.down_proj = exact.model.layers[1].mlp.down_proj  # as a LoRA's wrapper would be
+    count.clear()
+    for each in (model, exact):
+        each.eval()
+    embedded = model.model.embed_tokens(one)
+    outs = [each.model(inputs_embeds=embedded, return_dict=False)[0] for each in (model, exact)]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+    assert isinstance(model.model(input_ids=one, return_dict=False), tuple) and not count
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=one)
+    assert not count
+    packed = model.model.layers[1].mlp.down_proj
+    model.model.layers[1].mlp.down_proj = exact.model.layers[1].mlp.down_proj  # as a LoRA's wrapper would be
     check(0)
-    layer.down_proj = packed
+    model.model.layers[1].mlp.down_proj = packed
+    check(2)
+    count.clear()
     wanted = exact(input_ids=one).logits
     found = model.to(torch.bfloat16)(input_ids=one).logits.float()
     assert not count and float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
+@pytest.mark.parametrize("options", [{"output_attentions": True}, {"output_hidden_states": True}])
+@torch.no_grad()
+def test_what_is_recorded_of_blocks_is_there(options, tmp_path):
+    model, exact = load("qwen3", tmp_path)
+    for each in (model, exact):
+        each.set_attn_implementation("eager" if "output_attentions" in options else "sdpa")
+    one = torch.tensor([[5]])
+    found, wanted = (each(input_ids=one, **options) for each in (model, exact))
+    for name in ("attentions", "hidden_states"):
+        if f"output_{name}" in options:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-4)
+    (name,) = options
+    setattr(model.config, name, True)
+    assert model(input_ids=one)[name.removeprefix("output_")]
+
+
+class Watched(DynamicCache):
+    """Keeps what it is given."""
+
+    def update(self, key_states, *args, **kwargs):
+        vars(self).setdefault("given", []).append(key_states.clone())
+        return super().update(key_states, *args, **kwargs)
+
+
+@torch.no_grad()
+def test_caches_are_used_as_transformers_would(tmp_path, count):
+    model, exact = load("llama", tmp_path)
+    ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+
+    def begin(each, cache=None, until=8):
+        return each(
+            input_ids=ids[:, :until], past_key_values=DynamicCache() if cache is None else cache, use_cache=True
+        ).past_key_values
+
+    def end(each, cache, rows=3, **options):
+        return each(input_ids=ids[:rows, 8:], past_key_values=cache, use_cache=True, **options).logits[:, -1]
+
+    wanted = end(exact, begin(exact))
+    count.clear()
+    cache = Watched()
+    torch.testing.assert_close(end(model, begin(model, cache)), wanted, rtol=1e-4, atol=1e-4)
+    assert not count and len(cache.given) == 4
+    torch.testing.assert_close(end(model, begin(model)), wanted, rtol=1e-4, atol=1e-4)
+    assert len(count) == 2
+    cache = begin(model)
+    with pytest.raises(RuntimeError):
+        end(model, cache, rows=1)  # of three rows
+    assert len(count) == 2
+    with torch.inference_mode():
+        cache = begin(model)
+        end(model, cache)
+    for each in (copy(cache), deepcopy(cache)):  # what goes on with a copy changes nothing in the other
+        each.layers = [copy(layer) for layer in each.layers]
+        kept = [layer.keys.clone() for layer in cache.layers]
+        for _ in range(2):
+            end(model, each)
+        more = end(model, deepcopy(cache))
+        torch.testing.assert_close(end(model, cache), more, rtol=0, atol=0)
+        assert all(
+            torch.equal(layer.keys[:, :, : one.shape[2]], one) for layer, one in zip(cache.layers, kept, strict=True)
+        )
+    cache = begin(model)
+    cache.layers[0].crop(-3)
+    count.clear()
+    with pytest.raises(RuntimeError):
+        end(model, cache, attention_mask=torch.eye(3, 6))
+    assert not count
+    hidden = []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, out: hidden.append((out, out.clone())))
+    end(model, begin(model))
+    assert torch.equal(*hidden[-1])
+
+
+@pytest.mark.parametrize("strange", ["part", "one row of many", "turned"])
+@torch.no_grad()
+def test_a_mask_is_read_as_it_is(strange, tmp_path):
+    both, outs = load("llama", tmp_path), []
+    ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+    seen = torch.rand(3, 20, generator=torch.Generator().manual_seed(1)) < 0.6
+    seen[:, [0, 8]] = True
+    for each in both:
+        cache = each(input_ids=ids[:, :8], use_cache=True).past_key_values
+        mask = {"part": seen[:, :9], "one row of many": seen[1:2, :9].expand(3, 9)}.get(
+            strange, seen[:, :9].T.contiguous().T
+        )
+        outs.append(each(input_ids=ids[:, 8:], past_key_values=cache, attention_mask=mask, use_cache=True).logits)
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
