@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from secateurs.engines import Completion, Request, Sampling
 
 GROW = 256  # spare columns after each move of the buffers
-NUCLEUS = 1024  # likeliest tokens, among which top-p is looked for first: to sort a vocabulary takes as long as a model
+NUCLEUS = 1024  # likeliest tokens, where top-p is looked for first: sorting a vocabulary takes as long as a small model
 REFILL = 16  # steps that free slots may wait for a prefill, which is a forward pass of its own
 
 
