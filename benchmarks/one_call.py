@@ -15,12 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers.cache_utils import DynamicCache
 
+from cpu_kernel import numbers
 from secateurs.bench import machine, short
 from secateurs.runtime import FAST, load_packed
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 @torch.inference_mode()
