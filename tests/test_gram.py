@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateurs import layer
-from secateurs.layer import Gram, LayerProblem, Outcome, relative_error
+from secateurs.layer import Gram, LayerProblem, Outcome, gram_energy, relative_error
 from secateurs.patterns import NM, Unstructured
 
 
@@ -118,6 +118,15 @@ def test_relative_error_of_bfloat16_weights_sees_small_errors():
     nearly = w.float()
     nearly[0, 0] *= 1 + 1e-6
     assert 0 < relative_error(nearly, w, gram_of(torch.randn(50, 10))) < 1e-11
+
+
+def test_errors_that_nearly_cancel_keep_their_digits():
+    gram = gram_of(torch.randn(50, 300))
+    unseen = torch.linalg.eigh(gram.xtx.double()).eigenvectors[:, :250]
+    d = ((torch.randn(4, 250, dtype=torch.float64) @ unseen.T) + 1e-3 * torch.randn(4, 300)).float()
+    exact = (d.double() @ gram.xtx.double() * d.double()).sum()
+    assert gram_energy(d, gram) == pytest.approx(float(exact), rel=1e-7)
+    assert float((d @ gram.xtx * d).sum()) != pytest.approx(float(exact), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import secateurs
 
 SOURCE = Path(secateurs.__file__).parent
 ORDER = [
-    {"artifacts", "patterns", "linalg", "leaks", "hub", "parallel", "statistics", "kernels", "int4"},
-    {"rows", "ranks"},
+    {"artifacts", "patterns", "leaks", "hub", "parallel", "statistics", "kernels", "int4"},
+    {"linalg", "rows", "ranks"},
     {"questions"},
     {"layer", "traces", "prompts"},
     {"scores", "engines"},

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from secateurs import linalg
+from secateurs.kernels import best_level, library, solve
 from secateurs.linalg import (
     NotPositiveDefiniteError,
     cholesky,
@@ -157,6 +158,16 @@ def test_refit_is_least_squares_on_the_support():
     assert (refit[~mask] == 0).all()
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def way(request, monkeypatch) -> None:
+    """Both ways of a step of conjugate gradients."""
+    if request.param == "torch":
+        monkeypatch.setattr(solve, "fits", lambda *tensors: False)
+    elif library() is None:
+        pytest.skip("installed without a C compiler")
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("tokens", [200, 10])
 def test_cg_only_descends_and_reaches_the_refit(tokens):
     gram, target, mask = gram_like(16, tokens, spread=0.3), torch.randn(6, 16), torch.rand(6, 16) > 0.5
@@ -169,6 +180,7 @@ def test_cg_only_descends_and_reaches_the_refit(tokens):
     assert (losses[-1] <= best + 1e-3 * (losses[0] - best) + slack).all()
 
 
+@pytest.mark.usefixtures("way")
 def test_cg_freezes_rows_with_nothing_to_do():
     gram, target = gram_like(8, 100), torch.randn(4, 8)
     mask = torch.rand(4, 8) > 0.5
@@ -181,6 +193,7 @@ def test_cg_freezes_rows_with_nothing_to_do():
     assert torch.equal(start, target * mask)
 
 
+@pytest.mark.usefixtures("way")
 def test_cg_stops_at_negative_curvature_and_skips_dead_inputs():
     gram = torch.diag(torch.tensor([1.0, 1.0, 0.0]))
     gram[0, 1] = gram[1, 0] = -3.0
@@ -189,6 +202,29 @@ def test_cg_stops_at_negative_curvature_and_skips_dead_inputs():
     assert solution.tolist() == start.tolist()
 
 
+@pytest.mark.skipif(library() is None, reason="installed without a C compiler")
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 8), (40, 83)], ids=str)
+def test_a_compiled_step_is_that_of_torch(shape, level, monkeypatch):
+    rows, d_in = shape
+    monkeypatch.setattr(solve, "best_level", lambda: min(level, best_level()))
+    mask, inverse_energy = torch.rand(shape) > 0.5, torch.rand(d_in) + 0.5
+    mask[:, 0] = True
+    image, direction, solution = torch.randn(shape), torch.randn(shape), torch.randn(shape)
+    residual, rz, enough = torch.randn(shape) * mask, torch.rand(rows, 1) + 0.5, torch.full((rows, 1), 0.1)
+    image = image.copysign(direction)
+    image[1::3], rz[2::3] = -image[1::3], 0.05  # no positive curvature; little left
+    found, wanted = ([t.clone() for t in (image, direction, solution, residual, inverse_energy, rz)] for _ in range(2))
+    solve.descend(mask, *found, enough)
+    linalg._descend(mask.float(), *wanted, enough)
+    moving = wanted[5] > 0
+    assert moving[:, 0].tolist() == [row % 3 == 0 for row in range(rows)]
+    for place in (2, 3, 5):  # solution, residual, rz
+        torch.testing.assert_close(found[place], wanted[place], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1] * moving, wanted[1] * moving, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("way")
 def test_conjugate_gradients_by_rough_products_end_where_exact_ones_do(monkeypatch):
     """Few tokens that share a mean and hardly any damping: without a fresh residual rows go astray."""
     generator = torch.Generator().manual_seed(0)

@@ -7,12 +7,14 @@ from itertools import product
 import pytest
 import torch
 
+from secateurs.kernels import best_level, library, solve
 from secateurs.layer import Gram, LayerProblem, LayerSolution, Outcome, relative_error
 from secateurs.linalg import NotPositiveDefiniteError, masked_refit, unit_gram
 from secateurs.patterns import NM, Unstructured, stack
 from secateurs.scores import SCORES
 from secateurs.solvers import ADMM, ALPS, SOLVERS, Refit, Solver, SparseGPT, Swaps
 from secateurs.solvers.masking import Masking
+from secateurs.solvers.sparsegpt import _columns
 from secateurs.solvers.swaps import _State
 
 PATTERNS = [
@@ -68,6 +70,36 @@ def solved(make: Callable[..., Solver], pattern, **changes) -> LayerSolution:
 
 def error(solution: LayerSolution, p: LayerProblem) -> float:
     return relative_error(solution.weight, p.goal, p.gram)
+
+
+@pytest.mark.skipif(library() is None, reason="installed without a C compiler")
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize(("width", "count", "d_out"), [(1, 1, 1), (5, 5, 31), (9, 4, 32), (64, 64, 40), (70, 64, 100)])
+@pytest.mark.parametrize("by", ["rows", "columns"])
+def test_columns_are_swept_by_compiled_code_as_one_after_the_other(width, count, d_out, level, by, monkeypatch):
+    monkeypatch.setattr(solve, "best_level", lambda: min(level, best_level()))
+    w, u = torch.randn(width, d_out), torch.randn(80, 80) / 8
+    u = (u if by == "rows" else u.T)[3 : 3 + count, 5 : 5 + width]
+    pruned, strength = torch.rand(count, d_out) < 0.5, torch.rand(count) + 0.5
+    results = []
+    for columns in (_columns, solve.sweep):
+        swept, errors = w.clone(), torch.empty(count, d_out)
+        columns(swept, pruned, strength, u, errors)
+        results.append((swept, errors))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(library() is None, reason="installed without a C compiler")
+@pytest.mark.parametrize("make", [SOLVERS["sparsegpt"], SOLVERS["sparsegpt+refit"], SOLVERS["admm"]], ids=name_of)
+@EVERY_PATTERN
+def test_without_compiled_code_masks_are_the_same(make, pattern, monkeypatch):
+    p = problem(pattern)
+    compiled = make().solve(p)
+    monkeypatch.setattr(solve, "fits", lambda *tensors: False)
+    plain = make().solve(p)
+    assert torch.equal(compiled.mask, plain.mask)
+    assert_same_weights(make, plain.weight, compiled.weight, p)
 
 
 @EVERY_SOLVER

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateurs.kernels import solve
+
 Damping = Literal["relative", "mean", "capped"]
 T = TypeVar("T")
 
@@ -251,23 +253,42 @@ def masked_cg(
     rz = torch.linalg.vecdot(residual, direction)[:, None]
     enough = rz * tolerance**2
     image, rough = torch.empty_like(residual), _has_tf32(residual)
+    compiled = solve.fits(mask, solution, residual, direction)
     for number in range(steps):
         if rough and number and number % ANEW == 0:
             residual = ((target - solution) @ gram).mul_(kept)
             direction = residual * inverse_energy
             rz = torch.linalg.vecdot(residual, direction)[:, None]
-        image = (fast_product(direction, gram) if rough else torch.mm(direction, gram, out=image)).mul_(kept)
-        curvature = torch.linalg.vecdot(direction, image)[:, None]
-        moving = (rz > enough) & (curvature > 0)
-        step = torch.where(moving, rz / torch.where(moving, curvature, 1), 0)
-        solution.addcmul_(direction, step)
-        residual.addcmul_(image, step, value=-1)
-        preconditioned = torch.mul(residual, inverse_energy, out=image)
-        rz_next = torch.linalg.vecdot(residual, preconditioned)[:, None]
-        ratio = torch.where(moving, rz_next / torch.where(moving, rz, 1), 0)
-        direction.mul_(ratio).add_(preconditioned).mul_(moving)
-        rz = torch.where(moving, rz_next, 0)
+        image = fast_product(direction, gram) if rough else torch.mm(direction, gram, out=image)
+        if compiled:
+            solve.descend(mask, image, direction, solution, residual, inverse_energy, rz, enough)
+        else:
+            _descend(kept, image, direction, solution, residual, inverse_energy, rz, enough)
     return solution
+
+
+def _descend(
+    kept: Tensor,
+    image: Tensor,
+    direction: Tensor,
+    solution: Tensor,
+    residual: Tensor,
+    inverse_energy: Tensor,
+    rz: Tensor,
+    enough: Tensor,
+) -> None:
+    """What `kernels.solve.descend` does in one call, with a mask of numbers."""
+    image.mul_(kept)
+    curvature = torch.linalg.vecdot(direction, image)[:, None]
+    moving = (rz > enough) & (curvature > 0)
+    step = torch.where(moving, rz / torch.where(moving, curvature, 1), 0)
+    solution.addcmul_(direction, step)
+    residual.addcmul_(image, step, value=-1)
+    preconditioned = torch.mul(residual, inverse_energy, out=image)
+    rz_next = torch.linalg.vecdot(residual, preconditioned)[:, None]
+    ratio = torch.where(moving, rz_next / torch.where(moving, rz, 1), 0)
+    torch.addcmul(preconditioned, direction, ratio, out=direction)
+    rz.copy_(torch.where(moving, rz_next, 0))
 
 
 def _has_tf32(tensor: Tensor) -> bool:

@@ -1,5 +1,5 @@
 """Products of a few vectors with a matrix that is stored packed, on a CPU: the compiled half is packed.c,
-and blocks.c for all blocks of a decoder.
+and blocks.c for all blocks of a decoder; solve.c is what solvers do between products.
 
 Built when the package is installed, if there is a C compiler. Without one `library()` is None. Beside it lie kernels
 for GPUs, in Triton: `has_triton` says whether they can be used.
@@ -25,6 +25,8 @@ FUNCTIONS = {  # whose arguments are ints, pointers, numbers (int64) and floats
     "multiply": "iipppn",
     "expand": "iipp",
     "blocks": "iipnpnnppnpn",
+    "sweep": "iipppppnnn",
+    "descend": "iippppppppnn",
 }
 
 

@@ -1,31 +1,10 @@
 /*
  * All blocks of a decoder with one token of each of a few rows, in float32, in one call. Between the products lies
  * little arithmetic, which takes as long as they do when it is done in fifty small steps a block by a general library.
- *
- * Vectors of eight floats are the compiler's own (an AVX register, or two of SSE or NEON). On x86 every step is
- * compiled twice, and runs with AVX2 where the processor has it.
  */
-#include "packed.h"
+#include "floats.h"
 
 #include <stdlib.h>
-#include <string.h>
-
-#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
-#ifndef __clang__
-#pragma GCC optimize("fp-contract=fast") /* x * y + z in one; ISO C mode would not */
-#endif
-
-enum { LANES = 8 };
-typedef float floats __attribute__((vector_size(32)));
-typedef int32_t ints __attribute__((vector_size(32)));
-
-INLINE floats load(const float *from) {
-    floats out;
-    memcpy(&out, from, sizeof out);
-    return out;
-}
-
-INLINE void store(float *to, floats values) { memcpy(to, &values, sizeof values); }
 
 INLINE floats spread(float value) { return (floats){} + value; }
 
@@ -36,10 +15,6 @@ INLINE floats load_first(const float *from, int64_t count) {
 }
 
 INLINE void store_first(float *to, floats values, int64_t count) { memcpy(to, &values, (size_t)count * sizeof *to); }
-
-INLINE float sum(floats values) {
-    return ((values[0] + values[4]) + (values[2] + values[6])) + ((values[1] + values[5]) + (values[3] + values[7]));
-}
 
 #ifdef __clang__
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -254,17 +229,6 @@ INLINE void gated(const float *both, float *y, int64_t rows, int64_t width) {
         if (left) store_first(y + i, silu(load_first(both + i, left)) * load_first(up + i, left), left);
     }
 }
-
-#ifdef __x86_64__
-#define WITH_AVX2 __attribute__((target("avx2,fma")))
-#define AT_LEVEL(level, name, ...) ((level) ? name##_avx2(__VA_ARGS__) : name##_plain(__VA_ARGS__))
-#define BOTH(name, parameters, arguments) \
-    static void name##_plain parameters { name arguments; } \
-    WITH_AVX2 static void name##_avx2 parameters { name arguments; }
-#else
-#define AT_LEVEL(level, name, ...) ((void)(level), name(__VA_ARGS__))
-#define BOTH(name, parameters, arguments)
-#endif
 
 BOTH(normed, (const float *x, const float *weight, float eps, float *y, int64_t rows, int64_t width),
      (x, weight, eps, y, rows, width))

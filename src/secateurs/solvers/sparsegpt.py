@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from secateurs.kernels import has_triton
+from secateurs.kernels import has_triton, solve
 from secateurs.layer import LayerProblem, LayerSolution
 from secateurs.linalg import Damping, NotPositiveDefiniteError, damped_inverse_factor
 from secateurs.scores import dead_first
@@ -79,7 +79,7 @@ class SparseGPT:
         step = pattern.columns_at_once(self.block_size)
         block_size = max(step, self.block_size // step * step)
         errors = torch.empty_like(w[:block_size])
-        columns = _columns
+        columns = solve.sweep if solve.fits(w) else _columns
         if w.is_cuda and has_triton():
             from secateurs.kernels import sweep
 
@@ -100,7 +100,7 @@ class SparseGPT:
 
 
 def _columns(w: Tensor, pruned: Tensor, strength: Tensor, u: Tensor, errors: Tensor) -> None:
-    """What `kernels.sweep.sweep` does in one launch, by two operations a column."""
+    """What `kernels.solve.sweep` and `kernels.sweep.sweep` do in one call, by two operations a column."""
     for i, push in enumerate(pruned * strength[:, None]):
         error = torch.mul(w[i], push, out=errors[i])
         w[i:].addr_(u[i, i:], error, alpha=-1)
