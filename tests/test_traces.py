@@ -1,6 +1,7 @@
 """Traces survive kills, full disks and torn lines; which ones are kept depends on nothing but requests and budget.
 
-Run as a program (`python tests/test_traces.py FOLDER STEP WHEN`) this file is the writer that the kill test kills.
+Run as a program (`python tests/test_traces.py FOLDER STEP WHEN`) this file is a writer like those that the kill test
+kills.
 """
 
 import errno
@@ -10,8 +11,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,18 @@ def main(folder: str, step: int, when: str) -> None:
     print(f"steps {steps}", flush=True)
 
 
-def run_writer(folder: Path, step: int, when: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, __file__, folder, str(step), when]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def killed_writer(folder: Path, step: int, when: str) -> tuple[int | None, list[str]]:
+    """How such a process ended, and the lines that it printed; forked, as to start one anew takes seconds."""
+    said = folder.with_suffix(".said")
+
+    def write() -> None:
+        with said.open("w") as sys.stdout:
+            main(str(folder), step, when)
+
+    process = get_context("fork").Process(target=write, daemon=True)
+    process.start()
+    process.join(60)
+    return process.exitcode, said.read_text().splitlines()
 
 
 def test_regions_cover_prompt_and_completion() -> None:
@@ -239,7 +249,8 @@ def test_sealing_less_than_there_is_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_killed_at_twenty_random_moments_the_result_is_the_same(tmp_path: Path) -> None:
-    clean = run_writer(tmp_path / "clean", 0, "never")
+    command = [sys.executable, __file__, tmp_path / "clean", "0", "never"]
+    clean = subprocess.run(command, capture_output=True, text=True, check=False)
     assert clean.returncode == 0, clean.stderr
     total = int(clean.stdout.split()[-1])
     expected = sealed_bytes(tmp_path / "clean")
@@ -247,17 +258,12 @@ def test_killed_at_twenty_random_moments_the_result_is_the_same(tmp_path: Path) 
 
     rng = random.Random(0)
     moments = [(step, rng.choice(["before", "after"])) for step in sorted(rng.sample(range(1, total + 1), 20))]
-
-    def kill(moment: tuple[int, str]) -> subprocess.CompletedProcess[str]:
-        return run_writer(tmp_path / f"{moment[0]}", *moment)
-
-    with ThreadPoolExecutor(2) as pool:
-        killed = list(pool.map(kill, moments))
-    for (step, when), done in zip(moments, killed, strict=True):
-        assert done.returncode == -signal.SIGKILL, done.stderr
+    for step, when in moments:
         folder = tmp_path / f"{step}"
+        code, said = killed_writer(folder, step, when)
+        assert code == -signal.SIGKILL, said
         acknowledged: set[tuple[str, int]] = set()
-        for line in done.stdout.splitlines():
+        for line in said:
             if not line.startswith(("sealing", "steps")):
                 acknowledged |= {(name, int(sample)) for name, sample in (key.split("/") for key in line.split())}
         if acknowledged:
