@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import cache_utils
 
 from families import SMALL, make_model
+from processes import fork_workers
 from secateurs import collect, kernels
 from secateurs.artifacts import write_json
 from secateurs.bench import Quality, Row, Speed, _Bench, bench, load_any, table, to_html
@@ -469,7 +470,8 @@ def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):
     assert "--batch is '1,x'; it should look like 1,4,8" in capsys.readouterr().err
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_bench(tmp_path):
+def test_a_model_that_cannot_be_loaded_ends_the_bench(tmp_path, monkeypatch):
+    fork_workers(monkeypatch)
     with pytest.raises(ValueError, match="model `/nowhere`: no such folder"):
         bench(["/nowhere"], rounds=1)
     with pytest.raises(ValueError, match=f"{tmp_path}/ is named twice"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from processes import fork_workers
 from secateurs.parallel import Task, Workers, deaf, silent
 
 
@@ -61,7 +62,8 @@ def test_results_come_in_order_and_everyones_progress_arrives(jobs):
 
 
 @pytest.mark.parametrize("error", [ValueError("sparsity is 2"), FileNotFoundError(2, "no such file", "a.toml")])
-def test_a_tasks_error_is_raised_here_and_ends_the_others(error, tmp_path):
+def test_a_tasks_error_is_raised_here_and_ends_the_others(error, tmp_path, monkeypatch):
+    fork_workers(monkeypatch)
     clock = time.monotonic()
     with pytest.raises(type(error)) as found:
         tasks(2, (sleep, (str(tmp_path),)), (fail, (error,)))
@@ -69,7 +71,8 @@ def test_a_tasks_error_is_raised_here_and_ends_the_others(error, tmp_path):
     assert time.monotonic() - clock < 110, "the other slept on"
 
 
-def test_a_process_that_dies_is_named(tmp_path):
+def test_a_process_that_dies_is_named(tmp_path, monkeypatch):
+    fork_workers(monkeypatch)
     with pytest.raises(RuntimeError, match="ended by signal 9, perhaps for want of memory; what is done is kept"):
         tasks(2, (sleep, (str(tmp_path),)), (die, ()))
 
