@@ -1,7 +1,11 @@
 """What every test finds: seeds, threads, and run-time checks of every tensor shape in the mathematics modules."""
 
+import io
 import os
 import random
+import sys
+from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,3 +61,17 @@ def seeded():
 def without_reload(monkeypatch):
     """Models are not loaded again at the end of a run, in a process that takes longer than the rest of a small one."""
     monkeypatch.setattr("secateurs.study.verify", lambda folders, **_: {})
+
+
+@pytest.fixture
+def reload_here(monkeypatch):
+    """Models are loaded again and compared as at the end of every run, but in this process and in no clean one."""
+
+    def run(command, *, input, **_):
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+            patch.setattr(sys, "stdin", io.StringIO(input))
+            exec(command[-1], {})
+        return SimpleNamespace(returncode=0, stdout=said.getvalue(), stderr="")
+
+    monkeypatch.setattr("secateurs.reload.subprocess", SimpleNamespace(run=run))

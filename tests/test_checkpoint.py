@@ -272,7 +272,7 @@ def test_a_shard_that_is_missing_or_elsewhere_is_named(tmp_path):
         Checkpoint(str(folder))
 
 
-def test_an_exported_folder_loads_in_a_clean_process(tmp_path, monkeypatch):
+def test_an_exported_folder_loads_in_a_clean_process(tmp_path, monkeypatch, request):
     tokenizer = tf.AutoTokenizer.from_pretrained(Path(pruner.__file__).parent / "assets" / "reasoner")
     plan, half = replace(PLAN, targets=("mlp.*",)), tmp_path / "half"
     load_model("bundled").bfloat16().save_pretrained(half)
@@ -298,6 +298,7 @@ def test_an_exported_folder_loads_in_a_clean_process(tmp_path, monkeypatch):
     assert not [file for kind in ("bin", "pt", "pth", "gguf") for file in folders[0].glob(f"*.{kind}")]
     save_file(tensors, changed / PROBE_FILE, {"device": here})
     monkeypatch.setattr(reload, "available", lambda device: 10**12)
+    request.getfixturevalue("reload_here")
     with pytest.raises(RuntimeError, match="logits after reloading differ"):
         verify([changed])
 

@@ -158,6 +158,7 @@ def test_another_batch_size_and_another_folder_give_the_same_files(finished, tmp
         assert ours[name] == theirs[name], name
 
 
+@pytest.mark.usefixtures("reload_here")
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_ends_the_same(finished, tmp_path, monkeypatch, kills):
     """kill -9 at random moments of a real process, then run to the end: equal files byte for byte."""

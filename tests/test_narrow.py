@@ -232,6 +232,7 @@ def test_mistakes_teach(options, lesson):
         load_recipe("demo", ["sweep.sparsity=[]", "prune.pattern={name='hidden', sparsity=0.2}", *options])
 
 
+@pytest.mark.usefixtures("reload_here")
 def test_a_run_makes_one_that_answers(tmp_path, monkeypatch, capsys):
     sets = ["sweep.arm=['rac']", "sweep.sparsity=[]", "sweep.seed=[0]", "calibration.num_tokens=600",
             "calibration.held_out_tokens=200", "evaluate.num_questions=2", "traces.sampling.max_new_tokens=96",

@@ -1,16 +1,14 @@
 """What a grid of cells shares, in one process or several, killed or not; everything that a recipe can ask for."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from processes import fork_workers, started
 from secateurs.parallel import Workers
 from secateurs.recipe import load_recipe
 from secateurs.report import read
@@ -93,17 +91,17 @@ def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path, monkeypa
         "calibration.num_tokens=400", "calibration.held_out_tokens=150", "traces.sampling.max_new_tokens=32",
         "evaluate.num_questions=3",
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two processes on two cores have one thread each
     assert call(monkeypatch, *arguments("run", "demo", "--out", str(tmp_path / "alone"), sets=sets)) == 0
     words = arguments("study", "demo", "--jobs", "2", "--out", str(tmp_path / "study"), sets=sets)
-    study = [sys.executable, "-m", "secateurs.cli", *words]
-    process = subprocess.Popen(study, stdout=subprocess.DEVNULL, env=environment)
+    with monkeypatch.context() as patch:
+        fork_workers(patch)
+        process = started(words)
     wait = time.monotonic() + 120
     while not list(tmp_path.glob("study/cells/*/blocks/*.json")) and time.monotonic() < wait:
         time.sleep(0.02)
-    assert process.poll() is None
+    assert process.is_alive()
     process.kill()
-    process.wait()
+    process.join()
     assert not (tmp_path / "study" / "report.json").exists()
     assert call(monkeypatch, *words) == 0
     assert results(tmp_path / "study") == results(tmp_path / "alone")
@@ -117,6 +115,7 @@ def test_a_study_in_processes_killed_on_the_way_ends_as_a_run(tmp_path, monkeypa
     assert all(seconds["prune, shared"] > 0 for seconds in known) and len(known) == 4
 
 
+@pytest.mark.usefixtures("reload_here")
 def test_mixtures_nm_and_the_other_solvers_run_too(tmp_path, monkeypatch, capsys):
     sets = [
         *SMALL[2:5], SMALL[6], "sweep.arm=[{corpus=0.5, prompt=1.0, think=2.0}]", "sweep.sparsity=[]",
@@ -147,6 +146,7 @@ def refuse(_, **__):
     raise RuntimeError("the exported model does not load")
 
 
+@pytest.mark.usefixtures("reload_here")
 def test_cuts_leave_smaller_models_that_answer(tmp_path, monkeypatch, capsys):
     cuts = "[{name='width', sparsity=0.3, score='loss'}, {name='depth', sparsity=0.25}]"
     sets = [
