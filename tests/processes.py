@@ -5,6 +5,7 @@ Where there is CUDA, which no fork can use, they are started anew as those of a 
 
 import multiprocessing
 import os
+import pickle
 import sys
 from types import SimpleNamespace
 
@@ -16,9 +17,15 @@ METHOD = "spawn" if torch.cuda.is_available() else "fork"
 
 
 def fork_workers(monkeypatch) -> None:
-    """From now on `secateurs.parallel` forks its processes."""
-    forks = SimpleNamespace(get_context=lambda method: multiprocessing.get_context(METHOD))
-    monkeypatch.setattr("secateurs.parallel.multiprocessing", forks)
+    """From now on `secateurs.parallel` forks its processes; what they are started with must be fit to be sent still."""
+    context = multiprocessing.get_context(METHOD)
+
+    def process(target, args, **options):
+        pickle.dumps((target, args[1:]))  # without their end of a pipe
+        return context.Process(target=target, args=args, **options)
+
+    forks = SimpleNamespace(Pipe=context.Pipe, Process=process)
+    monkeypatch.setattr("secateurs.parallel.multiprocessing", SimpleNamespace(get_context=lambda method: forks))
 
 
 def started(words: list[str]):

@@ -26,7 +26,7 @@ from secateurs.prompts import render
 from secateurs.questions.tiny import Tiny
 from secateurs.solvers import CUT_SOLVERS
 from secateurs.solvers.obs import OBS
-from secateurs.survey import BY_GRADIENTS, blocks_to_drop, loss_roots, taylor_costs
+from secateurs.survey import blocks_to_drop, loss_roots, taylor_costs
 from secateurs.trim import Trimmer
 from test_checkpoint import Tokenizer, exported
 from test_pruner import CALIBRATION, PLAN
@@ -350,6 +350,11 @@ def test_what_a_neuron_or_head_does_is_the_gradient_of_a_gate_on_it():
             hook.remove()
             effects, tokens = effects + gradient[0].square().sum(0), tokens + len(document.ids)
         torch.testing.assert_close(found[name], effects / tokens, rtol=1e-3, atol=1e-3 * float(found[name].max()))
+    pruner.prune(model, CALIBRATION, replace(PLAN, solver=OBS(), patterns=columns, targets=tuple(columns), costs=found))
+    for name, pattern in columns.items():
+        gone = (model.get_submodule(name).weight == 0).all(0).view(-1, pattern.size).all(1)
+        cheapest = found[name].argsort()[: len(gone) - pattern.keep]
+        assert gone.nonzero().squeeze(1).tolist() == sorted(cheapest.tolist())
 
 
 def test_what_is_said_to_cost_least_goes_and_what_stays_makes_up_for_it():
@@ -393,10 +398,9 @@ def test_a_cut_by_loss_keeps_more_of_it():
         return float(torch.nn.functional.cross_entropy(torch.cat(logits), targets))
 
     dense = load_model("bundled").float()
-    plan, more = plan_of(Width(0.3, "none", multiple=8), dense), {}
-    known = {score: {what: ask(dense, worked, plan.patterns)} for score, (what, ask) in BY_GRADIENTS.items()}
-    for score, of_plan in {"output": {}, **known}.items():
+    plan, before, more = plan_of(Width(0.3, "none", multiple=8), dense), surprise(dense), {}
+    for score, roots in {"output": {}, "loss": loss_roots(dense, worked, plan.patterns)}.items():
         model = load_model("bundled").float()
-        pruner.prune(model, worked, replace(plan, **of_plan))
-        more[score] = surprise(model) - surprise(dense)
+        pruner.prune(model, worked, replace(plan, loss_roots=roots))
+        more[score] = surprise(model) - before
     assert more["loss"] < 0.85 * more["output"]

@@ -434,6 +434,7 @@ def test_a_bitmap_that_does_not_fit_its_weights_is_refused(part):
 
 
 def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):
+    fork_workers(monkeypatch)
     assert call(monkeypatch, "pack", "bundled", "--out", str(tmp_path / "packed"), "--weights", "int8") == 0
     assert "0 of 29 matrices packed, 100.0 % of weights kept" in " ".join(capsys.readouterr().err.split())
     assert call(monkeypatch, "pack", "bundled", "--out", str(tmp_path / "other"), "--weights", "int9") == 2
