@@ -122,7 +122,7 @@ def every_survey(ranks: Ranks, folder: Path) -> tuple[dict[str, Any], dict[str, 
     names = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
     columns = {names[0]: Columns(30), names[1]: Columns(3, size=8)}
     some: dict[str, Any] = {"batch_tokens": 100, "ranks": ranks}
-    with patch.object(surveys, "PROBE_BATCH", 60):
+    with patch.multiple(surveys, PROBE_BATCH=60, REACH=1):
         for model in (lively("llama"), lively("mixtral")):
             layers = surveys.survey(model, CALIBRATION, pruner.prunable(model, PLAN), 0.5, curves=True, **some)
             exact[f"survey of {type(model)}"] = [(layer.name, layer.block, layer.size) for layer in layers]
@@ -259,6 +259,7 @@ def test_plans_on_the_same_grams_are_solved_by_several_processes(tmp_path):
         assert_equal(pruned(Ranks(), "mixtral", plan, 100, tmp_path / kind), expected)
 
 
+@patch.object(surveys, "REACH", 1)
 def surveyed(ranks: Ranks, out: Path) -> dict[str, Any] | None:
     """What surveys of the bundled reasoner lead to, where the first process asks and the others follow."""
     small = ["traces.sampling.max_new_tokens=48", "calibration.num_tokens=300", "calibration.held_out_tokens=150"]
