@@ -91,11 +91,11 @@ def test_slots_that_are_free_are_filled_together(tiny_model, monkeypatch):
         calls.append(0)
         return step(self, sampling)
 
-    sampling = Sampling(max_new_tokens=60)
-    alone = generate(tiny_model, requests(90), 1, sampling)
+    sampling = Sampling(max_new_tokens=40)
+    alone = generate(tiny_model, requests(60), 1, sampling)
     monkeypatch.setattr(_Batch, "admit", counted_admit)
     monkeypatch.setattr(_Batch, "step", counted_step)
-    together = generate(tiny_model, requests(90), 32, sampling)
+    together = generate(tiny_model, requests(60), 32, sampling)
     assert {k: c.ids for k, c in together.items()} == {k: c.ids for k, c in alone.items()}
     assert len({len(c.ids) for c in alone.values()}) > 10, "lengths must vary for this to mean anything"
     prefills = [place for place, rows in enumerate(calls) if rows]
