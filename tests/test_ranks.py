@@ -49,7 +49,7 @@ def _enter(index: int, count: int, meeting: str, function, args, pipe) -> None:
 
 def in_processes(count: int, folder: Path, function, *args) -> list:
     """What `function(ranks, *args)` returns in each of some processes that talk to each other."""
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
     context.set_forkserver_preload(["secateurs.cell"])
     pipes, workers = [], []
     for index in range(count):
