@@ -17,8 +17,9 @@ demo: $(STAMP)
 	$(BIN)/secateurs demo --out runs/demo
 
 # Three processes with a thread each, for two cores: many tests wait for processes of their own, and torch's threads would wait for each other.
+# Some twenty processes import what is here: compiled once, whatever the environment says of that.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
