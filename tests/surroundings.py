@@ -30,16 +30,17 @@ torch.set_num_threads(1)  # matrices this small lose more to a second thread, on
 
 
 LONGEST = [
-    "study",
     "cli",
-    "engine_openai",
+    "study",
     "solvers",
-    "packed",
+    "ranks",
+    "pruner",
+    "engine_openai",
     "checkpoint",
+    "packed",
     "benchmarks",
     "calibration",
     "cuts",
-    "traces",
 ]
 
 
