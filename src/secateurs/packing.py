@@ -38,10 +38,10 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
     """Write the model in the folder or hub id `model` to `out` with its linear layers packed; one block at a time.
 
     Returns how much there is of what, and in how many matrices (`moved`) zeros are not where they were when it was
-    pruned, as its side file has them; how far int4 is from the blocks' weights as they were (`rounded_off`, of their
-    root mean square); and whether it was `checked`, or `why_unchecked`: the runtime says what the model says with its
-    weights rounded so. ValueError for a model that cannot be loaded, or that the runtime has no way to run.
-    Embeddings stay as they are. So does a head that is tied to them with bf16; with int8 and int4 it is stored apart.
+    pruned, as its side file has them; how far int4 is from the weights as they were (`rounded_off`, of their root mean
+    square); and whether it was `checked`, or `why_unchecked`: the runtime says what the model says with its weights
+    rounded so. ValueError for a model that cannot be loaded, or that the runtime has no way to run.
+    Embeddings stay as they are, and so does a head that is tied to them, but for int8. With int4 a head is int8.
     """
     if (Path(model) / RECORD).exists():
         raise ValueError(f"{model} is packed already")
@@ -66,7 +66,8 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
     masks, moved = _masks(checkpoint.folder / SIDE_FILE), 0
     files = Shards(folder, STEM)
 
-    def add(name: str, weight: Tensor) -> PackedMatrix:
+    def add(name: str, weight: Tensor, weights: Weights = weights) -> None:
+        nonlocal off, whole
         matrix = PackedMatrix.of(weight.detach().cpu(), weights)
         names[name] = [matrix.rows, matrix.d_in]
         for part, tensor in matrix.tensors.items():
@@ -75,7 +76,9 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
         found = (1, int(matrix.layout != "dense"), weight.numel(), zeros, 2 * weight.numel(), matrix.nbytes)
         for key, number in zip(counts, found, strict=True):
             counts[key] += number
-        return matrix
+        if weights == "int4":
+            off += float((matrix.dense() - weight.detach().cpu()).square().sum())
+            whole += float(weight.detach().float().square().sum())
 
     for index, block in enumerate(checkpoint.blocks):
         with checkpoint.opened(index):
@@ -84,17 +87,14 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
             for name, linear in inside.items():
                 known = masks.get(f"{place}.{name}")
                 moved += known not in (None, mask_hash(linear.weight))
-                matrix = add(f"{place}.{name}", linear.weight)
-                if weights == "int4":
-                    off += float((matrix.dense() - linear.weight.detach().cpu()).square().sum())
-                    whole += float(linear.weight.detach().float().square().sum())
+                add(f"{place}.{name}", linear.weight)
             for name, tensor in block.state_dict().items():
                 if name.removesuffix(".weight") not in inside:
                     files.add(f"{place}.{name}", tensor.cpu().contiguous())
     head: Any = checkpoint.model.get_output_embeddings()
     embedding: Any = checkpoint.model.get_input_embeddings()
     if weights != "bf16" or head.weight is not embedding.weight:
-        add(name_of(checkpoint.model, head), head.weight)
+        add(name_of(checkpoint.model, head), head.weight, "bf16" if weights == "bf16" else "int8")
     weight = f"{name_of(checkpoint.model, head)}.weight"
     for name, tensor in checkpoint.model.state_dict().items():
         if name != weight and not name.startswith(f"{checkpoint.prefix}."):
