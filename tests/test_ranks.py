@@ -12,6 +12,7 @@ import torch
 from torch import distributed
 
 from families import lively, make_model
+from processes import METHOD
 from secateurs import ask, cell, pruner
 from secateurs import survey as surveys
 from secateurs.checkpoint import Checkpoint
@@ -49,8 +50,7 @@ def _enter(index: int, count: int, meeting: str, function, args, pipe) -> None:
 
 def in_processes(count: int, folder: Path, function, *args) -> list:
     """What `function(ranks, *args)` returns in each of some processes that talk to each other."""
-    context = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
-    context.set_forkserver_preload(["secateurs.cell"])
+    context = multiprocessing.get_context(METHOD)
     pipes, workers = [], []
     for index in range(count):
         ours, theirs = context.Pipe()

@@ -34,6 +34,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from secateurs.linalg import all_finite
 from secateurs.models import cannot_be_loaded, check_folder, decoder_blocks, model_path, name_of
 
 ComputeDtype = Literal["auto", "checkpoint", "float32"]
@@ -117,8 +118,7 @@ class Checkpoint:
             raise ValueError(f"model `{self.name}`: the checkpoint has no whole {prefix}{absent[0]}")
         if index not in self._sound:
             for name, weight in block.named_parameters():
-                ends = weight.aminmax() if weight.numel() and weight.is_floating_point() else ()
-                if not all(end.isfinite() for end in ends):
+                if weight.is_floating_point() and not all_finite(weight):
                     raise ValueError(f"model `{self.name}`: {prefix}{name} holds numbers that are not finite")
             self._sound.add(index)
         try:

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Float32, Shaped
 from torch import Tensor
 
 from secateurs.kernels import has_triton
-from secateurs.linalg import dead_inputs, fast_product
+from secateurs.linalg import all_finite, dead_inputs, fast_product
 from secateurs.patterns import Pattern
 
 TOKENS_AT_ONCE = 2048
@@ -149,7 +149,7 @@ class LayerProblem:
         for what, tensor in (("weight", self.weight), ("Gram", self.gram.xtx), ("target", self.target)):
             if tensor is not None and tensor.device != self.weight.device:
                 raise ValueError(f"{self.name}: the {what} is on {tensor.device}, the weight on {self.weight.device}.")
-            if tensor is not None and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            if tensor is not None and not all_finite(tensor):
                 raise ValueError(
                     f"{self.name}: the {what} holds NaN or infinity; find the layer or token that makes it."
                 )

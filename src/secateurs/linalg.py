@@ -46,6 +46,11 @@ class InverseFactor:
     raised: bool
 
 
+def all_finite(numbers: Float[Tensor, "*shape"]) -> bool:
+    """Whether there is no NaN and no infinity, by one pass."""
+    return not numbers.numel() or all(bool(end.isfinite()) for end in numbers.aminmax())
+
+
 def dead_inputs(gram: Float[Tensor, "d_in d_in"]) -> Bool[Tensor, " d_in"]:
     """Inputs that were never active: G_jj <= 1e-12 median(diag G), or zero. What they multiply cannot be judged."""
     energy = gram.diagonal()

@@ -24,10 +24,7 @@ def sweep(
     u: Float32[Tensor, "count width"],
     errors: Float32[Tensor, "count d_out"],
 ) -> None:
-    """For each of the first `count` columns i: e = w_i strength_i where pruned, errors_i = e, w_j -= u_ij e for j >= i.
-
-    Columns lie one after the other (w is transposed), in place. All but `u` and `strength` are whole.
-    """
+    """What `kernels.sweep.sweep` does on a GPU, for any number of columns. All but `u` and `strength` are whole."""
     strength, u = strength.contiguous(), u.contiguous()
     loaded().secateurs_sweep(
         best_level(), torch.get_num_threads(), w.data_ptr(), pruned.data_ptr(), strength.data_ptr(), u.data_ptr(),
