@@ -99,7 +99,10 @@ def test_without_compiled_code_masks_are_the_same(make, pattern, monkeypatch):
     monkeypatch.setattr(solve, "fits", lambda *tensors: False)
     plain = make().solve(p)
     assert torch.equal(compiled.mask, plain.mask)
-    assert_same_weights(make, plain.weight, compiled.weight, p)
+    if make is SOLVERS["sparsegpt"]:
+        assert_same_weights(make, plain.weight, compiled.weight, p)
+    else:  # conjugate gradients of two kinds, stopped on the way
+        assert error(compiled, p) == pytest.approx(error(plain, p), rel=0.02)
 
 
 @EVERY_SOLVER

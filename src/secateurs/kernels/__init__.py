@@ -26,7 +26,8 @@ FUNCTIONS = {  # whose arguments are ints, pointers, numbers (int64) and floats
     "expand": "iipp",
     "blocks": "iipnpnnppnpn",
     "sweep": "iipppppnnn",
-    "descend": "iippppppppnn",
+    "order": "ippppnn",
+    "descend": "iipppppfnnnn",
 }
 
 

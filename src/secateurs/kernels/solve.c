@@ -1,11 +1,17 @@
 /*
- * What solvers do between matrix products on a CPU, in float32: SparseGPT's columns, and a step of conjugate gradients.
- * A general library goes through whole matrices for each small operation of these; here a part of one stays in the
- * nearest cache until all is done to it.
+ * What solvers do between matrix products on a CPU, in float32: SparseGPT's columns, and conjugate gradients whose steps
+ * begin with what solving for one weight after the other would do. A general library goes through whole matrices for
+ * each small operation of these; here a part of one stays in the nearest cache until all is done to it.
  */
 #include "floats.h"
 
 #include <stdlib.h>
+
+#ifdef _OPENMP
+int omp_get_thread_num(void);
+#else
+#define omp_get_thread_num() 0
+#endif
 
 enum { ROWS = 4 * LANES }; /* of the weight, at a time */
 typedef uint8_t bytes __attribute__((vector_size(LANES)));
@@ -69,52 +75,74 @@ EXPORT void secateurs_sweep(int level, int threads, float *w, const uint8_t *pru
     }
 }
 
-/* As secateurs_descend, of one row. */
-INLINE void descend_row(const uint8_t *kept, const float *image, float *direction, float *solution, float *residual,
-                        const float *inverse_energy, float *rz, float enough, int64_t d_in) {
-    int64_t whole = d_in - d_in % LANES, j;
-    floats sums = {0};
-    for (j = 0; j < whole; j += LANES) sums += load(direction + j) * load(image + j) * flags(kept + j);
-    float curvature = sum(sums);
-    for (; j < d_in; j++) curvature += direction[j] * image[j] * kept[j];
-    if (!(*rz > enough && curvature > 0)) {
-        *rz = 0;
-        return;
-    }
-    float step = *rz / curvature, next = 0;
-    sums = (floats){0};
-    for (j = 0; j < whole; j += LANES) {
-        floats left = load(residual + j) - step * load(image + j) * flags(kept + j);
-        store(residual + j, left);
-        store(solution + j, load(solution + j) + step * load(direction + j));
-        sums += left * left * load(inverse_energy + j);
-    }
-    for (; j < d_in; j++) {
-        residual[j] -= step * image[j] * kept[j];
-        solution[j] += step * direction[j];
-        next += residual[j] * residual[j] * inverse_energy[j];
-    }
-    next += sum(sums);
-    float ratio = next / *rz;
-    for (j = 0; j < whole; j += LANES)
-        store(direction + j, load(residual + j) * load(inverse_energy + j) + ratio * load(direction + j));
-    for (; j < d_in; j++) direction[j] = residual[j] * inverse_energy[j] + ratio * direction[j];
-    *rz = next;
+enum {
+    BLOCK = 64, /* columns at a time, in whole panels */
+    PANEL = 8, /* of an ordered Gram: that many rows, number by number of a row beside each other */
+};
+
+/* Of an ordered Gram: a row and those after it in its panel, from column k on. */
+INLINE const float *at(const float *gram, int64_t row, int64_t k, int64_t d_in) {
+    return gram + (row / PANEL * d_in + k) * PANEL + row % PANEL;
 }
 
-BOTH(descend_row,
-     (const uint8_t *kept, const float *image, float *direction, float *solution, float *residual,
-      const float *inverse_energy, float *rz, float enough, int64_t d_in),
-     (kept, image, direction, solution, residual, inverse_energy, rz, enough, d_in))
+#define PARTS 3
+#define COLUMNS 4
 
-/* See kernels/solve.py. */
-EXPORT void secateurs_descend(int level, int threads, const uint8_t *kept, const float *image, float *direction,
-                              float *solution, float *residual, const float *inverse_energy, float *rz,
-                              const float *enough, int64_t rows, int64_t d_in) {
+typedef float narrow __attribute__((vector_size(16)));
+#define VECTOR narrow
+#define WIDTH 4
+#define CODE
+#define IN(name) plain_##name
+#include "descend.h"
+
+#ifdef __x86_64__
+#define VECTOR floats
+#define WIDTH LANES
+#define CODE WITH_AVX2
+#define IN(name) avx2_##name
+#include "descend.h"
+
+#undef COLUMNS
+#define COLUMNS 8
+typedef float wide __attribute__((vector_size(64)));
+#define VECTOR wide
+#define WIDTH 16
+#define CODE __attribute__((target("avx2,fma,avx512f,avx512vl")))
+#define IN(name) avx512_##name
+#include "descend.h"
+#endif
+
+/* See kernels/solve.py: an ordered Gram in `count` panels, zeros where there are no inputs. */
+EXPORT void secateurs_order(int threads, const float *gram, const int64_t *order, const float *inverse, float *panels,
+                            int64_t inputs, int64_t count) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; row++) {
-        int64_t at = row * d_in;
-        AT_LEVEL(level, descend_row, kept + at, image + at, direction + at, solution + at, residual + at,
-                 inverse_energy, rz + row, enough[row], d_in);
-    }
+    for (int64_t panel = 0; panel < count; panel++)
+        for (int64_t k = 0; k < count * PANEL; k++)
+            for (int64_t i = 0; i < PANEL; i++) {
+                int64_t row = panel * PANEL + i, there = row < inputs && k < inputs;
+                panels[(panel * count * PANEL + k) * PANEL + i] =
+                    there ? gram[order[row] * inputs + order[k]] * inverse[order[row]] * inverse[order[k]] : 0;
+            }
+}
+
+typedef void descend_rows(const float *, const int64_t *, const uint8_t *, float *, float *, int64_t, int64_t, float,
+                          int64_t, int64_t);
+
+/* See kernels/solve.py. Levels are those of secateurs_level. */
+EXPORT void secateurs_descend(int level, int threads, const float *gram, const int64_t *order, const uint8_t *kept,
+                              float *moved, float *room, float tolerance, int64_t steps, int64_t rows,
+                              int64_t inputs, int64_t count) {
+    int64_t d_in = count * PANEL;
+    descend_rows *some = plain_descend_rows;
+    int64_t at_once = 4 * PARTS;
+#ifdef __x86_64__
+    if (level >= 2) some = avx512_descend_rows, at_once = 16 * PARTS;
+    else if (level == 1) some = avx2_descend_rows, at_once = LANES * PARTS;
+#else
+    (void)level;
+#endif
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row += at_once)
+        some(gram, order, kept + row * inputs, moved + row * inputs, room + omp_get_thread_num() * at_once * d_in * 6,
+             rows - row < at_once ? rows - row : at_once, steps, tolerance, d_in, inputs);
 }

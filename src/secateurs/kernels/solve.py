@@ -4,10 +4,13 @@ RuntimeError without a library.
 """
 
 import torch
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from secateurs.kernels import best_level, library, loaded
+
+PANEL = 8  # as in solve.c
+ROWS = 48  # it takes at a time, at most
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -33,18 +36,32 @@ def sweep(
 
 
 def descend(
+    gram: Float32[Tensor, "d_in d_in"],
+    root: Float32[Tensor, " d_in"],
+    order: Int64[Tensor, " d_in"],
     kept: Bool[Tensor, "d_out d_in"],
-    image: Float32[Tensor, "d_out d_in"],
-    direction: Float32[Tensor, "d_out d_in"],
-    solution: Float32[Tensor, "d_out d_in"],
-    residual: Float32[Tensor, "d_out d_in"],
-    inverse_energy: Float32[Tensor, " d_in"],
-    rz: Float32[Tensor, "d_out 1"],
-    enough: Float32[Tensor, "d_out 1"],
+    moved: Float32[Tensor, "d_out d_in"],
+    steps: int,
+    tolerance: float,
 ) -> None:
-    """What follows the product of a step of conjugate gradients, in place: see `linalg.masked_cg`. All are whole."""
+    """Rows of `moved`, where kept, moved in place towards the least m G m^T, by conjugate gradients.
+
+    `moved` is in units where the diagonal is one, or zero for dead inputs: the Gram's over `root` twice. `order` says
+    which input comes when in the symmetric Gauss-Seidel sweep that preconditions every step: (1 + L) (1 + L)^T, L what
+    the ordered Gram of a row's kept inputs has below its diagonal. In coordinates where that is the identity a step is
+    two triangular solves and no product (Eisenstat, "Efficient implementation of a class of preconditioned conjugate
+    gradient methods", 1981): as many operations as a step without, and 48 rows stay in a core's own cache throughout. A
+    row stops as in `linalg.masked_cg`; its bits depend on nothing but itself. `kept` and `moved` are whole. Memory: one
+    d_in x d_in matrix, 288 d_in numbers a thread.
+    """
+    inputs, count = len(order), -(-len(order) // PANEL)
+    threads, inverse = torch.get_num_threads(), 1 / root
+    panels = gram.new_empty(count, count * PANEL, PANEL)
+    room = gram.new_empty(min(threads, -(-len(moved) // ROWS)), 6, ROWS, count * PANEL)
+    loaded().secateurs_order(
+        threads, gram.data_ptr(), order.data_ptr(), inverse.data_ptr(), panels.data_ptr(), inputs, count
+    )
     loaded().secateurs_descend(
-        best_level(), torch.get_num_threads(), kept.data_ptr(), image.data_ptr(), direction.data_ptr(),
-        solution.data_ptr(), residual.data_ptr(), inverse_energy.data_ptr(), rz.data_ptr(), enough.data_ptr(),
-        *kept.shape,
+        best_level(), len(room), panels.data_ptr(), order.data_ptr(), kept.data_ptr(), moved.data_ptr(),
+        room.data_ptr(), tolerance, steps, len(moved), inputs, count,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secateurs.layer import LayerProblem, LayerSolution
-from secateurs.linalg import Damping, masked_cg, unit_gram
+from secateurs.linalg import Damping, refit_on_mask, unit_gram
 from secateurs.scores import dead_first
 
 
@@ -53,8 +53,7 @@ class ALPS:
 
         x, steps = self._split(goal * unit.scale, unit.matrix, keep)
         mask = keep(x)
-        x = masked_cg(goal * unit.scale, x, unit.matrix, mask, self.refit_steps)
-        weight = (x / unit.scale).masked_fill_(~mask, 0).to(problem.weight.dtype)
+        weight = refit_on_mask(goal, x, unit, mask, self.refit_steps).to(problem.weight.dtype)
         stats = {
             "damp": self.damp,
             "dead_inputs": float(dead.sum()),
