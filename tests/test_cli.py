@@ -452,6 +452,11 @@ def test_a_full_disk_is_one_sentence_and_a_rerun_goes_on(tmp_path, monkeypatch, 
     assert json.loads(capsys.readouterr().out)["tokens"] >= 1300
 
 
+def test_a_full_disk_is_named_where_a_copy_does_not_fit():
+    error = OSError(28, "No space left on device", "model/weights", None, "out/weights")  # as shutil.copyfile raises it
+    assert cli._sentence(error) == "out/weights: no space left on device"
+
+
 def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
     monkeypatch.setattr(cli, "console", Console(stderr=True, force_terminal=False))
 

@@ -101,6 +101,56 @@ def test_expert_grams_hold_the_tokens_routed_to_them():
     assert sum(train[g.name].tokens for g in down) == 2 * tokens  # top-2 routing
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_next"])
+def test_expert_grams_are_those_of_each_token_by_itself(kind):
+    """In float64, one expert of one token after the other; each counts by the square of its routing weight."""
+    weights = {"prompt": 0.5, "think": 2.0, "answer": 1.0}
+    model = make_model(kind)
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            parameter.data.normal_(std=0.5)
+        elif parameter.ndim > 1:
+            parameter.data.mul_(4)  # so that routing weights differ
+    streams = collect.capture(model, CALIBRATION, 300)
+    _, blocks = decoder_blocks(model)
+    with torch.no_grad():
+        for stream in streams:
+            stream.hidden = stream.run(blocks[0], 0)
+        groups = collect.groups_of(blocks[1], 1, pruner.prunable(model, PLAN)[1], streams[0])
+        groups = [group for group in groups if group.expert is not None]
+        train = collect.collect(blocks[1], 1, groups, streams, weights).train
+    expected: dict[tuple, torch.Tensor] = {}
+
+    def watch(experts, args, kwargs):
+        hidden, chosen, routed = (*args, *kwargs.values())[:3]
+        for x, ids, by, code in zip(hidden.double().flatten(0, -2), chosen, routed, codes, strict=True):
+            for expert, weight in zip(ids.tolist(), by.tolist(), strict=True):
+                up = experts.gate_up_proj[expert].double()
+                if kind == "gpt_oss":
+                    both = x @ up + experts.gate_up_proj_bias[expert].double()
+                    gate, linear = both[::2].clamp(max=experts.limit), both[1::2].clamp(-experts.limit, experts.limit)
+                    inner = (linear + 1) * gate * torch.sigmoid(gate * experts.alpha)
+                else:
+                    gate, linear = (up @ x).chunk(2)
+                    inner = nn.functional.silu(gate) * linear
+                scale = weights[REGIONS[code - 1]] * weight**2
+                for part, inputs in (("up", x), ("down", inner)):
+                    key = expert, part
+                    expected[key] = expected.get(key, 0) + scale * torch.outer(inputs, inputs)
+
+    with groups[0].module.register_forward_pre_hook(watch, with_kwargs=True), torch.no_grad():
+        for document in CALIBRATION.documents:
+            codes = document.codes
+            model(input_ids=torch.tensor([document.ids]), use_cache=False)
+    assert {(group.expert, group.part) for group in groups if group.name in train} == set(expected)
+    for group in groups:
+        if group.name in train:
+            wanted = expected[group.expert, group.part]
+            torch.testing.assert_close(
+                train[group.name].xtx.double(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.max())
+            )
+
+
 def test_q_k_v_share_one_gram_and_so_do_gate_and_up():
     model = make_model("qwen3")
     streams = collect.capture(model, CALIBRATION, 4096)

@@ -148,7 +148,7 @@ def atomic_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path}: this is a file and a folder is wanted; choose another path")
     if path.exists() and any(path.iterdir()) and not overwrite:
-        raise ValueError(f"{path}: the folder exists and is not empty; choose another path or allow overwriting")
+        raise ValueError(f"{path}: the folder exists and is not empty; choose another path")
     temp, old = _temp_sibling(path, "tmp"), _temp_sibling(path, "old")
     if temp.exists():  # of a dead process whose id is ours now, as happens in containers
         shutil.rmtree(temp)

@@ -573,7 +573,7 @@ def _sentence(error: BaseException) -> str:
     from rich.markup import escape
 
     if isinstance(error, OSError) and error.strerror:
-        return escape(f"{error.filename or 'writing'}: {error.strerror.lower()}")
+        return escape(f"{error.filename2 or error.filename or 'writing'}: {error.strerror.lower()}")
     return escape(" ".join(str(error).split()))
 
 

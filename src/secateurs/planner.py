@@ -23,6 +23,7 @@ SAFE = 0.8  # of the memory that is free now
 # Working memory of a solve in Grams of its inputs and in float32 copies of its weights (benchmarks/memory.py)
 WORK = {"admm": (3.0, 2.9), "admm+": (4.0, 2.9), "alps": (10.0, 4.0), "wanda": (0.0, 2.0), "magnitude": (0.0, 2.0)}
 OTHER_WORK = (3.9, 1.7)
+MOST_CHOSEN = 8  # experts for a token, where a configuration does not say
 ROUNDED_WORK = (5.0, 3.4)  # after any of them (`solvers.rounded`)
 
 
@@ -68,7 +69,8 @@ def needs(
     the longest document, and `in_file` names parameters that take no memory.
 
     Which matrices share an input is guessed: those of one module with as many inputs, but not the last, if it writes
-    to the residual stream. An expert is taken to see its share of the tokens.
+    to the residual stream. An expert is taken to see its share of the tokens. `eager` attention holds what every head
+    of a batch gives every pair of tokens three times: as a product, as a share in float32, and in the model's type.
     """
     prefix, blocks = decoder_blocks(model)
     config: Any = model.config.get_text_config(decoder=True)
@@ -77,10 +79,11 @@ def needs(
     inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
     outside = (p for name, p in model.named_parameters() if not name.startswith(prefix) and name not in in_file)
     around = sum(p.numel() * p.element_size() for p in outside)
+    chosen = getattr(config, "num_experts_per_tok", None) or MOST_CHOSEN
     grams = held = solve = copies = 0
     widest = width
     for matrices in prunable(model, plan):
-        groups = _groups(matrices, width)
+        groups = _groups(matrices, width, chosen)
         drifts = 2 if plan.goal != "own" else 1
         grams = max(grams, sum(4 * drifts * d_in**2 for _, d_in, _ in groups))
         held = max(held, sum(_held(int(share * held_out_tokens), d_in, size, plan) for _, d_in, share in groups))
@@ -89,12 +92,14 @@ def needs(
         for rows, d_in, _ in sorted(groups, key=lambda group: -solve_cost(group[0], group[1])):
             work = max(4 * (a * d_in**2 + b * rows * d_in) for a, b in works)
             solve = max(solve, there + rows * d_in * dense + int(work))
-            there += rows * d_in * (2 * dense + 1)  # dense, solved, and the mask
+            there += rows * d_in * (dense + 1)  # and the mask; solutions are in the block
         copies = max(copies, there)
         widest = max([widest, *(d_in for _, d_in, _ in groups)])
     states = 1 + (plan.goal != "own") + (plan.tune is not None)
     rows = min(max(batch_tokens, longest), tokens)
     forward = rows * size * (4 * width + 3 * widest) + min(TOKENS_AT_ONCE, rows) * widest * 4
+    if config._attn_implementation == "eager":
+        forward += config.num_attention_heads * rows * (longest or rows) * (2 * size + 4)
     return Needs(
         around=around,
         block=max(inside),
@@ -114,8 +119,9 @@ def _held(tokens: int, d_in: int, size: int, plan: Plan) -> int:
     return min(tokens * size, 4 * d_in + tokens // 4 * size) * d_in
 
 
-def _groups(matrices: Sequence[Matrix], width: int) -> list[tuple[int, int, float]]:
-    """Rows, inputs, and the share of the tokens that arrive, for every group of matrices of a block."""
+def _groups(matrices: Sequence[Matrix], width: int, chosen: int) -> list[tuple[int, int, float]]:
+    """Rows, inputs, and the share of the tokens that arrive, for every group of matrices of a block, where a router
+    chooses so many experts for a token."""
     rows: dict[Any, int] = {}
     share: dict[Any, float] = {}
     for matrix in matrices:
@@ -125,7 +131,7 @@ def _groups(matrices: Sequence[Matrix], width: int) -> list[tuple[int, int, floa
         key = (parent, d_in, writes, matrix.expert)
         rows[key] = rows.get(key, 0) + d_out
         experts = len(matrix.parameter) if matrix.expert is not None else 1
-        share[key] = min(1.0, 8 / experts)  # routers choose few of many; eight is the most that is usual
+        share[key] = min(1.0, chosen / experts)
     return [(count, key[1], share[key]) for key, count in rows.items()]
 
 
