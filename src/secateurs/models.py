@@ -82,7 +82,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     path = model_path(name)
     check_folder(name, path)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # which transformers makes up for a Qwen or Gemma
+            raise ValueError("it knows no words, as where its files are missing")
+        return tokenizer
     except Exception as error:  # as above
         raise cannot_be_loaded(f"the tokenizer of `{name}`", error) from error
 
