@@ -3,9 +3,13 @@
 import json
 import shutil
 
+import pytest
+
+from families import make_model
 from processes import fork_workers
 from secateurs import bench as room
-from secateurs.bench import Row, Speed, _Bench
+from secateurs.artifacts import write_json
+from secateurs.bench import Row, Speed, _Bench, bench, load_any, path_and_type, short
 from secateurs.models import BUNDLED, model_path
 from test_cli import call
 
@@ -45,3 +49,23 @@ def test_what_was_measured_before_an_error_is_shown(monkeypatch, capsys):
     assert [row["model"] for row in json.loads(said.out)["rows"]] == ["a", "b"] and "b ended" in said.err
     assert call(monkeypatch, "bench", "a", "b") == 2
     assert "5.0" in capsys.readouterr().out
+
+
+def test_a_folder_may_have_a_sign_of_its_own_in_its_name(tmp_path, monkeypatch):
+    make_model("llama").save_pretrained(tmp_path / "a@b")
+    monkeypatch.chdir(tmp_path)
+    assert load_any("a@b")[1] == "float32" and load_any("a@b@bfloat16")[1] == "bfloat16"
+    assert path_and_type("owner/name@float16") == ("owner/name", "float16") and path_and_type("name") == ("name", "")
+    assert [short(name) for name in ("a@b", "a@b@float32", "x/model@float32")] == ["a@b", "a@b@float32", "x@float32"]
+    with pytest.raises(ValueError, match="a@b/ is named twice"):
+        bench(["a@b", "a@b/"])
+
+
+def test_a_model_for_engines_is_no_model_to_time(tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", config | {"quantization_config": {"quant_method": "compressed-tensors"}})
+    with pytest.raises(
+        ValueError, match=r"is quantised \(compressed-tensors\), and secateurs reads dense weights: use"
+    ):
+        load_any(str(tmp_path))

@@ -113,9 +113,15 @@ class Row:
     quality: Quality | None = None
 
 
+def path_and_type(name: str) -> tuple[str, str]:
+    """What a model's name is made of; the type is "" where none is named, as in a folder that has an `@` itself."""
+    path, mark, dtype = name.rpartition("@")
+    return (path, dtype) if mark and not Path(name).is_dir() else (name, "")
+
+
 def load_any(name: str, device: str = "cpu") -> tuple[PreTrainedModel, str]:
     """A model by its name on a device, and what it computes in. ValueError for an unknown type."""
-    path, _, dtype = name.partition("@")
+    path, dtype = path_and_type(name)
     if dtype and dtype not in DTYPES:
         raise ValueError(f"{name}: unknown type `{dtype}`; there are {', '.join(DTYPES)}")
     if (Path(path) / RECORD).is_file():
@@ -154,8 +160,8 @@ def bench(
     `threads` 0 is as many as torch takes. `keep` gets what is known after every round, as a bench may be stopped.
     ValueError for a model that cannot be loaded; RuntimeError if its process dies.
     """
-    plain = [name.partition("@") for name in models]
-    named = [(os.path.abspath(path) if Path(path).exists() else path, dtype) for path, _, dtype in plain]
+    plain = map(path_and_type, models)
+    named = [(os.path.abspath(path) if Path(path).exists() else path, dtype) for path, dtype in plain]
     if repeated := [models[at] for at, name in enumerate(named) if name in named[:at]]:
         raise ValueError(f"{repeated[0]} is named twice; to see the noise, name a copy (or a link) of it")
     if recipe and not recipe.evaluate.num_questions:
@@ -256,9 +262,9 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def short(name: str) -> str:
     """A model's name for a narrow column: its folder, and not the one of all cells alike."""
-    path, mark, dtype = name.partition("@")
+    path, dtype = path_and_type(name)
     folder = Path(path)
-    return (folder.parent.name if folder.name == "model" else folder.name) + mark + dtype
+    return (folder.parent.name if folder.name == "model" else folder.name) + (f"@{dtype}" if dtype else "")
 
 
 def figure(value: float | None, digits: int = 2) -> str:
@@ -353,7 +359,7 @@ class _Bench:
     def load(self, recipe: Recipe | None = None) -> dict[str, Any]:
         """Load it, and say what it is; before that, make ready what a recipe asks."""
         if recipe:
-            self.tokenizer = load_tokenizer(self.name.partition("@")[0])
+            self.tokenizer = load_tokenizer(path_and_type(self.name)[0])
             self.questions, asked = evaluation_questions(recipe, recipe.seed)
             self.asked = {request_for(one, 0, self.tokenizer, self.questions, recipe.seed): one for one in asked}
         clock = time.perf_counter()

@@ -115,9 +115,7 @@ def check_folder(name: str, path: str) -> None:
     found = [table[key] for table in tables for key in QUANTISED if table.get(key)]
     if found or (folder / "hf_quant_config.json").exists():
         method = found[0].get("quant_method", "unknown") if found and isinstance(found[0], dict) else "unknown"
-        raise ValueError(
-            f"model `{name}` is quantised ({method}): there are no dense weights to prune; use the original"
-        )
+        raise ValueError(f"model `{name}` is quantised ({method}), and secateurs reads dense weights: use the original")
 
 
 def window(model: PreTrainedModel) -> int:
