@@ -328,10 +328,8 @@ def pack(
             "rounds them on traces, which changes outputs less and is stored exactly",
             soft_wrap=True,
         )
-    if for_engines:
-        return
-    if not found["checked"]:
-        console.print(f"[yellow]not checked[/]: {escape(found['why_unchecked'])}", soft_wrap=True)
+    if why := found.get("why_unchecked"):
+        console.print(f"[yellow]not checked[/]: {escape(why)}", soft_wrap=True)
     if found["moved"]:
         console.print(
             f"[bold red]in {found['moved']} matrices zeros are not where they were when it was pruned[/]: "

@@ -11,7 +11,7 @@ import numpy
 import torch
 from jinja2 import Environment, PackageLoader
 
-from secateurs.artifacts import atomic_file, atomic_folder, write_json
+from secateurs.artifacts import atomic_file, atomic_folder, read_json, write_json
 from secateurs.calibration import Batch
 from secateurs.checkpoint import INDEX, Checkpoint, save
 from secateurs.collect import Logits, Opened, Shell, Stream
@@ -84,6 +84,23 @@ def export(
 def mask_hash(weight: torch.Tensor) -> str:
     """sha256 of the kept/zero bits of a weight, row-major, packed eight to a byte."""
     return sha256(numpy.packbits((weight != 0).cpu().numpy()).tobytes()).hexdigest()
+
+
+def mask_hashes(folder: Path) -> dict[str, str]:
+    """Those of a pruned model's masks, by matrix; none without a side file, or for a model that was cut."""
+    file = folder / SIDE_FILE
+    if not file.exists():
+        return {}
+    try:
+        rows = read_json(file)["layers"]
+        return {row["name"]: row["mask_sha256"] for row in rows if "mask_sha256" in row}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a side file as secateurs writes it ({error!r})") from None
+
+
+def has_moved(masks: Mapping[str, str], name: str, weight: torch.Tensor) -> bool:
+    """Whether zeros of a matrix are not where they were when it was pruned, by `mask_hashes`."""
+    return name in masks and masks[name] != mask_hash(weight)
 
 
 def copy_beside(source: Path, out: Path) -> None:
