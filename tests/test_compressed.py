@@ -99,6 +99,27 @@ def test_zeros_that_have_moved_since_are_told_of(how, tmp_path, capsys, monkeypa
     assert "in 1 matrices zeros are not where they were when it was pruned: `secateurs mask apply`" in said("spoiled")
 
 
+def test_a_packed_folder_has_a_card_of_its_own_with_the_licence_of_the_model(tmp_path):
+    wide("llama").save_pretrained(tmp_path / "dense")
+    head = ["license:", "- mit", "- other", "tags: [x]", "license_name: some"]
+    (tmp_path / "dense" / "README.md").write_text("\n".join(["---", *head, "---", "# Old", "license: none", ""]))
+    exported(Checkpoint(str(tmp_path / "dense")), Tokenizer(), PLAN, tmp_path / "pruned")
+    pack(str(tmp_path / "pruned"), tmp_path / "packed")
+    pack(str(tmp_path / "dense"), tmp_path / "whole", "int4")
+    compress(str(tmp_path / "pruned"), tmp_path / "served")
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("pruned", "packed", "whole", "served")}
+    for name, card in cards.items():
+        assert "\nlicense:\n- mit\n- other\nlicense_name: some\n---\n# " in card and "[x]" not in card, name
+        assert ("load anywhere" in card) == (name == "pruned") and "Old" not in card
+    packed, whole, served = (cards[name] for name in ("packed", "whole", "served"))
+    assert "library_name: secateurs" in packed and "load_packed(folder)" in packed and "vLLM, SGLang and" in packed
+    assert "# tiny, pruned (50%) and packed with" in packed and f"Made from `{tmp_path / 'pruned'}` by" in packed
+    assert "15 matrices, 14 of them without their zeros." in packed
+    assert f"# {tmp_path / 'dense'}, packed with" in whole and "pack --weights int4`:\n15 matrices, 0 of them" in whole
+    assert "library_name: transformers" in served and "--format compressed-tensors`:\n14 matrices" in served
+    assert "secateurs.json" in served and "secateurs.json" not in whole and "load_packed" not in served
+
+
 def test_what_cannot_be_packed_so_is_refused(tmp_path, capsys, monkeypatch):
     make_model("qwen3_moe").save_pretrained(tmp_path / "experts")
     make_model("llama").save_pretrained(tmp_path / "small")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateurs.artifacts import atomic_folder
 from secateurs.checkpoint import Checkpoint, Shards
-from secateurs.export import copy_beside, has_moved, mask_hashes
+from secateurs.export import copy_beside, has_moved, mask_hashes, packed_card
 from secateurs.int4 import GROUP, LOWEST, group_scales, numbers_of
 from secateurs.models import linears, packed_experts
 from secateurs.packed import RECORD
@@ -69,6 +69,7 @@ def compress(model: str, out: Path) -> dict[str, Any]:
             files.add(key, tensor)
         files.close()
         copy_beside(checkpoint.folder, folder)
+        packed_card(checkpoint.folder, folder, model=model, weights="int4", counts=found, for_engines=True, group=GROUP)
         layers = (name for name, module in checkpoint.model.named_modules() if isinstance(module, nn.Linear))
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = _settings([name for name in layers if name not in packed])

@@ -1,6 +1,7 @@
 """A pruned model as a plain Hugging Face folder that loads everywhere, with a card, a side file and a probe."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
@@ -77,8 +78,23 @@ def export(
             "cut": trimmer.close() if trimmer else None,
         }
         write_json(folder / SIDE_FILE, side)
-        card = Environment(loader=PackageLoader("secateurs"), autoescape=False).get_template("model_card.md.j2")
-        (folder / "README.md").write_text(card.render(side=side, recipe=json.dumps(side["provenance"], indent=2)))
+        recipe = json.dumps(side["provenance"], indent=2)
+        write_card("model_card.md.j2", checkpoint.folder, folder, side=side, recipe=recipe)
+
+
+def write_card(template: str, source: Path, out: Path, **facts: Any) -> None:
+    """Write the card of a model that was made from the one in `source`, with the licence that this one's names."""
+    old = source / "README.md"
+    head = re.match(r"---\n(.*?\n)---\n", old.read_text(errors="replace"), re.DOTALL) if old.exists() else None
+    licence = "".join(re.findall(r"^license.*\n(?:[ -].*\n)*", head[1], re.MULTILINE)) if head else ""
+    card = Environment(loader=PackageLoader("secateurs"), autoescape=False).get_template(template)
+    (out / "README.md").write_text(card.render(licence=licence, **facts))
+
+
+def packed_card(source: Path, out: Path, **facts: Any) -> None:
+    """Write the card of a packed model, in the place of the one in `source`."""
+    file = source / SIDE_FILE
+    write_card("packed_card.md.j2", source, out, side=read_json(file) if file.exists() else {}, **facts)
 
 
 def mask_hash(weight: torch.Tensor) -> str:

@@ -12,7 +12,7 @@ from secateurs.artifacts import atomic_folder, write_json
 from secateurs.calibration import Batch
 from secateurs.checkpoint import Checkpoint, Shards
 from secateurs.collect import logits_of
-from secateurs.export import copy_beside, has_moved, mask_hashes
+from secateurs.export import copy_beside, has_moved, mask_hashes, packed_card
 from secateurs.models import linears, name_of
 from secateurs.packed import RECORD, SCHEMA, STEM, VERSION, PackedMatrix, Weights
 from secateurs.planner import SAFE, available
@@ -89,6 +89,7 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
             files.add(name, tensor.cpu().contiguous())
     files.close()
     copy_beside(checkpoint.folder, folder)
+    packed_card(checkpoint.folder, folder, model=model, weights=weights, counts=counts)
     write_json(folder / RECORD, {"schema": SCHEMA, "version": VERSION, "weights": weights, "matrices": names})
     density = 1 - counts["zeros"] / counts["weights"]
     block = max(sum(parameter.numel() for parameter in block.parameters()) for block in checkpoint.blocks)
