@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from families import make_model
 from secateurs import checkpoint as checkpoint_file
 from secateurs.checkpoint import Checkpoint, weight_files
 from secateurs.compressed import compress
+from secateurs.packing import pack
 from secateurs.patterns import NM
 from secateurs.solvers.rounded import Rounded
 from test_checkpoint import Tokenizer, exported
@@ -80,6 +81,45 @@ def test_plain_rounding_is_measured_and_layers_that_do_not_fit_stay(tmp_path, ca
     assert settings["ignore"] == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "lm_head"]
 
 
+@pytest.mark.parametrize("how", [["int8"], ["int4", "--format", "compressed-tensors"]], ids=["ours", "for engines"])
+def test_zeros_that_have_moved_since_are_told_of(how, tmp_path, capsys, monkeypatch):
+    wide("llama").save_pretrained(tmp_path / "dense")
+    exported(Checkpoint(str(tmp_path / "dense")), Tokenizer(), PLAN, tmp_path / "pruned")
+
+    def said(out: str) -> str:
+        words = ["pack", str(tmp_path / "pruned"), "--out", str(tmp_path / out), "--weights", *how]
+        assert call(monkeypatch, *words) == 0
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "zeros are not where they were" not in said("sound")
+    tensors = stored(tmp_path / "pruned")
+    weight = tensors["model.layers.1.mlp.up_proj.weight"]
+    weight[tuple((weight == 0).nonzero()[0])] = 0.5
+    save_file(tensors, tmp_path / "pruned" / "model.safetensors", {"format": "pt"})
+    assert "in 1 matrices zeros are not where they were when it was pruned: `secateurs mask apply`" in said("spoiled")
+
+
+def test_a_packed_folder_has_a_card_of_its_own_with_the_licence_of_the_model(tmp_path):
+    wide("llama").save_pretrained(tmp_path / "dense")
+    head = ["license:", "- mit", "- other", "tags: [x]", "license_name: some"]
+    (tmp_path / "dense" / "README.md").write_text("\n".join(["---", *head, "---", "# Old", "license: none", ""]))
+    exported(Checkpoint(str(tmp_path / "dense")), Tokenizer(), PLAN, tmp_path / "pruned")
+    pack(str(tmp_path / "pruned"), tmp_path / "packed")
+    pack(str(tmp_path / "dense"), tmp_path / "whole", "int4")
+    compress(str(tmp_path / "pruned"), tmp_path / "served")
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("pruned", "packed", "whole", "served")}
+    for name, card in cards.items():
+        assert "\nlicense:\n- mit\n- other\nlicense_name: some\n---\n# " in card and "[x]" not in card, name
+        assert ("load anywhere" in card) == (name == "pruned") and "Old" not in card
+    packed, whole, served = (cards[name] for name in ("packed", "whole", "served"))
+    assert "library_name: secateurs" in packed and "load_packed(folder)" in packed and "vLLM, SGLang and" in packed
+    assert "# tiny, pruned (50%) and packed with" in packed and f"Made from `{tmp_path / 'pruned'}` by" in packed
+    assert "15 matrices, 14 of them without their zeros." in packed
+    assert f"# {tmp_path / 'dense'}, packed with" in whole and "pack --weights int4`:\n15 matrices, 0 of them" in whole
+    assert "library_name: transformers" in served and "--format compressed-tensors`:\n14 matrices" in served
+    assert "secateurs.json" in served and "secateurs.json" not in whole and "load_packed" not in served
+
+
 def test_what_cannot_be_packed_so_is_refused(tmp_path, capsys, monkeypatch):
     make_model("qwen3_moe").save_pretrained(tmp_path / "experts")
     make_model("llama").save_pretrained(tmp_path / "small")
@@ -89,6 +129,9 @@ def test_what_cannot_be_packed_so_is_refused(tmp_path, capsys, monkeypatch):
         assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="exists: name another folder"):
         compress(str(tmp_path / "small"), tmp_path)
+    pack(str(tmp_path / "small"), tmp_path / "packed")
+    with pytest.raises(ValueError, match="packed is packed already"):
+        compress(str(tmp_path / "packed"), tmp_path / "out")
     said = ["pack", str(tmp_path / "small"), "--out", str(tmp_path / "out"), "--format"]
     for more, lesson in (
         (["compressed-tensors"], "stores int4: add --weights int4 (found bf16)"),

@@ -219,6 +219,7 @@ def test_a_recipe_says_so_and_what_does_not_go_is_refused(capsys):
     with pytest.raises(ValueError, match="takes no tune"):
         load_recipe("demo", ["prune.tune.steps=5", "sweep.solver=[{name='admm', weights='int4'}]"])
     assert [engine for engine, _ in gains(NM(4, 8), rounded=True)][-2] == "secateurs pack --weights int4 (CPU)"
+    assert "experts are refused" in gains(NM(4, 8), rounded=True)[-1][1], "as `compress` has it"
 
 
 def test_a_probe_of_solvers_takes_each_with_its_own_pattern(tmp_path):

@@ -151,6 +151,15 @@ def sample(
             return
 
 
+def evaluation_questions(recipe: Recipe, seed: int) -> tuple[QuestionSet, list[Question]]:
+    """The set that evaluates, and what of it is asked. ValueError where it has fewer than the recipe asks for."""
+    questions, wanted = build_questions(recipe.evaluate.questions or recipe.traces.questions), recipe.evaluate
+    found = list(islice(questions.questions("eval", seed), wanted.num_questions))
+    if len(found) < wanted.num_questions:
+        raise ValueError(f"evaluate.num_questions is {wanted.num_questions:,}, the set has {len(found):,}")
+    return questions, found
+
+
 def request_for(question: Question, number: int, tokenizer: Any, questions: QuestionSet, seed: int) -> Request:
     """What an engine is asked for one sample of an answer."""
     return Request(
@@ -460,11 +469,10 @@ def answer(
     `shard` (which, of how many) asks one of so many, and leaves the store unsealed.
     """
     spec = recipe.evaluate.questions or recipe.traces.questions
-    questions = build_questions(spec)
+    questions, wanted = evaluation_questions(recipe, seed)
     sampling = _sampling(dense, recipe.evaluate.sampling or recipe.traces.sampling)
     provenance = _provenance(dense, questions, spec, "eval", sampling, seed)
     provenance |= {"samples": recipe.evaluate.samples, "weights": model_key}
-    wanted = list(islice(questions.questions("eval", seed), recipe.evaluate.num_questions))
     which, shards = shard
     asked = [(question, number) for question in wanted for number in range(recipe.evaluate.samples)][which::shards]
     whole = folder / canonical_hash(provenance)[:12]

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from secateurs import kernels
-from secateurs.ask import request_for, trace_of
+from secateurs.ask import evaluation_questions, request_for, trace_of
 from secateurs.engines import default_sampling
 from secateurs.engines.hf import hf_engine, learned_positions
 from secateurs.models import load_model, load_tokenizer
 from secateurs.packed import RECORD
 from secateurs.page import templates
 from secateurs.parallel import MISTAKES, portable, settle, start
-from secateurs.recipe import Recipe, build_questions
+from secateurs.recipe import Recipe
 from secateurs.runtime import PackedEmbedding, PackedLinear, load_packed
 from secateurs.statistics import cost_ratio_interval, difference_interval, share_interval, sign_flip
 
@@ -114,9 +113,15 @@ class Row:
     quality: Quality | None = None
 
 
+def path_and_type(name: str) -> tuple[str, str]:
+    """What a model's name is made of; the type is "" where none is named, as in a folder that has an `@` itself."""
+    path, mark, dtype = name.rpartition("@")
+    return (path, dtype) if mark and not Path(name).is_dir() else (name, "")
+
+
 def load_any(name: str, device: str = "cpu") -> tuple[PreTrainedModel, str]:
     """A model by its name on a device, and what it computes in. ValueError for an unknown type."""
-    path, _, dtype = name.partition("@")
+    path, dtype = path_and_type(name)
     if dtype and dtype not in DTYPES:
         raise ValueError(f"{name}: unknown type `{dtype}`; there are {', '.join(DTYPES)}")
     if (Path(path) / RECORD).is_file():
@@ -151,15 +156,21 @@ def bench(
 ) -> list[Row]:
     """Measure every model in turns, `rounds` times; with a recipe, ask each its evaluation questions, `asked` times.
 
+    What a recipe asks is made ready before anything is timed, and each question is answered once a time.
     `threads` 0 is as many as torch takes. `keep` gets what is known after every round, as a bench may be stopped.
     ValueError for a model that cannot be loaded; RuntimeError if its process dies.
     """
-    plain = [name.partition("@") for name in models]
-    named = [(os.path.abspath(path) if Path(path).exists() else path, dtype) for path, _, dtype in plain]
+    plain = map(path_and_type, models)
+    named = [(os.path.abspath(path) if Path(path).exists() else path, dtype) for path, dtype in plain]
     if repeated := [models[at] for at, name in enumerate(named) if name in named[:at]]:
         raise ValueError(f"{repeated[0]} is named twice; to see the noise, name a copy (or a link) of it")
     if recipe and not recipe.evaluate.num_questions:
         raise ValueError("the recipe asks no questions (evaluate.num_questions is 0): leave it out, or ask some")
+    if recipe and recipe.evaluate.samples > 1:
+        raise ValueError(
+            f"evaluate.samples is {recipe.evaluate.samples}, but a bench asks for one answer a question: set it to 1 "
+            "(`asked` repeats them all)"
+        )
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device is {device}, but there is no GPU that torch can use")
     threads = threads or torch.get_num_threads()
@@ -194,7 +205,7 @@ def bench(
 
         for name in models:
             workers[name], _ = start(stack, _serve, name, device, threads)
-            rows[name] = Row(model=name, **ask(name, "load"))
+            rows[name] = Row(model=name, **ask(name, "load", recipe))
         for _ in range(rounds):
             for batch, context in shapes:
                 for name in models:
@@ -251,9 +262,9 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def short(name: str) -> str:
     """A model's name for a narrow column: its folder, and not the one of all cells alike."""
-    path, mark, dtype = name.partition("@")
+    path, dtype = path_and_type(name)
     folder = Path(path)
-    return (folder.parent.name if folder.name == "model" else folder.name) + mark + dtype
+    return (folder.parent.name if folder.name == "model" else folder.name) + (f"@{dtype}" if dtype else "")
 
 
 def figure(value: float | None, digits: int = 2) -> str:
@@ -345,8 +356,12 @@ class _Bench:
         self.name, self.device, self.before = name, device, _peak(device)
         self.model: Any = None
 
-    def load(self) -> dict[str, Any]:
-        """Load it, and say what it is."""
+    def load(self, recipe: Recipe | None = None) -> dict[str, Any]:
+        """Load it, and say what it is; before that, make ready what a recipe asks."""
+        if recipe:
+            self.tokenizer = load_tokenizer(path_and_type(self.name)[0])
+            self.questions, asked = evaluation_questions(recipe, recipe.seed)
+            self.asked = {request_for(one, 0, self.tokenizer, self.questions, recipe.seed): one for one in asked}
         clock = time.perf_counter()
         self.model, computes = load_any(self.name, self.device)
         self._wait()
@@ -387,18 +402,14 @@ class _Bench:
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
     def answer(self, recipe: Recipe) -> Quality:
-        """Ask the recipe's evaluation questions."""
-        tokenizer = load_tokenizer(self.name.partition("@")[0])
-        questions = build_questions(recipe.evaluate.questions or recipe.traces.questions)
-        asked = list(islice(questions.questions("eval", recipe.seed), recipe.evaluate.num_questions))
-        by_id = {question.id: question for question in asked}
+        """Ask the evaluation questions of the recipe that it was loaded with."""
         overrides = (recipe.evaluate.sampling or recipe.traces.sampling).model_dump()
         sampling = default_sampling(self.model.generation_config, **overrides)
-        requests = [request_for(question, 0, tokenizer, questions, recipe.seed) for question in asked]
+        engine = hf_engine(self.model, self.tokenizer, recipe.resources.batch_size)
         clock = time.perf_counter()
-        done = list(hf_engine(self.model, tokenizer, recipe.resources.batch_size).generate(requests, sampling))
+        done = list(engine.generate(self.asked, sampling))
         seconds = time.perf_counter() - clock
-        traces = [trace_of(one, tokenizer, questions, by_id[one.request.question_id]) for one in done]
+        traces = [trace_of(one, self.tokenizer, self.questions, self.asked[one.request]) for one in done]
         return Quality(
             {trace.question_id: float(trace.reward == 1) for trace in traces},
             {trace.question_id: len(trace.completion_ids) for trace in traces},

@@ -328,10 +328,8 @@ def pack(
             "rounds them on traces, which changes outputs less and is stored exactly",
             soft_wrap=True,
         )
-    if for_engines:
-        return
-    if not found["checked"]:
-        console.print(f"[yellow]not checked[/]: {escape(found['why_unchecked'])}", soft_wrap=True)
+    if why := found.get("why_unchecked"):
+        console.print(f"[yellow]not checked[/]: {escape(why)}", soft_wrap=True)
     if found["moved"]:
         console.print(
             f"[bold red]in {found['moved']} matrices zeros are not where they were when it was pruned[/]: "
@@ -378,26 +376,27 @@ def bench_(
             raise ValueError(f"--out is {out}; it should end in .json, and a page is written beside it")
         out.parent.mkdir(parents=True, exist_ok=True)
     where = bench.machine(threads, device)
-
-    def measured(rows: list[bench.Row]) -> dict[str, Any]:
-        return {"machine": where, "rows": bench.table(rows)}
+    found: dict[str, Any] = {}
 
     def keep(rows: list[bench.Row]) -> None:
+        nonlocal found
+        found = {"machine": where, "rows": bench.table(rows)}
         if out:
-            write_json(out, measured(rows))
-            atomic_write(out.with_suffix(".html"), bench.to_html(measured(rows)))
+            write_json(out, found)
+            atomic_write(out.with_suffix(".html"), bench.to_html(found))
 
-    with _bars() as progress:
-        rows = bench.bench(
-            models, **shapes, new_tokens=tokens, rounds=rounds, threads=threads, device=device,
-            recipe=loaded, asked=asked, keep=keep,
-            progress=lambda done, total, what: progress("bench", done, total, "turns"),
-        )  # fmt: skip
-    result = measured(rows)
-    if as_json:
-        print(json.dumps(result))
-        return
-    _show_bench(result)
+    try:
+        with _bars() as progress:
+            bench.bench(
+                models, **shapes, new_tokens=tokens, rounds=rounds, threads=threads, device=device,
+                recipe=loaded, asked=asked, keep=keep,
+                progress=lambda done, total, what: progress("bench", done, total, "turns"),
+            )  # fmt: skip
+    finally:  # also of a bench that was stopped
+        if found and as_json:
+            print(json.dumps(found))
+        elif found:
+            _show_bench(found)
 
 
 def _show_bench(result: dict[str, Any]) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from secateurs.artifacts import atomic_folder
 from secateurs.checkpoint import Checkpoint, Shards
-from secateurs.export import copy_beside
+from secateurs.export import copy_beside, has_moved, mask_hashes, packed_card
 from secateurs.int4 import GROUP, LOWEST, group_scales, numbers_of
 from secateurs.models import linears, packed_experts
+from secateurs.packed import RECORD
 
 IN_A_WORD = 8  # numbers of four bits
 
@@ -20,26 +21,32 @@ IN_A_WORD = 8  # numbers of four bits
 def compress(model: str, out: Path) -> dict[str, Any]:
     """Write the model in the folder or hub id `model` to `out` with its linear layers in int4; one block at a time.
 
-    Returns how many matrices there are (`matrices`), their bytes before and after, and how far the numbers are from the
-    weights as they were, of their root mean square (`rounded_off`; 0 for what a solver rounded). Layers whose inputs
+    Returns how many matrices there are (`matrices`), their bytes before and after, in how many of the blocks' matrices
+    zeros are not where they were when it was pruned (`moved`), and how far the numbers are from the weights as they
+    were, of their root mean square (`rounded_off`; 0 for what a solver rounded). Layers whose inputs
     are no whole number of groups, embeddings, head and routers stay, and the configuration names them. ValueError for a
-    mixture of experts, for a model that is quantised already, and where nothing could be packed.
+    mixture of experts, for a model that is packed or quantised already, and where nothing could be packed.
     """
+    if (Path(model) / RECORD).exists():
+        raise ValueError(f"{model} is packed already")
     if out.exists():
         raise ValueError(f"{out} exists: name another folder, or remove it")
     checkpoint = Checkpoint(model)
     if any(packed_experts(block) for block in checkpoint.blocks):
         raise ValueError(f"{type(checkpoint.model).__name__} has experts, which are not packed so")
-    found = {"weights": "int4", "matrices": 0, "dense_bytes": 0, "bytes": 0}
+    found = {"weights": "int4", "matrices": 0, "dense_bytes": 0, "bytes": 0, "moved": 0}
+    masks = mask_hashes(checkpoint.folder)
     off = whole = 0.0
     packed: set[str] = set()
     with atomic_folder(out) as folder:
         files = Shards(folder, "model")
         for index, block in enumerate(checkpoint.blocks):
-            fit = {name for name, linear in linears(block).items() if linear.weight.shape[1] % GROUP == 0}
+            place, inside = f"{checkpoint.prefix}.{index}", linears(block)
+            fit = {name for name, linear in inside.items() if linear.weight.shape[1] % GROUP == 0}
             with checkpoint.opened(index):
+                found["moved"] += sum(has_moved(masks, f"{place}.{name}", one.weight) for name, one in inside.items())
                 for key, tensor in checkpoint.block_weights(index).items():
-                    name = checkpoint.names[key].removeprefix(f"{checkpoint.prefix}.{index}.").removesuffix(".weight")
+                    name = checkpoint.names[key].removeprefix(f"{place}.").removesuffix(".weight")
                     if name not in fit or not key.endswith(".weight"):
                         files.add(key, tensor)
                         continue
@@ -62,6 +69,7 @@ def compress(model: str, out: Path) -> dict[str, Any]:
             files.add(key, tensor)
         files.close()
         copy_beside(checkpoint.folder, folder)
+        packed_card(checkpoint.folder, folder, model=model, weights="int4", counts=found, for_engines=True, group=GROUP)
         layers = (name for name, module in checkpoint.model.named_modules() if isinstance(module, nn.Linear))
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = _settings([name for name in layers if name not in packed])

@@ -1,6 +1,7 @@
 """A pruned model as a plain Hugging Face folder that loads everywhere, with a card, a side file and a probe."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
@@ -11,7 +12,7 @@ import numpy
 import torch
 from jinja2 import Environment, PackageLoader
 
-from secateurs.artifacts import atomic_file, atomic_folder, write_json
+from secateurs.artifacts import atomic_file, atomic_folder, read_json, write_json
 from secateurs.calibration import Batch
 from secateurs.checkpoint import INDEX, Checkpoint, save
 from secateurs.collect import Logits, Opened, Shell, Stream
@@ -77,13 +78,45 @@ def export(
             "cut": trimmer.close() if trimmer else None,
         }
         write_json(folder / SIDE_FILE, side)
-        card = Environment(loader=PackageLoader("secateurs"), autoescape=False).get_template("model_card.md.j2")
-        (folder / "README.md").write_text(card.render(side=side, recipe=json.dumps(side["provenance"], indent=2)))
+        recipe = json.dumps(side["provenance"], indent=2)
+        write_card("model_card.md.j2", checkpoint.folder, folder, side=side, recipe=recipe)
+
+
+def write_card(template: str, source: Path, out: Path, **facts: Any) -> None:
+    """Write the card of a model that was made from the one in `source`, with the licence that this one's names."""
+    old = source / "README.md"
+    head = re.match(r"---\n(.*?\n)---\n", old.read_text(errors="replace"), re.DOTALL) if old.exists() else None
+    licence = "".join(re.findall(r"^license.*\n(?:[ -].*\n)*", head[1], re.MULTILINE)) if head else ""
+    card = Environment(loader=PackageLoader("secateurs"), autoescape=False).get_template(template)
+    (out / "README.md").write_text(card.render(licence=licence, **facts))
+
+
+def packed_card(source: Path, out: Path, **facts: Any) -> None:
+    """Write the card of a packed model, in the place of the one in `source`."""
+    file = source / SIDE_FILE
+    write_card("packed_card.md.j2", source, out, side=read_json(file) if file.exists() else {}, **facts)
 
 
 def mask_hash(weight: torch.Tensor) -> str:
     """sha256 of the kept/zero bits of a weight, row-major, packed eight to a byte."""
     return sha256(numpy.packbits((weight != 0).cpu().numpy()).tobytes()).hexdigest()
+
+
+def mask_hashes(folder: Path) -> dict[str, str]:
+    """Those of a pruned model's masks, by matrix; none without a side file, or for a model that was cut."""
+    file = folder / SIDE_FILE
+    if not file.exists():
+        return {}
+    try:
+        rows = read_json(file)["layers"]
+        return {row["name"]: row["mask_sha256"] for row in rows if "mask_sha256" in row}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a side file as secateurs writes it ({error!r})") from None
+
+
+def has_moved(masks: Mapping[str, str], name: str, weight: torch.Tensor) -> bool:
+    """Whether zeros of a matrix are not where they were when it was pruned, by `mask_hashes`."""
+    return name in masks and masks[name] != mask_hash(weight)
 
 
 def copy_beside(source: Path, out: Path) -> None:

@@ -14,7 +14,7 @@ def gains(pattern: Pattern | Cut, rounded: bool = False) -> list[tuple[str, str]
     bench` is no promise."""
     if rounded:
         stored = "its linear layers exactly, in 4.25 bits a weight, zeros too"
-        served = "the same, for their int4 kernels; a smaller model is faster still, zeros are not"
+        served = "the same, for int4 kernels (experts are refused); a smaller model is faster still, zeros are not"
         ways = [("secateurs pack --weights int4 (CPU)", stored), ("vLLM, SGLang, by its --format", served)]
         return [*gains(pattern), *ways]
     if isinstance(pattern, Cut):

@@ -82,7 +82,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     path = model_path(name)
     check_folder(name, path)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # which transformers makes up for a Qwen or Gemma
+            raise ValueError("it knows no words, as where its files are missing")
+        return tokenizer
     except Exception as error:  # as above
         raise cannot_be_loaded(f"the tokenizer of `{name}`", error) from error
 
@@ -112,9 +115,7 @@ def check_folder(name: str, path: str) -> None:
     found = [table[key] for table in tables for key in QUANTISED if table.get(key)]
     if found or (folder / "hf_quant_config.json").exists():
         method = found[0].get("quant_method", "unknown") if found and isinstance(found[0], dict) else "unknown"
-        raise ValueError(
-            f"model `{name}` is quantised ({method}): there are no dense weights to prune; use the original"
-        )
+        raise ValueError(f"model `{name}` is quantised ({method}), and secateurs reads dense weights: use the original")
 
 
 def window(model: PreTrainedModel) -> int:

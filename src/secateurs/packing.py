@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateurs.artifacts import atomic_folder, read_json, write_json
+from secateurs.artifacts import atomic_folder, write_json
 from secateurs.calibration import Batch
 from secateurs.checkpoint import Checkpoint, Shards
 from secateurs.collect import logits_of
-from secateurs.export import SIDE_FILE, copy_beside, mask_hash
+from secateurs.export import copy_beside, has_moved, mask_hashes, packed_card
 from secateurs.models import linears, name_of
 from secateurs.packed import RECORD, SCHEMA, STEM, VERSION, PackedMatrix, Weights
 from secateurs.planner import SAFE, available
@@ -21,17 +21,6 @@ from secateurs.runtime import PackedLinear, has_kernels, load_packed
 PROBED = 24  # tokens that are read at once, as matrices made dense: more than `runtime.FEW`
 OFF, ROUNDED_OFF = 2e-3, 0.3  # of the largest logit; kernels of int4 round a single token's vectors
 NO_ROOM = "no room here to load it"
-
-
-def _masks(file: Path) -> dict[str, str]:
-    """The hashes of a pruned model's masks, by matrix; none without a side file, or for a model that was cut."""
-    if not file.exists():
-        return {}
-    try:
-        rows = read_json(file)["layers"]
-        return {row["name"]: row["mask_sha256"] for row in rows if "mask_sha256" in row}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a side file as secateurs writes it ({error!r})") from None
 
 
 def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
@@ -63,7 +52,7 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
     counts = {"matrices": 0, "packed": 0, "weights": 0, "zeros": 0, "dense_bytes": 0, "bytes": 0}
     names: dict[str, list[int]] = {}
     off = whole = 0.0
-    masks, moved = _masks(checkpoint.folder / SIDE_FILE), 0
+    masks, moved = mask_hashes(checkpoint.folder), 0
     files = Shards(folder, STEM)
 
     def add(name: str, weight: Tensor, weights: Weights = weights) -> None:
@@ -85,8 +74,7 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
             place = f"{checkpoint.prefix}.{index}"
             inside = linears(block)
             for name, linear in inside.items():
-                known = masks.get(f"{place}.{name}")
-                moved += known not in (None, mask_hash(linear.weight))
+                moved += has_moved(masks, f"{place}.{name}", linear.weight)
                 add(f"{place}.{name}", linear.weight)
             for name, tensor in block.state_dict().items():
                 if name.removesuffix(".weight") not in inside:
@@ -101,6 +89,7 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
             files.add(name, tensor.cpu().contiguous())
     files.close()
     copy_beside(checkpoint.folder, folder)
+    packed_card(checkpoint.folder, folder, model=model, weights=weights, counts=counts)
     write_json(folder / RECORD, {"schema": SCHEMA, "version": VERSION, "weights": weights, "matrices": names})
     density = 1 - counts["zeros"] / counts["weights"]
     block = max(sum(parameter.numel() for parameter in block.parameters()) for block in checkpoint.blocks)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from secateurs import evaluate, pruner
+from secateurs.ask import evaluation_questions
 from secateurs.calibration import batches, plain_document, region_weights
 from secateurs.cell import hidden_states, memory_needs, plan_of
 from secateurs.corpus import corpus_documents
@@ -35,10 +36,7 @@ def plan_check(recipe: Recipe, dense: Dense) -> dict[str, Any]:
     for cell in {arm_label(cell.calibration.arm): cell for cell in recipe.grid}.values():
         if region_weights(cell.calibration.arm).get("corpus"):
             corpus_documents(cell, recipe.seeds[0], dense.tokenizer)  # what is wrong is said before sampling
-    questions = build_questions(recipe.evaluate.questions or recipe.traces.questions)
-    found = sum(1 for _ in islice(questions.questions("eval", recipe.seeds[0]), recipe.evaluate.num_questions))
-    if found < recipe.evaluate.num_questions:
-        raise ValueError(f"evaluate.num_questions is {recipe.evaluate.num_questions:,}, the set has {found:,}")
+    evaluation_questions(recipe, recipe.seeds[0])  # as here
     models = len(recipe.grid)
     model = dense.checkpoint.model
     parameters = model.num_parameters()
