@@ -18,7 +18,7 @@ from secateurs.kernels import Stored, blocks
 from secateurs.kernels.blocks import Block
 from secateurs.packed import PackedMatrix
 from secateurs.packing import pack
-from secateurs.runtime import FAST, FEW, FastModel, Roomy, load_packed
+from secateurs.runtime import FAST, FEW, FastModel, PackedLinear, Roomy, load_packed
 from test_packed import halved, pruned, sparse
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="installed without a C compiler: no kernels to test")
@@ -610,3 +610,28 @@ def test_packed_numbers_that_are_not_finite_are_refused(number, weights, groups,
     spoil(tmp_path / "packed", lambda tensors: tensors[f"{UP}.{part}"].view(-1)[:1].fill_(number))
     with pytest.raises(ValueError, match=f"{UP}.{part} in packed.safetensors holds numbers that are not finite"):
         load_packed(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("expand", [False, True])
+@torch.no_grad()
+def test_a_packed_model_computes_in_the_type_and_lies_where_it_is_told_to(expand, tmp_path):
+    pruned("qwen2", tmp_path / "dense")
+    pack(str(tmp_path / "dense"), tmp_path / "packed")
+    model, ids = load_packed(tmp_path / "packed", expand=expand), torch.arange(3, 10)[None]
+    wanted = model(input_ids=ids).logits
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    stored = [dict(one.matrix.tensors) for one in packed]
+    for change in (model.half, model.bfloat16):
+        found = change()(input_ids=ids).logits
+        assert found.dtype == model.dtype != torch.float32
+        assert float((found.float() - wanted).norm() / wanted.norm()) < 0.02
+    assert len(packed) == (0 if expand else 15) and stored == [one.matrix.tensors for one in packed], "all are the same"
+    model.share_memory().to("meta")
+    assert all(one.is_meta for one in (*model.parameters(), *model.buffers(), model.model.embed_tokens.table))
+    assert all(tensor.is_meta for one in packed for tensor in one.matrix.tensors.values())
+
+
+@pytest.mark.skipif(kernels.has_triton(), reason="there are kernels for what lies elsewhere")
+def test_a_matrix_that_was_moved_where_no_kernel_is_is_multiplied_all_the_same():
+    matrix = PackedMatrix.of(sparse(5, 70), "int8", "dense").to(torch.device("meta"))
+    assert matrix.multiply(torch.ones(2, 70, device="meta")).shape == (2, 5)

@@ -6,7 +6,7 @@ transformers.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ FEW = 16  # vectors up to which a product reads packed weights; more are worth m
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with a packed matrix. Differentiable it is not."""
+    """A linear layer with a packed matrix, whose type is its format: `to` only moves it. Differentiable it is not."""
 
     def __init__(self, matrix: PackedMatrix, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -52,9 +52,13 @@ class PackedLinear(nn.Module):
         out = out if self.bias is None else out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        self.matrix = self.matrix.to(fn(torch.empty(0, device=self.matrix.device)).device)
+        return super()._apply(fn, recurse)
+
 
 class PackedEmbedding(nn.Module):
-    """An embedding in the type it is stored in, which gives `dtype`."""
+    """An embedding in the type it is stored in, which gives `dtype`: `to` moves the one and changes the other."""
 
     def __init__(self, weight: Tensor, scale: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -63,6 +67,11 @@ class PackedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         rows = nn.functional.embedding(ids, self.table).to(self.dtype)
         return rows if self.scale == 1 else rows * self.scale
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedEmbedding":
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.table.device))
+        self.table, self.dtype = self.table.to(like.device), like.dtype
+        return super()._apply(fn, recurse)
 
 
 class Roomy(DynamicLayer):
