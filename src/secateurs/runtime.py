@@ -40,6 +40,8 @@ FEW = 16  # vectors up to which a product reads packed weights; more are worth m
 class PackedLinear(nn.Module):
     """A linear layer with a packed matrix, whose type is its format: `to` only moves it. Differentiable it is not."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, matrix: PackedMatrix, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.matrix = matrix
@@ -350,7 +352,7 @@ def _linear(matrix: PackedMatrix, bias: nn.Parameter | None, dtype: torch.dtype,
     """With the model's own bias, which is empty until all that is not packed is loaded."""
     if not expand:
         return PackedLinear(matrix, bias).requires_grad_(False)
-    dense = nn.Linear(matrix.d_in, matrix.rows, device="meta")
+    dense: Any = nn.Linear(matrix.d_in, matrix.rows, device="meta")
     dense.weight, dense.bias = nn.Parameter(matrix.dense().to(dtype)), bias
     return dense.requires_grad_(False)
 
