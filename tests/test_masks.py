@@ -161,6 +161,24 @@ def test_packing_says_where_zeros_have_moved(tmp_path, capsys):
         assert (said in " ".join(capsys.readouterr().err.split())) == expected
 
 
+@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
+def test_masks_of_packed_models_are_checked_too(family, tmp_path):
+    pruned = pruned_model(family, tmp_path)
+    expected = check(str(pruned))
+    assert {one.lost for one in expected} == {0}
+    for weights in ("bf16", "int8", "int4"):
+        pack(str(pruned), tmp_path / weights, weights)
+        assert check(str(tmp_path / weights), str(pruned)) == expected
+    assert check(str(tmp_path / "bf16")) == expected
+    with pytest.raises(ValueError, match="is int4, where small weights are zero too, .* name the pruned model by --of"):
+        check(str(tmp_path / "int4"))
+    other = tuned(pruned, tmp_path / "tuned")
+    shutil.copyfile(pruned / SIDE_FILE, other / SIDE_FILE)
+    pack(str(other), tmp_path / "lost")
+    assert check(str(tmp_path / "lost"), str(pruned)) == check(str(other), str(pruned))
+    assert {one.lost for one in check(str(tmp_path / "lost"))} == {None}
+
+
 @pytest.mark.parametrize("damaged", ["[]", "{}", '{"layers": null}', '{"layers": [{"mask_sha256": "x"}]}'])
 def test_packing_with_another_side_file_is_one_sentence(damaged, tmp_path):
     folder = saved("qwen3", tmp_path / "dense")

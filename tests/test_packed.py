@@ -18,7 +18,7 @@ from secateurs.bench import Quality, Row, Speed, _Bench, bench, load_any, table,
 from secateurs.export import mask_hash
 from secateurs.models import BUNDLED, linears, load_model, model_path
 from secateurs.packed import PackedMatrix
-from secateurs.packing import pack
+from secateurs.packing import _rounded, pack
 from secateurs.runtime import FEW, PackedLinear, load_packed
 from test_cli import call
 
@@ -519,6 +519,50 @@ def test_embeddings_that_do_more_and_norms_without_weights_run(tmp_path):
         with torch.no_grad():
             torch.testing.assert_close(packed(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
         assert packed.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+FAULTS = {
+    "a zero that is none": lambda weight: weight + (weight == 0) * weight.abs().max(),
+    "a weight that is none": lambda weight: weight * (weight != weight.max()),
+    "another sign": lambda weight: -weight,
+    "another row's weights": lambda weight: weight.roll(1, 0),
+    "half a weight": lambda weight: weight / 2,
+    "no number": lambda weight: weight / weight,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("weights, groups", [("bf16", None), ("bf16", 8), ("int8", None), ("int8", 8), ("int4", None)])
+def test_a_matrix_that_is_not_stored_as_it_was_is_seen(weights, groups, fault, tmp_path, monkeypatch):
+    pruned("llama", tmp_path / "dense", groups)
+    of = PackedMatrix.of.__func__
+    monkeypatch.setattr(
+        PackedMatrix, "of", classmethod(lambda cls, weight, *others: of(cls, FAULTS[fault](weight), *others))
+    )
+    with pytest.raises(
+        RuntimeError, match=f"layers.0.self_attn.q_proj is not the same when it is packed as .*_{weights}"
+    ):
+        pack(str(tmp_path / "dense"), tmp_path / "packed", weights)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_what_is_rounded_is_said(tmp_path, monkeypatch, capsys):
+    model = pruned("llama", tmp_path / "bfloat16")
+    model.model.layers[0].mlp.up_proj.weight.data[1] *= 1.001
+    model.half().save_pretrained(tmp_path / "float16")
+    for folder, weights, said in (("bfloat16", "bf16", False), ("float16", "bf16", True), ("float16", "int8", True)):
+        words = ["pack", str(tmp_path / folder), "--out", str(tmp_path / f"{folder}-{weights}"), "--weights", weights]
+        assert call(monkeypatch, *words) == 0
+        heard = " ".join(capsys.readouterr().err.split())
+        assert (f"its weights are rounded to {weights}: off by 0." in heard) == said
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_weights_of_any_size_are_what_they_were(weights):
+    weight = sparse(300, 130).pow(3)  # what is best for some of int4's groups is to clip the largest
+    weight[1], weight[2] = 1e-42, 1e15  # as decay leaves them: no scale of int4 is so small
+    off, whole = _rounded("one", weight, PackedMatrix.of(weight, weights))
+    assert 0 < off < 0.02 * whole
 
 
 def test_what_the_runtime_would_say_otherwise_is_not_packed(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """All blocks of a token in one call: they are what torch makes of them, the models what transformers runs."""
 
+import json
 from copy import copy, deepcopy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -16,7 +18,7 @@ from secateurs.kernels import Stored, blocks
 from secateurs.kernels.blocks import Block
 from secateurs.packed import PackedMatrix
 from secateurs.packing import pack
-from secateurs.runtime import FAST, FEW, FastModel, Roomy, load_packed
+from secateurs.runtime import FAST, FEW, FastModel, PackedLinear, Roomy, load_packed
 from test_packed import halved, pruned, sparse
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="installed without a C compiler: no kernels to test")
@@ -271,7 +273,7 @@ CHANGES = {  # of a model's second block
     "forward": lambda block: setattr(block.mlp, "forward", torch.zeros_like),
     "hook": lambda block: block.mlp.register_forward_hook(lambda _, args, out: 2 * out),
     "hook before": lambda block: block.self_attn.v_proj.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
-    "bias": lambda block: setattr(block.mlp.down_proj, "bias", random(32).double()),
+    "bias": lambda block: setattr(block.mlp.down_proj, "bias", torch.nn.Parameter(random(32).double())),
 }
 
 
@@ -288,7 +290,7 @@ def test_a_block_that_is_not_its_familys_goes_the_long_way(change, tmp_path, cou
     for model in models:
         CHANGES[change](model.model.layers[1])
     if change == "bias":
-        models[1].model.layers[1].mlp.down_proj.bias = random(32)
+        models[1].model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(random(32))
     found, wanted = (model(input_ids=ids).logits.float() for model in models)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert len(count) == (4 if change == "bias" else 2) and not torch.allclose(before, wanted, atol=1e-4)
@@ -526,3 +528,110 @@ def test_traces_are_the_same_either_way(family, tmp_path, count):
 
 def test_each_family_is_the_decoder_it_says():
     assert all(issubclass(fast, known) and issubclass(fast, FastModel) for known, fast in FAST.items())
+
+
+def test_what_the_familys_code_refuses_does_not_reach_c(tmp_path, count):
+    """Angles of half a head, as a configuration may ask for though nothing of the family turns a part of one."""
+    load("qwen3", tmp_path)
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    count.clear()  # of the check that packing makes
+    with pytest.raises(RuntimeError, match="must match the size"), torch.no_grad():
+        load_packed(tmp_path / "packed")(input_ids=torch.tensor([[5]]))
+    assert not count
+
+
+def spoil(folder, change) -> None:
+    """Write the tensors of a packed folder anew, changed."""
+    tensors = load_file(folder / "packed.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "packed.safetensors")
+
+
+BIAS, NORM, HEADS, TABLE = (
+    "model.layers.1.self_attn.q_proj.bias",
+    "model.layers.0.input_layernorm.weight",
+    "model.layers.0.self_attn.q_norm.weight",
+    "model.embed_tokens.weight",
+)
+
+
+@pytest.mark.parametrize("expand", [False, True])
+@pytest.mark.parametrize(
+    "family, key, change, said",
+    [
+        ("qwen2", BIAS, lambda one: None, f"there is no {BIAS}"),
+        ("qwen2", BIAS, lambda one: one[:1], rf"{BIAS} is \(1,\) in bfloat16, the model's \(32,\)"),
+        ("qwen2", BIAS, lambda one: one.int(), rf"{BIAS} is \(32,\) in int32, the model's \(32,\) in float32"),
+        ("qwen2", BIAS, lambda one: one / 0, f"{BIAS} in packed.safetensors holds numbers that are not finite"),
+        ("llama", BIAS, lambda one: torch.ones(32), f"{BIAS} is not the model's"),
+        ("qwen3", NORM, lambda one: None, f"there is no {NORM}"),
+        ("qwen3", NORM, lambda one: one[:1], rf"{NORM} is \(1,\) in bfloat16, the model's \(32,\)"),
+        ("qwen3", HEADS, lambda one: None, f"there is no {HEADS}"),
+        ("qwen3", HEADS, lambda one: one[:4], rf"{HEADS} is \(4,\) in bfloat16, the model's \(8,\)"),
+        ("qwen3", HEADS, lambda one: one.int(), rf"{HEADS} is \(8,\) in int32, the model's \(8,\)"),
+        ("qwen3", TABLE, lambda one: None, f"there is no {TABLE}"),
+        ("qwen3", TABLE, lambda one: one[:50], rf"{TABLE} is \(50, 32\) in bfloat16, the model's \(64, 32\)"),
+        ("qwen3", TABLE, lambda one: one[:, :31], rf"{TABLE} is \(64, 31\) in bfloat16, the model's \(64, 32\)"),
+        ("qwen3", TABLE, lambda one: one.int(), rf"{TABLE} is \(64, 32\) in int32, the model's \(64, 32\)"),
+        ("qwen3", TABLE, lambda one: one / 0, f"{TABLE} in packed.safetensors holds numbers that are not finite"),
+    ],
+)
+def test_what_is_not_packed_must_be_the_models(family, key, change, said, expand, tmp_path):
+    pruned(family, tmp_path / "dense")
+    pack(str(tmp_path / "dense"), tmp_path / "packed")
+
+    def changed(tensors) -> None:
+        new = change(tensors.pop(key, None))
+        tensors |= {} if new is None else {key: new.contiguous()}
+
+    spoil(tmp_path / "packed", changed)
+    with pytest.raises(ValueError, match=said):
+        load_packed(tmp_path / "packed", expand=expand)
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    "weights, groups, part",
+    [
+        ("bf16", None, "values"),
+        ("bf16", 8, "kept"),
+        ("int8", None, "scale"),
+        ("int4", None, "scales"),
+    ],
+)
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_packed_numbers_that_are_not_finite_are_refused(number, weights, groups, part, tmp_path):
+    pruned("qwen3", tmp_path / "dense", groups)
+    pack(str(tmp_path / "dense"), tmp_path / "packed", weights)
+    spoil(tmp_path / "packed", lambda tensors: tensors[f"{UP}.{part}"].view(-1)[:1].fill_(number))
+    with pytest.raises(ValueError, match=f"{UP}.{part} in packed.safetensors holds numbers that are not finite"):
+        load_packed(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("expand", [False, True])
+@torch.no_grad()
+def test_a_packed_model_computes_in_the_type_and_lies_where_it_is_told_to(expand, tmp_path):
+    pruned("qwen2", tmp_path / "dense")
+    pack(str(tmp_path / "dense"), tmp_path / "packed")
+    model, ids = load_packed(tmp_path / "packed", expand=expand), torch.arange(3, 10)[None]
+    wanted = model(input_ids=ids).logits
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    stored = [dict(one.matrix.tensors) for one in packed]
+    for change in (model.half, model.bfloat16):
+        found = change()(input_ids=ids).logits
+        assert found.dtype == model.dtype != torch.float32
+        assert float((found.float() - wanted).norm() / wanted.norm()) < 0.02
+    assert len(packed) == (0 if expand else 15) and stored == [one.matrix.tensors for one in packed], "all are the same"
+    model.share_memory().to("meta")
+    assert all(one.is_meta for one in (*model.parameters(), *model.buffers(), model.model.embed_tokens.table))
+    assert all(tensor.is_meta for one in packed for tensor in one.matrix.tensors.values())
+
+
+@pytest.mark.skipif(kernels.has_triton(), reason="there are kernels for what lies elsewhere")
+def test_a_matrix_that_was_moved_where_no_kernel_is_is_multiplied_all_the_same():
+    matrix = PackedMatrix.of(sparse(5, 70), "int8", "dense").to(torch.device("meta"))
+    assert matrix.multiply(torch.ones(2, 70, device="meta")).shape == (2, 5)

@@ -319,10 +319,12 @@ def pack(
         else f"{found['packed']} of {found['matrices']} matrices packed, {100 * found['density']:.1f} % of weights kept"
     )
     console.print(f"{what}: {before:,.1f} MB as bf16, {after:,.1f} MB now ({after / before:.2f})")
-    off = found.get("rounded_off")
-    if off == 0:
+    off = found["rounded_off"]
+    if weights == "int4" and off == 0:
         console.print("the weights of its blocks are int4 numbers: stored exactly")
-    elif off is not None:
+    elif off and weights != "int4":
+        console.print(f"its weights are rounded to {weights}: off by {100 * off:.2g} % of their size")
+    elif off:
         console.print(
             f"the weights of its blocks are off by {100 * off:.2g} % of their size: a solver with weights of int4 "
             "rounds them on traces, which changes outputs less and is stored exactly",
@@ -447,7 +449,7 @@ Of = Annotated[str, typer.Option("--of", help="The pruned model it was made from
 
 @mask.command(name="check")
 def mask_check(
-    model: Annotated[str, typer.Argument(help="Folder of a model.")], of: Of = "", as_json: Json = False
+    model: Annotated[str, typer.Argument(help="Folder of a model, packed or not.")], of: Of = "", as_json: Json = False
 ) -> None:
     """Compare a model's zeros with those of the pruned model it was made from, or of its own export.
 

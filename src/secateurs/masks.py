@@ -1,6 +1,7 @@
 """Masks that last: whether a pruned model's zeros outlived training or a merge, putting them back, keeping them."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from secateurs.artifacts import atomic_folder, read_json, write_json
 from secateurs.checkpoint import Checkpoint
 from secateurs.collect import matrices_of
 from secateurs.export import SIDE_FILE, copy_beside, mask_hash
-from secateurs.models import Matrix
+from secateurs.models import Matrix, decoder_blocks
+from secateurs.packed import RECORD
+from secateurs.runtime import PackedLinear, load_packed
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,11 @@ class Kept:
 def check(model: str, pruned: str | None = None) -> list[Kept]:
     """Every pruned matrix of `model`, compared with the model it was made from, or with the hashes in its side file.
 
-    Against `pruned`, weights that became zero since do not count; against hashes any other mask does. ValueError if a
-    folder is not what it is taken for.
+    `model` may be packed. Against `pruned`, weights that became zero since do not count; against hashes any other mask
+    does. ValueError if a folder is not what it is taken for, and where rounding made zeros that no hash knows.
     """
-    rows, checkpoint, found = _layers(side_file(pruned or model)), Checkpoint(model), []
+    rows, found = _layers(side_file(pruned or model)), []
+    checkpoint = _Packed(model) if (Path(model) / RECORD).is_file() else Checkpoint(model)
     if pruned is not None:
         return [_kept(old, new) for _, pairs in _blocks(Checkpoint(pruned), checkpoint, rows) for old, new in pairs]
     for index in range(len(checkpoint.blocks)):
@@ -42,9 +46,35 @@ def check(model: str, pruned: str | None = None) -> list[Kept]:
             for name, matrix in _matrices(checkpoint, index).items():
                 if row := rows.pop(name, None):
                     same = mask_hash(matrix.weight) == row["mask_sha256"]
+                    if not same and isinstance(checkpoint, _Packed) and checkpoint.weights != "bf16":
+                        raise ValueError(
+                            f"{model} is {checkpoint.weights}, where small weights are zero too, so hashes do not tell "
+                            f"whether {name} lost zeros: name the pruned model by --of"
+                        )
                     found.append(Kept(name, row["zeros"], 0 if same else None))
     _all_found(rows, model)
     return found
+
+
+class _Packed:
+    """A packed model whose blocks have dense weights while they are open, as those of a checkpoint have."""
+
+    def __init__(self, name: str) -> None:
+        self.name, model = name, load_packed(name)
+        self.weights = read_json(Path(name) / RECORD).get("weights")
+        self.prefix, self.blocks = decoder_blocks(model)
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[None]:
+        block = self.blocks[index]
+        packed = {name: module for name, module in block.named_modules() if isinstance(module, PackedLinear)}
+        for name, module in packed.items():
+            dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            dense.weight = nn.Parameter(module.matrix.dense(), requires_grad=False)
+            block.set_submodule(name, dense)
+        yield
+        for name, module in packed.items():
+            block.set_submodule(name, module)
 
 
 def apply(model: str, pruned: str, out: Path) -> list[Kept]:
@@ -96,7 +126,7 @@ def _all_found(rows: dict[str, Any], model: str) -> None:
         raise ValueError(f"{model} has no {next(iter(rows))}, which the pruned model has; it is another architecture")
 
 
-def _matrices(checkpoint: Checkpoint, index: int) -> dict[str, Matrix]:
+def _matrices(checkpoint: Checkpoint | _Packed, index: int) -> dict[str, Matrix]:
     every = matrices_of(checkpoint.blocks[index], f"{checkpoint.prefix}.{index}", routers=True)  # older versions' too
     return {one.name: one for one in every}
 
@@ -107,7 +137,7 @@ def _kept(old: Matrix, new: Matrix) -> Kept:
 
 
 def _blocks(
-    source: Checkpoint, target: Checkpoint, rows: dict[str, Any]
+    source: Checkpoint, target: Checkpoint | _Packed, rows: dict[str, Any]
 ) -> Iterator[tuple[int, list[tuple[Matrix, Matrix]]]]:
     """Block by block, open in both checkpoints, the pruned matrices of the one with those of the other.
 

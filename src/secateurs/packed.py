@@ -166,7 +166,7 @@ class PackedMatrix:
             return self.stored.multiply(x.float(), **options).to(x.dtype)
         if self.format == "dense_bf16":
             return nn.functional.linear(x, self.tensors["weight"].to(x.dtype))
-        if self.kind == "int4" or self.layout == "half":
+        if self.kind == "int4" or self.layout == "half" or not kernels.has_triton():
             return nn.functional.linear(x, self.dense().to(x.dtype))
         from secateurs.kernels import gpu
 

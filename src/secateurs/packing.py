@@ -14,12 +14,13 @@ from secateurs.checkpoint import Checkpoint, Shards
 from secateurs.collect import logits_of
 from secateurs.export import copy_beside, has_moved, mask_hashes, packed_card
 from secateurs.models import linears, name_of
-from secateurs.packed import RECORD, SCHEMA, STEM, VERSION, PackedMatrix, Weights
+from secateurs.packed import RECORD, SCHEMA, STEM, VERSION, WORD, PackedMatrix, Weights
 from secateurs.planner import SAFE, available
 from secateurs.runtime import PackedLinear, has_kernels, load_packed
 
 PROBED = 24  # tokens that are read at once, as matrices made dense: more than `runtime.FEW`
 OFF, ROUNDED_OFF = 2e-3, 0.3  # of the largest logit; kernels of int4 round a single token's vectors
+AT_ONCE = 256  # rows that are compared
 NO_ROOM = "no room here to load it"
 
 
@@ -27,9 +28,10 @@ def pack(model: str, out: Path, weights: Weights = "bf16") -> dict[str, Any]:
     """Write the model in the folder or hub id `model` to `out` with its linear layers packed; one block at a time.
 
     Returns how much there is of what, and in how many matrices (`moved`) zeros are not where they were when it was
-    pruned, as its side file has them; how far int4 is from the weights as they were (`rounded_off`, of their root mean
-    square); and whether it was `checked`, or `why_unchecked`: the runtime says what the model says with its weights
-    rounded so. ValueError for a model that cannot be loaded, or that the runtime has no way to run.
+    pruned, as its side file has them; how far what is stored is from the weights as they were (`rounded_off`, of their
+    root mean square; with int4 of the blocks alone); and whether it was `checked`, or `why_unchecked`: the runtime says
+    what the model says with its weights rounded so. ValueError for a model that cannot be loaded, or that the runtime
+    has no way to run.
     Embeddings stay as they are, and so does a head that is tied to them, but for int8. With int4 a head is int8.
     """
     if (Path(model) / RECORD).exists():
@@ -55,9 +57,13 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
     masks, moved = mask_hashes(checkpoint.folder), 0
     files = Shards(folder, STEM)
 
-    def add(name: str, weight: Tensor, weights: Weights = weights) -> None:
+    def add(name: str, weight: Tensor, kind: Weights = weights) -> None:
         nonlocal off, whole
-        matrix = PackedMatrix.of(weight.detach().cpu(), weights)
+        weight = weight.detach().cpu()
+        matrix = PackedMatrix.of(weight, kind)
+        lost, size = _rounded(name, weight, matrix)
+        if kind == weights:
+            off, whole = off + lost, whole + size
         names[name] = [matrix.rows, matrix.d_in]
         for part, tensor in matrix.tensors.items():
             files.add(f"{name}.{part}", tensor.contiguous())
@@ -65,9 +71,6 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
         found = (1, int(matrix.layout != "dense"), weight.numel(), zeros, 2 * weight.numel(), matrix.nbytes)
         for key, number in zip(counts, found, strict=True):
             counts[key] += number
-        if weights == "int4":
-            off += float((matrix.dense() - weight.detach().cpu()).square().sum())
-            whole += float(weight.detach().float().square().sum())
 
     for index, block in enumerate(checkpoint.blocks):
         with checkpoint.opened(index):
@@ -94,8 +97,32 @@ def _write(model: str, folder: Path, weights: Weights) -> tuple[dict[str, Any], 
     density = 1 - counts["zeros"] / counts["weights"]
     block = max(sum(parameter.numel() for parameter in block.parameters()) for block in checkpoint.blocks)
     single = head.weight.numel() + 2 * block + (0 if has_kernels(torch.device("cpu")) else counts["weights"])
-    found = {"weights": weights, **counts, "moved": moved, "density": density}
-    return found | ({"rounded_off": (off / whole) ** 0.5 if off else 0.0} if weights == "int4" else {}), 4 * single
+    rounded_off = (off / whole) ** 0.5 if off else 0.0
+    return {"weights": weights, **counts, "moved": moved, "density": density, "rounded_off": rounded_off}, 4 * single
+
+
+def _rounded(name: str, weight: Tensor, matrix: PackedMatrix) -> tuple[float, float]:
+    """What rounding took from a weight, and the weight, both squared and summed.
+
+    RuntimeError if the matrix stands for anything else: a zero that is none, or a number that rounding cannot explain.
+    """
+    off, whole, expanded = 0.0, 0.0, matrix.dense()
+    for first in range(0, matrix.rows, AT_ONCE):
+        rows = slice(first, first + AT_ONCE)
+        was, now = weight[rows].float(), expanded[rows]
+        far = (now - was).abs()
+        if matrix.kind == "bf16":
+            right = torch.equal(now, was.bfloat16().float())
+        elif matrix.kind == "int8":
+            right = bool((far <= (was != 0) * 0.501 * matrix.tensors["scale"][rows, None]).all())
+        else:
+            step = matrix.tensors["scales"][rows].float().abs().repeat_interleave(WORD, 1)[:, : matrix.d_in]
+            steps = torch.where(was.abs() > 7 * step, 3.1, 0.501)  # the largest is at most 10 of them, and stored as 7
+            right = bool((far <= (was != 0) * (steps * step + 1e-38)).all())
+        if not right:
+            raise RuntimeError(f"{name} is not the same when it is packed as {matrix.format}: a fault of secateurs")
+        off, whole = off + float(far.square().sum()), whole + float(was.square().sum())
+    return off, whole
 
 
 def _check(model: str, folder: Path) -> str:

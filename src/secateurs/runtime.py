@@ -6,7 +6,7 @@ transformers.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from secateurs.checkpoint import compute_buffers, weight_files
 from secateurs.engines.hf import GROW, Buffer
 from secateurs.kernels import blocks as kernel
 from secateurs.kernels.blocks import Block
+from secateurs.linalg import all_finite
 from secateurs.models import cannot_be_loaded, name_of
 from secateurs.packed import RECORD, SCHEMA, STEM, VERSION, PackedMatrix
 
@@ -37,11 +38,14 @@ FEW = 16  # vectors up to which a product reads packed weights; more are worth m
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with a packed matrix. Differentiable it is not."""
+    """A linear layer with a packed matrix, whose type is its format: `to` only moves it. Differentiable it is not."""
 
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, matrix: PackedMatrix, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.matrix, self.bias = matrix, bias
+        self.matrix = matrix
+        self.register_parameter("bias", bias)
         self.in_features, self.out_features = matrix.d_in, matrix.rows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,9 +54,13 @@ class PackedLinear(nn.Module):
         out = out if self.bias is None else out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        self.matrix = self.matrix.to(fn(torch.empty(0, device=self.matrix.device)).device)
+        return super()._apply(fn, recurse)
+
 
 class PackedEmbedding(nn.Module):
-    """An embedding in the type it is stored in, which gives `dtype`."""
+    """An embedding in the type it is stored in, which gives `dtype`: `to` moves the one and changes the other."""
 
     def __init__(self, weight: Tensor, scale: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -61,6 +69,11 @@ class PackedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         rows = nn.functional.embedding(ids, self.table).to(self.dtype)
         return rows if self.scale == 1 else rows * self.scale
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedEmbedding":
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.table.device))
+        self.table, self.dtype = self.table.to(like.device), like.dtype
+        return super()._apply(fn, recurse)
 
 
 class Roomy(DynamicLayer):
@@ -174,7 +187,7 @@ class FastModel:
             return None
         x = self.embed_tokens(ids)
         angles = self.rotary_emb(x, torch.full((1, 1), past, device=x.device) if positions is None else positions)
-        if not all(_plain(one) for one in (x, *angles)):
+        if not all(_plain(one) for one in (x, *angles)) or angles[0].shape[2] != self.layers[0].self_attn.head_dim:
             return None
         cache.layers[:] = [Roomy(one) if type(one) is DynamicLayer else one for one in cache.layers]
         blank = x.new_empty(rows, self.config.num_key_value_heads, 1, angles[0].shape[2])
@@ -233,7 +246,7 @@ def _block(layer: Any) -> Block | None:
         or any(_changed(module) for module in (layer, attention, mlp, of_mlp["act_fn"], *linears, *norms))
     ):
         return None
-    weights, biases = [norm._parameters["weight"] for norm in norms], [linear.bias for linear in linears]
+    weights, biases = [norm._parameters["weight"] for norm in norms], [linear._parameters["bias"] for linear in linears]
     if not all(one is None or _plain(one) for one in weights + biases):
         return None
     epsilons = [norm.variance_epsilon for norm in norms[:3]]
@@ -293,31 +306,28 @@ def load_packed(path: str | Path, device: str = "cpu", *, expand: bool | None = 
             else:
                 rest[key] = tensor
         for name, (rows, d_in) in record["matrices"].items():
-            matrix = PackedMatrix(rows, d_in, parts[name])
+            matrix = PackedMatrix(rows, d_in, parts.get(name, {}))
             matrix.check(name)
             linear = model.get_submodule(name)
             if (linear.out_features, linear.in_features) != (rows, d_in):
                 raise ValueError(f"{name} is {rows} x {d_in}, the model's {linear.out_features} x {linear.in_features}")
             if matrix.layout == "half" and place.type != "cpu" and not expand:
                 matrix = matrix.with_bitmap()
-            bias = rest.pop(f"{name}.bias", None)
-            bias = None if bias is None else bias.to(place, dtype)
-            _replace(model, name, _linear(matrix.to(place), bias, dtype, expand))
+            _replace(model, name, _linear(matrix.to(place), linear.bias, dtype, expand))
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         name = name_of(model, embedding)
+        _check_fits(f"{name}.weight", rest.get(f"{name}.weight"), embedding.weight)
         table = rest[f"{name}.weight"].to(place)
         if type(embedding) is nn.Embedding or hasattr(embedding, "scalar_embed_scale"):
             rest.pop(f"{name}.weight")  # others do more than look rows up (XGLM's scale them), and stay what they are
             _replace(model, name, PackedEmbedding(table, float(getattr(embedding, "scalar_embed_scale", 1.0)), dtype))
         if (of_head := name_of(model, head)) not in record["matrices"]:  # tied, and so not stored again
             tied = PackedMatrix(len(table), table.shape[1], {"weight": table.to(torch.bfloat16)})
-            _replace(model, of_head, _linear(tied, None, dtype, expand))
-        known = model.state_dict()
-        if wrong := [key for key, tensor in rest.items() if key not in known or known[key].shape != tensor.shape]:
-            raise ValueError(f"{wrong[0]} is not the model's")
+            _replace(model, of_head, _linear(tied, head.bias, dtype, expand))
+        wanted = model.state_dict()
+        for key in (*rest, *(key for key, tensor in wanted.items() if tensor.is_meta)):
+            _check_fits(key, rest.get(key), wanted.get(key))
         model.load_state_dict({key: tensor.to(place, dtype) for key, tensor in rest.items()}, strict=False, assign=True)
-        if absent := [key for key, tensor in model.state_dict().items() if tensor.is_meta]:
-            raise ValueError(f"there is no {absent[0]}")
         compute_buffers(model, place)
         if not any(True for _ in model.parameters()):  # OLMo's norms have none, and transformers asks one for its type
             model.register_parameter("of_type", nn.Parameter(torch.empty(0, dtype=dtype, device=place)))
@@ -338,14 +348,24 @@ def has_kernels(device: torch.device) -> bool:
     return kernels.library() is not None if device.type == "cpu" else kernels.has_triton()
 
 
-def _linear(matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype, expand: bool) -> nn.Module:
+def _linear(matrix: PackedMatrix, bias: nn.Parameter | None, dtype: torch.dtype, expand: bool) -> nn.Module:
+    """With the model's own bias, which is empty until all that is not packed is loaded."""
     if not expand:
-        return PackedLinear(matrix, bias)
-    dense = nn.Linear(matrix.d_in, matrix.rows, bias=bias is not None, device="meta")
-    dense.weight = nn.Parameter(matrix.dense().to(dtype), requires_grad=False)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias, requires_grad=False)
-    return dense
+        return PackedLinear(matrix, bias).requires_grad_(False)
+    dense: Any = nn.Linear(matrix.d_in, matrix.rows, device="meta")
+    dense.weight, dense.bias = nn.Parameter(matrix.dense().to(dtype)), bias
+    return dense.requires_grad_(False)
+
+
+def _check_fits(key: str, found: Tensor | None, wanted: Tensor | None) -> None:
+    """ValueError unless a tensor is there, the model has one of that name, and they are alike in shape and kind."""
+    if found is None:
+        raise ValueError(f"there is no {key}")
+    if wanted is None:
+        raise ValueError(f"{key} is not the model's")
+    if (found.shape, found.is_floating_point()) != (wanted.shape, wanted.is_floating_point()):
+        both = [f"{tuple(one.shape)} in {str(one.dtype).removeprefix('torch.')}" for one in (found, wanted)]
+        raise ValueError(f"{key} is {both[0]}, the model's {both[1]}")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -357,4 +377,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for name in weight_files(folder, STEM):
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
-                yield key, file.get_tensor(key)
+                tensor = file.get_tensor(key)
+                if tensor.is_floating_point() and not all_finite(tensor):
+                    raise ValueError(f"{key} in {name} holds numbers that are not finite")
+                yield key, tensor
