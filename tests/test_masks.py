@@ -50,6 +50,17 @@ def test_a_model_that_was_not_touched_has_all_its_zeros(pruned):
     assert all(one.lost == 0 for one in found)
 
 
+def test_zeros_filled_with_less_than_the_declared_type_holds_are_lost(pruned, tmp_path):
+    shutil.copytree(pruned, tmp_path / "filled")
+    config = json.loads((pruned / "config.json").read_text())
+    (tmp_path / "filled/config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    for file in (tmp_path / "filled").glob("*.safetensors"):
+        weights = {name: weight.float().masked_fill(weight == 0, 1e-9) for name, weight in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+    found = check(str(tmp_path / "filled"), str(pruned))
+    assert found and all(one.zeros == one.lost > 0 for one in found)
+
+
 def test_lost_zeros_are_counted_and_put_back(pruned, tmp_path):
     other = tuned(pruned, tmp_path / "tuned")
     found = check(str(other), str(pruned))

@@ -417,20 +417,27 @@ def test_damage_is_one_sentence(tmp_path):
         load_any("bundled@float23")
 
 
-@pytest.mark.parametrize("part", ["bits", "starts", "values"])
-def test_a_bitmap_that_does_not_fit_its_weights_is_refused(part):
+WRONG = {  # in a packed matrix whose last row is full
+    "more bits than weights": lambda one: {"bits": one["bits"].index_fill(0, torch.tensor([1]), -1)},
+    "a bit beyond the last column": lambda one: {"bits": one["bits"] + torch.tensor([[0, 0]] * 4 + [[0, 32]])},
+    "a row that begins elsewhere": lambda one: {"starts": one["starts"].index_fill(0, torch.tensor([2]), 10**6)},
+    "all rows a weight later": lambda one: {
+        "starts": one["starts"] + 1, "values": torch.cat([one["values"], one["values"][-1:]])
+    },
+    "too few weights": lambda one: {"values": one["values"][:10]},
+    "too little behind them": lambda one: {"values": one["values"][:-1]},
+    "strides": lambda one: {"bits": one["bits"].T.contiguous().T},
+    "another type": lambda one: {"values": one["values"].half()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_bitmap_that_does_not_fit_its_weights_is_refused(wrong):
     """A kernel trusts what it is given, so nothing untrue may reach one."""
     matrix = PackedMatrix.of(sparse(5, 70), "bf16")
-    wrong = {name: tensor.clone() for name, tensor in matrix.tensors.items()}
-    if part == "bits":
-        wrong["bits"][1, 0] = -1
-    elif part == "starts":
-        wrong["starts"][2] += 10**6
-    else:
-        wrong["values"] = wrong["values"][:10]
-    with pytest.raises(ValueError, match="its tensors are not those of a 5 x 70 matrix"):
-        PackedMatrix(5, 70, wrong).check("layer")
     matrix.check("layer")
+    with pytest.raises(ValueError, match="its tensors are not those of a 5 x 70 matrix"):
+        PackedMatrix(5, 70, matrix.tensors | WRONG[wrong](matrix.tensors)).check("layer")
 
 
 def test_the_commands_pack_and_time(tmp_path, monkeypatch, capsys):

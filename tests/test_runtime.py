@@ -635,3 +635,13 @@ def test_a_packed_model_computes_in_the_type_and_lies_where_it_is_told_to(expand
 def test_a_matrix_that_was_moved_where_no_kernel_is_is_multiplied_all_the_same():
     matrix = PackedMatrix.of(sparse(5, 70), "int8", "dense").to(torch.device("meta"))
     assert matrix.multiply(torch.ones(2, 70, device="meta")).shape == (2, 5)
+
+
+@pytest.mark.parametrize("sizes", [{"intermediate_size": 40}, {"num_key_value_heads": 1}, {"head_dim": 4}], ids=str)
+def test_matrices_of_another_size_than_the_models_are_refused(sizes, tmp_path):
+    pruned("qwen3", tmp_path / "dense")
+    pack(str(tmp_path / "dense"), tmp_path / "packed")
+    config = tmp_path / "packed" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | sizes))
+    with pytest.raises(ValueError, match=r"_proj is \d+ x \d+, the model's \d+ x \d+"):
+        load_packed(tmp_path / "packed", expand=False)

@@ -38,9 +38,11 @@ def check(model: str, pruned: str | None = None) -> list[Kept]:
     does. ValueError if a folder is not what it is taken for, and where rounding made zeros that no hash knows.
     """
     rows, found = _layers(side_file(pruned or model)), []
-    checkpoint = _Packed(model) if (Path(model) / RECORD).is_file() else Checkpoint(model)
+    packed = (Path(model) / RECORD).is_file()  # else in float32, where what a file holds stays exact
+    checkpoint = _Packed(model) if packed else Checkpoint(model, compute_dtype="float32")
     if pruned is not None:
-        return [_kept(old, new) for _, pairs in _blocks(Checkpoint(pruned), checkpoint, rows) for old, new in pairs]
+        source = Checkpoint(pruned, compute_dtype="float32")
+        return [_kept(old, new) for _, pairs in _blocks(source, checkpoint, rows) for old, new in pairs]
     for index in range(len(checkpoint.blocks)):
         with checkpoint.opened(index):
             for name, matrix in _matrices(checkpoint, index).items():
@@ -85,7 +87,7 @@ def apply(model: str, pruned: str, out: Path) -> list[Kept]:
     """
     side, found, hashes = side_file(pruned), [], {}
     with atomic_folder(out) as folder:
-        target = Checkpoint(model, compute_dtype="float32")  # whatever its files hold stays exact
+        target = Checkpoint(model, compute_dtype="float32")
         copy_beside(target.folder, folder)
         target.copy_to(folder)
         for index, pairs in _blocks(Checkpoint(pruned, compute_dtype="float32"), target, _layers(side)):
