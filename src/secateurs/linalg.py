@@ -223,10 +223,10 @@ def refit_on_mask(
     """Weights on `mask` after `steps` of conjugate gradients under the damped Gram, from `start`, in units of `scaled`.
 
     Computed as the goal plus a correction: where nothing is pruned, not a bit changes. On a CPU by half as many
-    preconditioned steps of `kernels.solve.descend`, in half the time: they end at least as near the best (docs/log.md).
+    preconditioned steps of `kernels.solve.descend`, in half the time: on real layers at least as near the best (docs/log.md).
     Elsewhere, and without that, by `masked_cg`, some rows after the other, which saves memory.
     """
-    if solve.fits(goal, start, mask):
+    if solve.fits(start, mask, scaled.matrix):
         return _refit_by_sweeps(goal, start, scaled, mask, -(-steps // 2))
     refitted = torch.empty_like(goal)
     at_once = ROWS_AT_ONCE * 4 if goal.is_cuda else ROWS_AT_ONCE // 2  # seven matrices of these rows
