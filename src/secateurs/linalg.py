@@ -223,7 +223,7 @@ def refit_on_mask(
     """Weights on `mask` after `steps` of conjugate gradients under the damped Gram, from `start`, in units of `scaled`.
 
     Computed as the goal plus a correction: where nothing is pruned, not a bit changes. On a CPU by half as many
-    preconditioned steps of `kernels.solve.descend`, in half the time: on real layers at least as near the best (docs/log.md).
+    preconditioned steps of `kernels.solve.descend`, in half the time: on real layers as near the best.
     Elsewhere, and without that, by `masked_cg`, some rows after the other, which saves memory.
     """
     if solve.fits(start, mask, scaled.matrix):
