@@ -37,7 +37,10 @@ def anonymous() -> int:
 
 
 class Meter:
-    """Seconds and peak memory of what is done while it is open."""
+    """Seconds and peak memory of what is done while it is open, looked at as often as said, in seconds."""
+
+    def __init__(self, every: float = 0.01) -> None:
+        self.every = every
 
     def __enter__(self) -> "Meter":
         self.before = self.peak = anonymous()
@@ -48,7 +51,7 @@ class Meter:
         return self
 
     def _watch(self) -> None:
-        while not self.done.wait(0.01):
+        while not self.done.wait(self.every):
             self.peak = max(self.peak, anonymous())
 
     def __exit__(self, *exception: object) -> None:

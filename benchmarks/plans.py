@@ -10,13 +10,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from peers import Meter
 from secateurs.calibration import CODES, CalibrationSet, Document, batches, region_weights
 from secateurs.checkpoint import Checkpoint, give_back
 from secateurs.patterns import Unstructured
@@ -49,12 +48,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def held() -> int:
-    """Bytes of this process now, without pages of files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
 def documents(count: int, seed: int, length: int = LENGTH) -> tuple[Document, ...]:
     """Random ones, all thinking."""
     ids = torch.randint(0, EVERY["vocab_size"], (count, length), generator=torch.Generator().manual_seed(seed))
@@ -72,25 +65,15 @@ def measure(family: str, solver: str, propagate: str) -> tuple[int, int]:
         for count, length, batch in ((1, 32, 64), (8, LENGTH, BATCH)):  # the first one warms up
             calibration = CalibrationSet(documents(count, 0, length), documents(2, 1, length), region_weights("rac"))
             give_back(torch.device("cpu"))
-            before = held()
-            most, done = [before], threading.Event()
-
-            def watch(most: list[int] = most, done: threading.Event = done) -> None:
-                while not done.wait(0.002):
-                    most[0] = max(most[0], held())
-
-            watcher = threading.Thread(target=watch)
-            watcher.start()
-            opened = Checkpoint(folder)
-            every = (*calibration.documents, *calibration.held_out)
-            planned = needs(
-                opened.model, plan, solver, tokens=sum(one.ids.numel() for one in batches(every, batch)),
-                held_out_tokens=2 * length, batch_tokens=batch, longest=length, in_file=opened.in_file,
-            )  # fmt: skip
-            prune(opened.model, calibration, plan, opened=opened.opened, batch_tokens=batch)
-            done.set()
-            watcher.join()
-    return planned.on_device + planned.hidden, most[0] - before
+            with Meter(every=0.002) as meter:
+                opened = Checkpoint(folder)
+                every = (*calibration.documents, *calibration.held_out)
+                planned = needs(
+                    opened.model, plan, solver, tokens=sum(one.ids.numel() for one in batches(every, batch)),
+                    held_out_tokens=2 * length, batch_tokens=batch, longest=length, in_file=opened.in_file,
+                )  # fmt: skip
+                prune(opened.model, calibration, plan, opened=opened.opened, batch_tokens=batch)
+    return planned.on_device + planned.hidden, meter.peak - meter.before
 
 
 def main() -> None:

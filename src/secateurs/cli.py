@@ -320,16 +320,17 @@ def pack(
     )
     console.print(f"{what}: {before:,.1f} MB as bf16, {after:,.1f} MB now ({after / before:.2f})")
     off = found["rounded_off"]
-    if weights == "int4" and off == 0:
-        console.print("the weights of its blocks are int4 numbers: stored exactly")
-    elif off and weights != "int4":
-        console.print(f"its weights are rounded to {weights}: off by {100 * off:.2g} % of their size")
+    if weights != "int4":
+        if off:
+            console.print(f"its weights are rounded to {weights}: off by {100 * off:.2g} % of their size")
     elif off:
         console.print(
             f"the weights of its blocks are off by {100 * off:.2g} % of their size: a solver with weights of int4 "
             "rounds them on traces, which changes outputs less and is stored exactly",
             soft_wrap=True,
         )
+    else:
+        console.print("the weights of its blocks are int4 numbers: stored exactly")
     if why := found.get("why_unchecked"):
         console.print(f"[yellow]not checked[/]: {escape(why)}", soft_wrap=True)
     if found["moved"]:

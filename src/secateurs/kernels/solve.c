@@ -134,10 +134,10 @@ EXPORT void secateurs_descend(int level, int threads, const float *gram, const i
                               int64_t inputs, int64_t count) {
     int64_t d_in = count * PANEL;
     descend_rows *some = plain_descend_rows;
-    int64_t at_once = 4 * PARTS;
+    int64_t at_once = plain_rows;
 #ifdef __x86_64__
-    if (level >= 2) some = avx512_descend_rows, at_once = 16 * PARTS;
-    else if (level == 1) some = avx2_descend_rows, at_once = LANES * PARTS;
+    if (level >= 2) some = avx512_descend_rows, at_once = avx512_rows;
+    else if (level == 1) some = avx2_descend_rows, at_once = avx2_rows;
 #else
     (void)level;
 #endif
