@@ -461,10 +461,13 @@ def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(monkeypatch,
     monkeypatch.setattr(cli, "console", Console(stderr=True, force_terminal=False))
 
     def said() -> list[str]:
-        with cli._bars() as progress:
+        with cli._bars(2) as progress:
             for layer in range(3):
                 progress("prune rac", layer + 1, 30, "layers")
             progress("trace", 1000, 0, "tokens")
+            progress("prune rac", 30, 30, "layers")
+            progress("prune rac", 1, 30, "layers")
+            progress("prune rac", 2, 30, "layers")
         return capsys.readouterr().err.splitlines()
 
     assert said() == [], "not within the first minute"
@@ -472,6 +475,8 @@ def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(monkeypatch,
     lines = said()
     assert lines[0].startswith("prune rac: 1 of 30 layers") and lines[2].startswith("prune rac: 3 of 30 layers, 0:")
     assert lines[2].endswith(" left") and lines[3] == "trace: 1,000 tokens"
+    assert lines[5] == "prune rac: 1 of 30 layers", "begun anew: not with no time left, as the one that was done"
+    assert lines[6].startswith("prune rac: 2 of 30 layers, 0:")
 
 
 @pytest.mark.usefixtures("without_reload")

@@ -178,7 +178,7 @@ def _solve_alike(missing: Mapping[Path, Case], progress: Progress) -> dict[Path,
     for folder, case in missing.items():
         patterns = allocate(case, calibration, progress)
         plans[folder / "blocks"] = replace(plan_of(case.recipe, case.dense), patterns=patterns)
-    stage = f"prune {first.label}, {len(missing)} models at once"
+    stage = f"prune {first.label} s{first.seed}, {len(missing)} models at once"
     where = _where(first, calibration)
     batch_tokens = first.recipe.calibration.batch_tokens
     first.dense.together(partial(_solve, calibration, plans, batch_tokens, where, first.out, stage), progress)
@@ -223,7 +223,7 @@ def _prune(case: Case, reference: Callable[[], evaluate.Reference], progress: Pr
     seconds["calibrate"] = time.perf_counter() - clock
     clock = time.perf_counter()
     pattern = build_pattern(pattern_spec)
-    stage = f"prune {case.label} {pattern}"
+    stage = f"prune {case.label} {solver_label(recipe.prune.solver)} {pattern} s{case.seed}"
     if isinstance(pattern, FewerExperts):
         done = _without_experts(pattern, case, calibration, stage, progress)
     elif isinstance(pattern, Hidden):
@@ -462,7 +462,7 @@ def allocate(case: Case, calibration: CalibrationSet, progress: Progress = silen
         rows: Any = read_json(record)
         layers = [Layer(**(row | {"curve": tuple(map(tuple, row["curve"]))})) for row in rows]
     else:
-        stage = f"survey {case.label} {plan.pattern}"
+        stage = f"survey {case.label} {plan.pattern} s{case.seed}"
         work = partial(_survey, plan, calibration, sparsity, curves, case.recipe.calibration.batch_tokens, stage)
         layers = dense.together(work, progress)
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -511,7 +511,7 @@ def _without_blocks(cut: Depth, case: Case, calibration: CalibrationSet, progres
     """Which blocks go, which a survey of the dense model says, as the patterns of every block's matrices."""
     record = case.survey_file(".json", {"blocks": repr(cut)})
     if not record.exists():
-        work = partial(_choose_blocks, calibration, cut, f"survey {case.label} {cut}")
+        work = partial(_choose_blocks, calibration, cut, f"survey {case.label} {cut} s{case.seed}")
         alone = cut.score == "angle"  # one pass: nothing to share
         dropped = work(case.dense, progress) if alone else case.dense.together(work, progress)
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -529,7 +529,7 @@ def _by_gradients(case: Case, calibration: CalibrationSet, progress: Progress) -
     names = list(cut.patterns(case.dense.checkpoint.model))
     record = case.survey_file(".safetensors", {what: [names, cut.attention]})
     if not record.exists():
-        work = partial(_ask_gradients, calibration, cut, f"survey {case.label} {cut}")
+        work = partial(_ask_gradients, calibration, cut, f"survey {case.label} {cut} s{case.seed}")
         found = case.dense.together(work, progress)
         record.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(record, save(found))

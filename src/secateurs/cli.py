@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 app = typer.Typer(
@@ -44,18 +44,22 @@ class Bars:
     def __init__(self, bars: Progress, lines: int) -> None:
         self.bars, self.lines = bars, lines
         self.said = time.monotonic()
-        self.tasks: dict[str, Any] = {}  # in the order they last moved
+        self.tasks: dict[str, Task] = {}  # in the order they last moved
 
     def __call__(self, stage: str, done: float, total: float, unit: str) -> None:
-        """Move a stage's bar; a new stage beyond `lines` takes the place of the one that moved longest ago."""
+        """Move a stage's bar; a new stage beyond `lines` takes the place of the one that moved longest ago, and one
+        that goes back has begun anew, with another speed."""
+        if stage in self.tasks and done < self.tasks[stage].completed:
+            self.bars.remove_task(self.tasks.pop(stage).id)
         if stage not in self.tasks and len(self.tasks) == self.lines:
-            self.bars.remove_task(self.tasks.pop(next(iter(self.tasks))))
-        task = self.tasks.pop(stage) if stage in self.tasks else self.bars.add_task(stage, total=total or None)
-        self.tasks[stage] = task
-        self.bars.update(task, completed=done, total=total or None)
+            self.bars.remove_task(self.tasks.pop(next(iter(self.tasks))).id)
+        if stage not in self.tasks:
+            new = self.bars.add_task(stage, total=total or None)
+            (self.tasks[stage],) = (one for one in self.bars.tasks if one.id == new)
+        mine = self.tasks[stage] = self.tasks.pop(stage)
+        self.bars.update(mine.id, completed=done, total=total or None)
         if self.bars.disable and time.monotonic() - self.said >= EVERY:
             self.said = time.monotonic()
-            (mine,) = (one for one in self.bars.tasks if one.id == task)
             left = "" if mine.time_remaining is None else f", {timedelta(seconds=int(mine.time_remaining))} left"
             of = f" of {total:,.0f}" if total else ""
             console.print(f"{stage}: {done:,.0f}{of} {unit}{left}", highlight=False, markup=False, soft_wrap=True)

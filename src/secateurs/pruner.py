@@ -433,11 +433,10 @@ def _solutions(aims: Sequence[_Aim], gram: Gram, plan: Plan) -> list[LayerSoluti
             for aim, pattern in zip(aims, patterns, strict=True)
         ]
     targets = [aim.dense if aim.target is None else aim.target for aim in aims]
+    target = None if all(aim.target is None for aim in aims) else torch.cat(targets)
     weight = torch.cat([aim.dense for aim in aims])
     name = " + ".join(aim.matrix.name for aim in aims)
-    solution = plan.solver.solve(
-        LayerProblem(name=name, weight=weight, gram=gram, pattern=together, target=torch.cat(targets))
-    )
+    solution = plan.solver.solve(LayerProblem(name=name, weight=weight, gram=gram, pattern=together, target=target))
     parts = zip(solution.weight.split(rows), solution.mask.split(rows), rows, strict=True)
     seconds = solution.stats.get("seconds", 0.0)
     return [
