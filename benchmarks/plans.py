@@ -1,6 +1,7 @@
 """What a prune was planned to hold, and what it held: families of random weights, a process each.
 
-    python benchmarks/plans.py [--families llama,gpt_oss] [--solver NAME] [--propagate dense,block]
+    python benchmarks/plans.py [--families llama,gpt_oss] [--solver NAME] [--propagate dense,block] [--goal residual]
+        [--dtype bfloat16]
 
 Memory that belongs to no file is sampled every two milliseconds, with an allocator told to give back what is freed.
 """
@@ -33,6 +34,7 @@ LINEAR = {
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8}),
+    "qwen2": ("Qwen2", {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}),
     "gemma3": ("Gemma3Text", {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "head_dim": 64,
         "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"]}),
     "gpt_oss": ("GptOss", {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 16, "head_dim": 32,
@@ -54,25 +56,30 @@ def documents(count: int, seed: int, length: int = LENGTH) -> tuple[Document, ..
     return tuple(Document(tuple(row), (CODES["think"],) * length) for row in ids.tolist())
 
 
-def measure(family: str, solver: str, propagate: str) -> tuple[int, int]:
-    """Bytes that were planned and that were held at most, above what is held before the model is opened."""
+def measure(family: str, solver: str, propagate: str, goal: str, dtype: str) -> tuple[int, int]:
+    """Bytes that were planned and that were held at most, above what is held before the model is opened. Files have
+    weights of type `dtype`, blocks compute in float32."""
     kind, shape = FAMILIES[family]
     torch.manual_seed(0)
     cls = transformers.Gemma3ForCausalLM if kind == "Gemma3Text" else getattr(transformers, f"{kind}ForCausalLM")
-    plan: Any = Plan(pattern=Unstructured(0.5, "layer"), solver=build_solver({"name": solver}), propagate=propagate)
+    pruned: Any = {"propagate": propagate, "goal": goal}
+    plan = Plan(pattern=Unstructured(0.5, "layer"), solver=build_solver({"name": solver}), **pruned)
     with tempfile.TemporaryDirectory() as folder:
-        cls(getattr(transformers, f"{kind}Config")(**EVERY | shape)).save_pretrained(folder)
+        made = cls(getattr(transformers, f"{kind}Config")(**EVERY | shape)).to(getattr(torch, dtype))
+        made.save_pretrained(folder)
+        del made
         for count, length, batch in ((1, 32, 64), (8, LENGTH, BATCH)):  # the first one warms up
             calibration = CalibrationSet(documents(count, 0, length), documents(2, 1, length), region_weights("rac"))
             give_back(torch.device("cpu"))
             with Meter(every=0.002) as meter:
-                opened = Checkpoint(folder)
+                opened = Checkpoint(folder, compute_dtype="float32")
                 every = (*calibration.documents, *calibration.held_out)
                 planned = needs(
                     opened.model, plan, solver, tokens=sum(one.ids.numel() for one in batches(every, batch)),
-                    held_out_tokens=2 * length, batch_tokens=batch, longest=length, in_file=opened.in_file,
+                    held_out_tokens=2 * length, batch_tokens=batch, longest=length, stored=opened.stored,
+                    in_file=opened.in_file,
                 )  # fmt: skip
-                prune(opened.model, calibration, plan, opened=opened.opened, batch_tokens=batch)
+                prune(opened.model, calibration, plan, opened=opened.opened, batch_tokens=batch, stored=opened.stored)
     return planned.on_device + planned.hidden, meter.peak - meter.before
 
 
@@ -82,15 +89,18 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--solver", default="sparsegpt+refit")
     parser.add_argument("--propagate", default="dense,block")
+    parser.add_argument("--goal", default="own")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--one", nargs=2, metavar=("FAMILY", "PROPAGATE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(*measure(options.one[0], options.solver, options.one[1]))
+        print(*measure(options.one[0], options.solver, options.one[1], options.goal, options.dtype))
         return
     print("| family | propagate | planned, MB | held, MB | planned / held |\n| --- | --- | --- | --- | --- |")
     for family in options.families.split(","):
         for propagate in options.propagate.split(","):
-            one = [sys.executable, __file__, "--solver", options.solver, "--one", family, propagate]
+            how = ["--solver", options.solver, "--goal", options.goal, "--dtype", options.dtype]
+            one = [sys.executable, __file__, *how, "--one", family, propagate]
             giving_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
             done = subprocess.run(one, check=True, stdout=subprocess.PIPE, text=True, env=giving_back)
             planned, most = map(int, done.stdout.split())

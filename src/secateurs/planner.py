@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateurs.collect import Place, solve_cost
-from secateurs.layer import TOKENS_AT_ONCE
 from secateurs.models import Matrix, computes_in, decoder_blocks
 from secateurs.pruner import Plan, prunable
 from secateurs.ranks import ALONE, Ranks
@@ -20,11 +19,20 @@ from secateurs.solvers.rounded import Rounded
 
 Where = Literal["device", "cpu", "disk"]
 SAFE = 0.8  # of the memory that is free now
-# Working memory of a solve in Grams of its inputs and in float32 copies of its weights (benchmarks/memory.py)
-WORK = {"admm": (3.0, 2.9), "admm+": (4.0, 2.9), "alps": (10.0, 4.0), "wanda": (0.0, 2.0), "magnitude": (0.0, 2.0)}
-OTHER_WORK = (3.9, 1.7)
+# Working memory of a solve in Grams of its inputs and in float32 copies of its weights, at the moments of which one has
+# the most (benchmarks/memory.py)
+Moments = tuple[tuple[float, float], ...]
+WORK: dict[str, Moments] = {
+    "magnitude": ((0.0, 4.0),),
+    "wanda": ((0.0, 4.0),),
+    "admm": ((3.0, 3.6),),
+    "admm+": ((3.0, 3.6),),
+    "alps": ((10.0, 0.0), (4.0, 11.3)),
+}
+OTHER_WORK: Moments = ((4.6, 0.0), (1.2, 3.5))
+ROUNDED_WORK: Moments = ((5.9, 0.0), (3.7, 3.3))  # after any of them (`solvers.rounded`)
+SWAPPED_ROW = 8 * 4 * 64**2  # bytes that "admm+" takes for a row beside it
 MOST_CHOSEN = 8  # experts for a token, where a configuration does not say
-ROUNDED_WORK = (5.0, 3.4)  # after any of them (`solvers.rounded`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,20 +92,26 @@ def needs(
     widest = width
     for matrices in prunable(model, plan):
         groups = _groups(matrices, width, chosen)
-        drifts = 2 if plan.goal != "own" else 1
-        grams = max(grams, sum(4 * drifts * d_in**2 for _, d_in, _ in groups))
-        held = max(held, sum(_held(int(share * held_out_tokens), d_in, size, plan) for _, d_in, share in groups))
-        works = [WORK.get(solver, OTHER_WORK), *([ROUNDED_WORK] if isinstance(plan.solver, Rounded) else [])]
+        imitates = plan.goal != "own"
+        grams = max(grams, sum(4 * (1 + imitates) * group.d_in**2 for group in groups))
+        held = max(held, sum(_held(int(g.share * held_out_tokens), g.d_in, size, plan) for g in groups))
+        moments = WORK.get(solver, OTHER_WORK) + (ROUNDED_WORK if isinstance(plan.solver, Rounded) else ())
         there = 0
-        for rows, d_in, _ in sorted(groups, key=lambda group: -solve_cost(group[0], group[1])):
-            work = max(4 * (a * d_in**2 + b * rows * d_in) for a, b in works)
-            solve = max(solve, there + rows * d_in * dense + int(work))
-            there += rows * d_in * (dense + 1)  # and the mask; solutions are in the block
+        for group in sorted(groups, key=lambda group: -solve_cost(group.rows, group.d_in)):
+            weights, gram = group.rows * group.d_in, 4 * group.d_in**2
+            work = (
+                max(int(a * gram + b * 4 * weights) for a, b in moments)
+                + (solver == "admm+") * group.rows * SWAPPED_ROW
+            )
+            work += weights * (dense if group.matrices > 1 else 0) + weights * (4 if dense < 4 else 0)
+            stays = imitates * (4 * weights + 2 * gram)  # a target, and the Gram and the drift of what is held out
+            solve = max(solve, there + weights * dense + stays + work)
+            there += weights * (dense + 1) + stays  # and the mask; solutions are in the block
         copies = max(copies, there)
-        widest = max([widest, *(d_in for _, d_in, _ in groups)])
+        widest = max([widest, *(group.d_in for group in groups)])
     states = 1 + (plan.goal != "own") + (plan.tune is not None)
     rows = min(max(batch_tokens, longest), tokens)
-    forward = rows * size * (4 * width + 3 * widest) + min(TOKENS_AT_ONCE, rows) * widest * 4
+    forward = rows * size * 3 * (width + widest)
     if config._attn_implementation == "eager":
         forward += config.num_attention_heads * rows * (longest or rows) * (2 * size + 4)
     return Needs(
@@ -119,20 +133,28 @@ def _held(tokens: int, d_in: int, size: int, plan: Plan) -> int:
     return min(tokens * size, 4 * d_in + tokens // 4 * size) * d_in
 
 
-def _groups(matrices: Sequence[Matrix], width: int, chosen: int) -> list[tuple[int, int, float]]:
-    """Rows, inputs, and the share of the tokens that arrive, for every group of matrices of a block, where a router
-    chooses so many experts for a token."""
-    rows: dict[Any, int] = {}
-    share: dict[Any, float] = {}
+@dataclass
+class _Group:
+    """Matrices with the same inputs: how many, with how many rows together, and the share of the tokens that arrive."""
+
+    d_in: int
+    share: float
+    rows: int = 0
+    matrices: int = 0
+
+
+def _groups(matrices: Sequence[Matrix], width: int, chosen: int) -> list[_Group]:
+    """Those of a block, where a router chooses so many experts for a token."""
+    groups: dict[Any, _Group] = {}
     for matrix in matrices:
         d_out, d_in = matrix.weight.shape
         parent = matrix.name.rsplit(".", 1)[0]
-        writes = d_out == width and any(key[:1] == (parent,) for key in rows)
-        key = (parent, d_in, writes, matrix.expert)
-        rows[key] = rows.get(key, 0) + d_out
+        writes = d_out == width and any(key[:1] == (parent,) for key in groups)
         experts = len(matrix.parameter) if matrix.expert is not None else 1
-        share[key] = min(1.0, chosen / experts)
-    return [(count, key[1], share[key]) for key, count in rows.items()]
+        new = _Group(d_in, min(1.0, chosen / experts))
+        group = groups.setdefault((parent, d_in, writes, matrix.expert), new)
+        group.rows, group.matrices = group.rows + d_out, group.matrices + 1
+    return list(groups.values())
 
 
 def available(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from secateurs.linalg import Damping, cholesky, refit_on_mask, unit_gram
 from secateurs.patterns import NM, Pattern
 
 ROWS_AT_ONCE = 16
+PAIRS_AT_ONCE = 2**21  # of kept inputs, in the rows that are at work at once; on a GPU eight times as many
 NEVER = float("inf")
 TENURE = 1  # exchanges during which a weight that has moved stays
 
@@ -63,9 +64,11 @@ class Swaps:
         goal = problem.goal.detach().float()
         target = goal * unit.scale
         frozen = problem.dead
+        pairs = max(int(solution.mask.sum(1).max()), 1) ** 2
+        at_once = min(ROWS_AT_ONCE, max(1, PAIRS_AT_ONCE * (8 if target.is_cuda else 1) // pairs))
         tables = [
             self._tables(target[rows], unit.matrix, solution.mask[rows], frozen, problem.pattern)
-            for rows in torch.arange(len(target), device=target.device).split(ROWS_AT_ONCE)
+            for rows in torch.arange(len(target), device=target.device).split(at_once)
         ]
         state = _State(*(torch.cat(parts) for parts in zip(*tables, strict=True)))
         swaps = state.improve(problem.pattern, self.rounds)
