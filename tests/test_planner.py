@@ -125,17 +125,28 @@ def test_parts_that_can_be_counted_are_exact():
     assert more == pruned * (4 + 1), "dense weights and masks stay for the next group's pass"
     half = needs(model, group, "sparsegpt", **sizes, stored=torch.bfloat16)
     assert half.forward - dense.forward == pruned * (2 + 1)
-    there, most = 0, 0  # the costliest first: down, gate and up, q and k and v, o
-    for weights_of_group in (32 * 48, 96 * 32, 64 * 32, 32 * 32):
-        most = max(most, there + weights_of_group * (4 + 2 * 4))
-        there += weights_of_group * (4 + 1)
-    wanda = needs(model, PLAN, "wanda", tokens=700, held_out_tokens=100, batch_tokens=200)
-    assert wanda.solve == most and found.solve > most
+
+    def most(stored: int, stays: int = 0, grams: int = 0) -> int:
+        """The costliest group first: down, gate and up, q and k and v, o; those of several are put together."""
+        there, largest = 0, 0
+        for rows, d_in, several in ((32, 48, 0), (96, 32, 1), (64, 32, 1), (32, 32, 0)):
+            goal = rows * d_in * stays + 4 * d_in**2 * grams
+            work = rows * d_in * (4 * 4 + several * stored + (4 if stored < 4 else 0))
+            largest = max(largest, there + rows * d_in * stored + goal + work)
+            there += rows * d_in * (stored + 1) + goal
+        return largest
+
+    wanda = needs(model, PLAN, "wanda", **sizes)
+    assert wanda.solve == most(4) < needs(model, PLAN, "admm", **sizes).solve
+    assert needs(model, PLAN, "wanda", **sizes, stored=torch.bfloat16).solve == most(2)
+    imitating = replace(PLAN, goal="residual")
+    assert needs(model, imitating, "wanda", **sizes).solve == most(4, 4, 2), "targets, held-out Grams and drifts"
+    assert needs(model, PLAN, "admm+", **sizes).solve > needs(model, PLAN, "admm", **sizes).solve
     rounded = needs(
         model, replace(PLAN, solver=Rounded(base=PLAN.solver)), "wanda", tokens=700, held_out_tokens=100,
         batch_tokens=200,
     )  # fmt: skip
-    assert rounded.solve > most, "rounding takes more than wanda did"
+    assert rounded.solve > most(4), "rounding takes more than wanda did"
     assert found.grams == sum(4 * d_in**2 for d_in in inputs)
     assert found.held_out == 4 * sum(d_in * (d_in + 25) for d_in in inputs), "a Gram for three quarters of the tokens"
     long = needs(model, PLAN, "wanda", tokens=700, held_out_tokens=100, batch_tokens=200, longest=400)
