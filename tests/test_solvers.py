@@ -12,7 +12,7 @@ from secateurs.layer import Gram, LayerProblem, LayerSolution, Outcome, relative
 from secateurs.linalg import NotPositiveDefiniteError, masked_refit, unit_gram
 from secateurs.patterns import NM, Unstructured, stack
 from secateurs.scores import SCORES
-from secateurs.solvers import ADMM, ALPS, SOLVERS, Refit, Solver, SparseGPT, Swaps
+from secateurs.solvers import ADMM, ALPS, SOLVERS, Refit, Solver, SparseGPT, Swaps, swaps
 from secateurs.solvers.masking import Masking
 from secateurs.solvers.sparsegpt import _columns
 from secateurs.solvers.swaps import _State
@@ -319,6 +319,21 @@ def test_exchanges_predict_the_change_of_the_loss(pattern):
         assert torch.equal(after.sum(1), mask.sum(1)) and len(rows) > 0
         torch.testing.assert_close((losses(after) - before)[rows].float(), change[rows], rtol=1e-2, atol=1e-3)
         before, mask = losses(after), after
+
+
+@EVERY_PATTERN
+def test_exchanges_are_the_same_however_many_rows_are_at_work_at_once(pattern, monkeypatch):
+    p = problem(pattern)
+    solver = Swaps(base=Masking(score="wanda"), candidates=12)
+    expected, sizes = solver.solve(p), []
+    tables = Swaps._tables
+    monkeypatch.setattr(swaps, "PAIRS_AT_ONCE", 2 * int(wanda_mask(p).sum(1).max()) ** 2)
+    monkeypatch.setattr(
+        Swaps, "_tables", lambda self, target, *rest: sizes.append(len(target)) or tables(self, target, *rest)
+    )
+    found = solver.solve(p)
+    assert set(sizes) == {2} and torch.equal(found.mask, expected.mask)
+    torch.testing.assert_close(found.weight, expected.weight, rtol=1e-4, atol=1e-5)
 
 
 def wanda_mask(p: LayerProblem) -> torch.Tensor:

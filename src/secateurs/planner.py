@@ -99,11 +99,13 @@ def needs(
         there = 0
         for group in sorted(groups, key=lambda group: -solve_cost(group.rows, group.d_in)):
             weights, gram = group.rows * group.d_in, 4 * group.d_in**2
-            work = (
-                max(int(a * gram + b * 4 * weights) for a, b in moments)
-                + (solver == "admm+") * group.rows * SWAPPED_ROW
-            )
-            work += weights * (dense if group.matrices > 1 else 0) + weights * (4 if dense < 4 else 0)
+            work = max(int(a * gram + b * 4 * weights) for a, b in moments)
+            if solver == "admm+":
+                work += group.rows * SWAPPED_ROW
+            if group.matrices > 1:
+                work += weights * dense  # put together
+            if dense < 4:
+                work += weights * 4  # in float32
             stays = imitates * (4 * weights + 2 * gram)  # a target, and the Gram and the drift of what is held out
             solve = max(solve, there + weights * dense + stays + work)
             there += weights * (dense + 1) + stays  # and the mask; solutions are in the block
