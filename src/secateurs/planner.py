@@ -89,13 +89,12 @@ def needs(
     around = sum(p.numel() * p.element_size() for p in outside)
     chosen = getattr(config, "num_experts_per_tok", None) or MOST_CHOSEN
     grams = held = solve = copies = 0
-    widest = width
+    widest, imitates = width, plan.goal != "own"
+    moments = WORK.get(solver, OTHER_WORK) + (ROUNDED_WORK if isinstance(plan.solver, Rounded) else ())
     for matrices in prunable(model, plan):
         groups = _groups(matrices, width, chosen)
-        imitates = plan.goal != "own"
         grams = max(grams, sum(4 * (1 + imitates) * group.d_in**2 for group in groups))
         held = max(held, sum(_held(int(g.share * held_out_tokens), g.d_in, size, plan) for g in groups))
-        moments = WORK.get(solver, OTHER_WORK) + (ROUNDED_WORK if isinstance(plan.solver, Rounded) else ())
         there = 0
         for group in sorted(groups, key=lambda group: -solve_cost(group.rows, group.d_in)):
             weights, gram = group.rows * group.d_in, 4 * group.d_in**2
@@ -111,7 +110,7 @@ def needs(
             there += weights * (dense + 1) + stays  # and the mask; solutions are in the block
         copies = max(copies, there)
         widest = max([widest, *(group.d_in for group in groups)])
-    states = 1 + (plan.goal != "own") + (plan.tune is not None)
+    states = 1 + imitates + (plan.tune is not None)
     rows = min(max(batch_tokens, longest), tokens)
     forward = rows * size * 3 * (width + widest)
     if config._attn_implementation == "eager":
