@@ -93,10 +93,26 @@ def test_tables_of_another_type_than_the_rest_are_read(tmp_path):
         tables = {key: tensor.float() for key, tensor in tensors.items() if "embed" in key or "lm_head" in key}
         save_file(tensors | tables, file, {"format": "pt"})
     checkpoint = Checkpoint(str(folder))
-    assert not checkpoint.in_file and checkpoint.model.dtype == checkpoint.dtype == torch.bfloat16
+    assert checkpoint.in_file <= in_blocks(checkpoint) and checkpoint.model.dtype == checkpoint.dtype == torch.bfloat16
     assert torch.equal(checkpoint.model.get_output_embeddings().weight, whole.get_output_embeddings().weight)
     head = Checkpoint(str(saved("llama", tmp_path / "again", "bfloat16")), compute_dtype="float32").model.lm_head
     assert head(torch.ones(1, 32, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_stays_in_its_file_is_known(family, dtype, tmp_path):
+    """Of a block that computes in float32: what is stored so and put together with nothing else, and no more."""
+    folder = saved(family, tmp_path, dtype)
+    checkpoint = Checkpoint(str(folder), compute_dtype="float32")
+    said, found = checkpoint.in_file & in_blocks(checkpoint), set[str]()
+    for index, block in enumerate(checkpoint.blocks):
+        with checkpoint.opened(index):
+            numbers = block.named_parameters(prefix=f"{checkpoint.prefix}.{index}")
+            found |= {name for name, p in numbers if file_at(p.data_ptr()).parent == folder}
+    assert said == found
+    assert (dtype == "float32") == any(name.endswith("o_proj.weight") for name in said)
 
 
 def file_at(address: int) -> Path:

@@ -126,14 +126,14 @@ def test_parts_that_can_be_counted_are_exact():
     half = needs(model, group, "sparsegpt", **sizes, stored=torch.bfloat16)
     assert half.forward - dense.forward == pruned * (2 + 1)
 
-    def most(stored: int, stays: int = 0, grams: int = 0) -> int:
+    def most(stored: int, stays: int = 0, grams: int = 0, solved: int = 0) -> int:
         """The costliest group first: down, gate and up, q and k and v, o; those of several are put together."""
         there, largest = 0, 0
         for rows, d_in, several in ((32, 48, 0), (96, 32, 1), (64, 32, 1), (32, 32, 0)):
             goal = rows * d_in * stays + 4 * d_in**2 * grams
             work = rows * d_in * (4 * 4 + several * stored + (4 if stored < 4 else 0))
             largest = max(largest, there + rows * d_in * stored + goal + work)
-            there += rows * d_in * (stored + 1) + goal
+            there += rows * d_in * (stored + 1 + solved) + goal
         return largest
 
     wanda = needs(model, PLAN, "wanda", **sizes)
@@ -160,6 +160,11 @@ def test_parts_that_can_be_counted_are_exact():
     tables = ["model.embed_tokens.weight", "lm_head.weight"]
     mapped = needs(model, PLAN, "wanda", tokens=700, held_out_tokens=100, batch_tokens=200, in_file=tables)
     assert found.around - mapped.around == 2 * 64 * 32 * 4
+    assert (mapped.block, mapped.solve) == (found.block, wanda.solve)
+    matrices = [f"{m.name}.weight" for block in pruner.prunable(model, PLAN) for m in block]
+    mapped = needs(model, PLAN, "wanda", **sizes, in_file=matrices)
+    assert found.block - mapped.block == 4 * pruned
+    assert mapped.solve == most(4, solved=4), "what is solved takes memory, one after the other"
     more = needs(model, EVERYTHING, "sparsegpt", tokens=700, held_out_tokens=100, batch_tokens=200)
     assert more.hidden == 3 * found.hidden and more.grams == 2 * found.grams
     assert more.held_out == 2 * 100 * 4 * sum(inputs)

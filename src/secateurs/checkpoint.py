@@ -10,6 +10,7 @@ import json
 import shutil
 import struct
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -99,7 +100,7 @@ class Checkpoint:
                 raise ValueError(f"{odd[0]} is quantised ({self.places[odd[0]].dtype}): use the original")
             self._check_tied()
             tables = self._tables() if self.device.type == "cpu" else {}
-            self.in_file = frozenset(self.names[key] for key in tables)
+            self.in_file = frozenset([self.names[key] for key in tables] + self._mapped())
             """Names of parameters that stay in their files, and take no memory but for what is changed in them."""
             around = [key for key, name in self.names.items() if not name.startswith(f"{self.prefix}.")]
             self._fill([key for key in around if key not in tables])
@@ -257,6 +258,18 @@ class Checkpoint:
     def _tables(self) -> dict[str, Any]:
         """Embeddings and head, by key, as far as the checkpoint has a tensor of its type for each."""
         return {key: end for key, end in self._ends().items() if DTYPES.get(self.places[key].dtype) == self.stored}
+
+    def _mapped(self) -> list[str]:
+        """Parameters of blocks that are read as they lie in their files, which a CPU leaves to the system's pages."""
+        if self.device.type != "cpu":
+            return []
+        numbers, made_of = dict(self.model.named_parameters()), Counter(self.names.values())
+        return [
+            name
+            for key, name in self.names.items()
+            if name.startswith(f"{self.prefix}.") and made_of[name] == 1 and name in numbers
+            if DTYPES.get(self.places[key].dtype) == self.dtype and self.places[key].shape == numbers[name].shape
+        ]
 
     def _ends(self) -> dict[str, Any]:
         """Embeddings and head, by key, as far as the checkpoint has a tensor for each."""

@@ -1,14 +1,14 @@
 """What pruning a model will hold in memory, part by part, and where its hidden states should lie."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateurs.collect import Place, solve_cost
@@ -42,7 +42,7 @@ class Needs:
     around: int
     """Embeddings, norms, head, but for what stays in its file."""
     block: int
-    """The weights of the largest block."""
+    """The weights of the largest block, but for what stays in its file until it is solved."""
     grams: int
     """Of one block's distinct inputs, and the drift of each where a goal needs it."""
     held_out: int
@@ -74,7 +74,7 @@ def needs(
     in_file: Collection[str] = (),
 ) -> Needs:
     """An estimate from shapes alone; `tokens` are all of them, padding and held-out ones included, `longest` those of
-    the longest document, and `in_file` names parameters that take no memory.
+    the longest document, and `in_file` names parameters that take no memory until they are written to.
 
     Which matrices share an input is guessed: those of one module with as many inputs, but not the last, if it writes
     to the residual stream. An expert is taken to see its share of the tokens. `eager` attention holds what every head
@@ -84,15 +84,16 @@ def needs(
     config: Any = model.config.get_text_config(decoder=True)
     computed, width = computes_in(model), config.hidden_size
     size, dense = computed.itemsize, (stored or computed).itemsize
-    inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
-    outside = (p for name, p in model.named_parameters() if not name.startswith(prefix) and name not in in_file)
-    around = sum(p.numel() * p.element_size() for p in outside)
+    held_in_file = {model.get_parameter(name) for name in in_file}
+    inside = [_bytes(block.parameters(), held_in_file) for block in blocks]
+    outside = (p for name, p in model.named_parameters() if not name.startswith(prefix))
+    around = _bytes(outside, held_in_file)
     chosen = getattr(config, "num_experts_per_tok", None) or MOST_CHOSEN
     grams = held = solve = copies = 0
     widest, imitates = width, plan.goal != "own"
     moments = WORK.get(solver, OTHER_WORK) + (ROUNDED_WORK if isinstance(plan.solver, Rounded) else ())
     for matrices in prunable(model, plan):
-        groups = _groups(matrices, width, chosen)
+        groups = _groups(matrices, width, chosen, held_in_file)
         grams = max(grams, sum(4 * (1 + imitates) * group.d_in**2 for group in groups))
         held = max(held, sum(_held(int(g.share * held_out_tokens), g.d_in, size, plan) for g in groups))
         there = 0
@@ -108,6 +109,7 @@ def needs(
             stays = imitates * (4 * weights + 2 * gram)  # a target, and the Gram and the drift of what is held out
             solve = max(solve, there + weights * dense + stays + work)
             there += weights * (dense + 1) + stays  # and the mask; solutions are in the block
+            there += weights * size * group.in_file
         copies = max(copies, there)
         widest = max([widest, *(group.d_in for group in groups)])
     states = 1 + imitates + (plan.tune is not None)
@@ -126,6 +128,10 @@ def needs(
     )
 
 
+def _bytes(parameters: Iterable[nn.Parameter], but: Collection[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters if p not in but)
+
+
 def _held(tokens: int, d_in: int, size: int, plan: Plan) -> int:
     """Bytes that are kept of so many held-out tokens (`collect.Held`): all, twice where a goal needs how far off they
     are; else a Gram for those of the largest region, which is taken to be three quarters."""
@@ -136,15 +142,17 @@ def _held(tokens: int, d_in: int, size: int, plan: Plan) -> int:
 
 @dataclass
 class _Group:
-    """Matrices with the same inputs: how many, with how many rows together, and the share of the tokens that arrive."""
+    """Matrices with the same inputs: how many, with how many rows together, the share of the tokens that arrive, and
+    whether they stay in their file until they are solved."""
 
     d_in: int
     share: float
+    in_file: bool
     rows: int = 0
     matrices: int = 0
 
 
-def _groups(matrices: Sequence[Matrix], width: int, chosen: int) -> list[_Group]:
+def _groups(matrices: Sequence[Matrix], width: int, chosen: int, in_file: Collection[nn.Parameter]) -> list[_Group]:
     """Those of a block, where a router chooses so many experts for a token."""
     groups: dict[Any, _Group] = {}
     for matrix in matrices:
@@ -152,7 +160,7 @@ def _groups(matrices: Sequence[Matrix], width: int, chosen: int) -> list[_Group]
         parent = matrix.name.rsplit(".", 1)[0]
         writes = d_out == width and any(key[:1] == (parent,) for key in groups)
         experts = len(matrix.parameter) if matrix.expert is not None else 1
-        new = _Group(d_in, min(1.0, chosen / experts))
+        new = _Group(d_in, min(1.0, chosen / experts), matrix.parameter in in_file)
         group = groups.setdefault((parent, d_in, writes, matrix.expert), new)
         group.rows, group.matrices = group.rows + d_out, group.matrices + 1
     return list(groups.values())
