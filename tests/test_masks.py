@@ -181,6 +181,12 @@ def test_masks_of_packed_models_are_checked_too(family, tmp_path):
         pack(str(pruned), tmp_path / weights, weights)
         assert check(str(tmp_path / weights), str(pruned)) == expected
     assert check(str(tmp_path / "bf16")) == expected
+    for call in (check, lambda *names: apply(*names, tmp_path / "mended")):
+        with pytest.raises(ValueError, match="bf16 is packed: name the folder that it was packed from"):
+            call(str(pruned), str(tmp_path / "bf16"))
+    with pytest.raises(ValueError, match="int8 is packed: name the folder that it was packed from"):
+        apply(str(tmp_path / "int8"), str(pruned), tmp_path / "mended")
+    assert not (tmp_path / "mended").exists()
     with pytest.raises(ValueError, match="is int4, where small weights are zero too, .* name the pruned model by --of"):
         check(str(tmp_path / "int4"))
     other = tuned(pruned, tmp_path / "tuned")

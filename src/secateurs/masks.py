@@ -38,10 +38,9 @@ def check(model: str, pruned: str | None = None) -> list[Kept]:
     does. ValueError if a folder is not what it is taken for, and where rounding made zeros that no hash knows.
     """
     rows, found = _layers(side_file(pruned or model)), []
-    packed = (Path(model) / RECORD).is_file()  # else in float32, where what a file holds stays exact
-    checkpoint = _Packed(model) if packed else Checkpoint(model, compute_dtype="float32")
+    checkpoint = _Packed(model) if _is_packed(model) else _exact(model)
     if pruned is not None:
-        source = Checkpoint(pruned, compute_dtype="float32")
+        source = _exact(pruned)
         return [_kept(old, new) for _, pairs in _blocks(source, checkpoint, rows) for old, new in pairs]
     for index in range(len(checkpoint.blocks)):
         with checkpoint.opened(index):
@@ -87,10 +86,10 @@ def apply(model: str, pruned: str, out: Path) -> list[Kept]:
     """
     side, found, hashes = side_file(pruned), [], {}
     with atomic_folder(out) as folder:
-        target = Checkpoint(model, compute_dtype="float32")
+        target = _exact(model)
         copy_beside(target.folder, folder)
         target.copy_to(folder)
-        for index, pairs in _blocks(Checkpoint(pruned, compute_dtype="float32"), target, _layers(side)):
+        for index, pairs in _blocks(_exact(pruned), target, _layers(side)):
             for old, new in pairs:
                 found.append(_kept(old, new))
                 new.weight.masked_fill_(old.weight == 0, 0)
@@ -99,6 +98,17 @@ def apply(model: str, pruned: str, out: Path) -> list[Kept]:
         layers = [row | {"mask_sha256": hashes[row["name"]]} for row in side["layers"]]
         write_json(folder / SIDE_FILE, side | {"layers": layers, "masks_of": pruned})
     return found
+
+
+def _is_packed(folder: str) -> bool:
+    return (Path(folder) / RECORD).is_file()
+
+
+def _exact(folder: str) -> Checkpoint:
+    """In float32, where what a file holds stays exact. ValueError if it is packed."""
+    if _is_packed(folder):
+        raise ValueError(f"{folder} is packed: name the folder that it was packed from")
+    return Checkpoint(folder, compute_dtype="float32")
 
 
 def side_file(folder: str) -> dict[str, Any]:
