@@ -1,5 +1,6 @@
 """The block loop on tiny random models of every family: exact zeros, true Grams, untouched neighbours, resume."""
 
+from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from families import make_model
 from secateurs import collect, pruner
-from secateurs.calibration import CODES, REGIONS, CalibrationSet, Document, region_weights
+from secateurs.calibration import CODES, REGIONS, CalibrationSet, Document, batches, region_weights
 from secateurs.collect import Held, Seen, held_out_energies
 from secateurs.layer import Gram
 from secateurs.models import decoder_blocks
@@ -493,6 +494,29 @@ def test_a_pass_that_only_collects_stops_before_the_last_matrix(tiny_model):
     handle.remove()
     assert short.keys() == whole.keys()
     assert all(torch.equal(short[name].xtx, whole[name].xtx) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("plan", "passes"),
+    [(replace(PLAN, propagate="dense"), 1), (PLAN, 2), (replace(PLAN, goal="residual"), 3)],
+    ids=["dense", "block", "residual"],
+)
+def test_a_token_passes_a_block_no_more_often_than_it_must_and_the_head_never(plan, passes, family):
+    """To collect; behind what was solved; and through the dense block, where that is imitated. But for few, to see
+    which matrices have the same inputs."""
+    model, seen = make_model(family), Counter[int]()
+    for index, matrices in enumerate(pruner.prunable(model, plan)):
+        matrices[0].module.register_forward_pre_hook(
+            lambda _, args, index=index: seen.update({index: args[0][..., 0].numel()})
+        )
+    model.get_output_embeddings().register_forward_pre_hook(lambda *_: pytest.fail("the head was called"))
+    calibration = CalibrationSet(documents(72), documents(12, seed=1), region_weights("rac"))
+    pruner.prune(model, calibration, plan, batch_tokens=200)
+    every = (*calibration.documents, *calibration.held_out)
+    total = sum(batch.ids.numel() for batch in batches(every, 200))
+    assert len(seen) == 2
+    for tokens in seen.values():
+        assert passes <= tokens / total < passes + 0.3
 
 
 def test_a_disk_that_is_full_at_a_block_is_an_error_of_the_disk(tmp_path, monkeypatch):
