@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
+    options.out.mkdir(parents=True)  # what is there already would be refused after all the training
     table = ["| trained | loss | zeros | lost | lost after `mask apply` |", "| --- | --- | --- | --- | --- |"]
     for way in ("whole model", "whole model, KeepZeros", "LoRA, merged"):
         tuned, mended = (options.out / f"{way.replace(', ', '-').replace(' ', '-')}{end}" for end in ("", "-mended"))

@@ -36,27 +36,35 @@ def main() -> None:
         return
     environment, folders = Path(sys.argv[1]), sys.argv[2:]
     clean = str(environment / "bin" / "python")
-    if not environment.exists():
+    made = environment / "made"  # once all is installed
+    if environment.exists() and not made.exists():
+        sys.exit(f"{environment} is there, and is no environment that this script made: name another folder")
+    if not made.exists():
         venv.create(environment, with_pip=True)
         install = [clean, "-m", "pip", "install", "--quiet", "--constraint", str(CONSTRAINTS), "torch", "transformers"]
         subprocess.run(install, check=True)
+        made.touch()
     has = subprocess.run([clean, "-m", "pip", "list", "--format", "freeze"], check=True, capture_output=True, text=True)
     names = [line.partition("==")[0].lower() for line in has.stdout.splitlines()]
     assert "transformers" in names and "secateurs" not in names, f"{environment} is not clean"
     print(f"{environment}: {', '.join(line for line in has.stdout.split() if line.startswith(('torch', 'transf')))}")
+    bad = 0
     for folder in folders:
         answers = []
         for python in (clean, sys.executable):
             one = [python, "-I", __file__, "--one", folder]
             done = subprocess.run(one, capture_output=True, text=True)
             if done.returncode:
-                print(f"{folder}: {done.stderr.splitlines()[-1]}", flush=True)
+                print(f"{folder}: {(done.stderr.splitlines() or [f'ended with {done.returncode}'])[-1]}", flush=True)
+                bad += 1
                 break
             answers.append(json.loads(done.stdout.splitlines()[-1]))
         else:
             there, here = answers
             alike = sum(a == b for a, b in zip(there["said"], here["said"], strict=True))
             print(f"{folder}: {there['parameters']:,} parameters, {alike} of {PROMPTS} alike", flush=True)
+            bad += alike < PROMPTS
+    sys.exit(bad > 0)
 
 
 if __name__ == "__main__":

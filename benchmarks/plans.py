@@ -1,9 +1,10 @@
 """What a prune was planned to hold, and what it held: families of random weights, a process each.
 
     python benchmarks/plans.py [--families llama,gpt_oss] [--solver NAME] [--propagate dense,block] [--goal residual]
-        [--dtype bfloat16]
+        [--dtype bfloat16] [--tune 3] [--as-is]
 
-Memory that belongs to no file is sampled every two milliseconds, with an allocator told to give back what is freed.
+`--tune` fine-tunes every block by so many steps. Memory that belongs to no file is sampled every two milliseconds, with
+an allocator told to give back what is freed, or `--as-is`, as the command has it.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from secateurs.patterns import Unstructured
 from secateurs.planner import needs
 from secateurs.pruner import Plan, prune
 from secateurs.recipe import build_solver
+from secateurs.tune import Tune
 
 LENGTH, BATCH = 1024, 2048
 EVERY = {"vocab_size": 512, "num_hidden_layers": 2, "max_position_embeddings": 8192, "num_key_value_heads": 4}
@@ -56,13 +58,13 @@ def documents(count: int, seed: int, length: int = LENGTH) -> tuple[Document, ..
     return tuple(Document(tuple(row), (CODES["think"],) * length) for row in ids.tolist())
 
 
-def measure(family: str, solver: str, propagate: str, goal: str, dtype: str) -> tuple[int, int]:
+def measure(family: str, solver: str, propagate: str, goal: str, dtype: str, steps: int) -> tuple[int, int]:
     """Bytes that were planned and that were held at most, above what is held before the model is opened. Files have
     weights of type `dtype`, blocks compute in float32."""
     kind, shape = FAMILIES[family]
     torch.manual_seed(0)
     cls = transformers.Gemma3ForCausalLM if kind == "Gemma3Text" else getattr(transformers, f"{kind}ForCausalLM")
-    pruned: Any = {"propagate": propagate, "goal": goal}
+    pruned: Any = {"propagate": propagate, "goal": goal, "tune": Tune(steps=steps) if steps else None}
     plan = Plan(pattern=Unstructured(0.5, "layer"), solver=build_solver({"name": solver}), **pruned)
     with tempfile.TemporaryDirectory() as folder:
         made = cls(getattr(transformers, f"{kind}Config")(**EVERY | shape)).to(getattr(torch, dtype))
@@ -91,18 +93,22 @@ def main() -> None:
     parser.add_argument("--propagate", default="dense,block")
     parser.add_argument("--goal", default="own")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--tune", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--as-is", action="store_true")
     parser.add_argument("--one", nargs=2, metavar=("FAMILY", "PROPAGATE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(*measure(options.one[0], options.solver, options.one[1], options.goal, options.dtype))
+        family, propagate = options.one
+        print(*measure(family, options.solver, propagate, options.goal, options.dtype, options.tune))
         return
     print("| family | propagate | planned, MB | held, MB | planned / held |\n| --- | --- | --- | --- | --- |")
     for family in options.families.split(","):
         for propagate in options.propagate.split(","):
             how = ["--solver", options.solver, "--goal", options.goal, "--dtype", options.dtype]
+            how += ["--tune", str(options.tune)]
             one = [sys.executable, __file__, *how, "--one", family, propagate]
-            giving_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
-            done = subprocess.run(one, check=True, stdout=subprocess.PIPE, text=True, env=giving_back)
+            giving_back = {} if options.as_is else {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
+            done = subprocess.run(one, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | giving_back)
             planned, most = map(int, done.stdout.split())
             row = f"| {family} | {propagate} | {planned / 1e6:.0f} | {most / 1e6:.0f} | {planned / most:.2f} |"
             print(row, flush=True)

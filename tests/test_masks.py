@@ -98,7 +98,9 @@ def test_training_that_kept_the_zeros_is_told_apart_from_one_that_did_not(tmp_pa
 def test_folders_that_do_not_belong_together_are_refused(tmp_path):
     pruned = pruned_model("qwen3", tmp_path)
     other = saved("llama", tmp_path / "llama")
-    with pytest.raises(ValueError, match=r"llama has no secateurs.json, so secateurs did not write it; .* by --of"):
+    with pytest.raises(
+        ValueError, match=r"llama has no secateurs.json: let --of name the folder of the model as it was pruned"
+    ):
         check(str(other))
     short = make_model("qwen3")
     short.config.num_hidden_layers, short.model.layers = 1, short.model.layers[:1]

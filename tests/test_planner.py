@@ -168,7 +168,15 @@ def test_parts_that_can_be_counted_are_exact():
     more = needs(model, EVERYTHING, "sparsegpt", tokens=700, held_out_tokens=100, batch_tokens=200)
     assert more.hidden == 3 * found.hidden and more.grams == 2 * found.grams
     assert more.held_out == 2 * 100 * 4 * sum(inputs)
-    tuned = replace(PLAN, tune=Tune(steps=1))
+    tuned = replace(PLAN, tune=Tune(steps=1, tokens=300))
+    assert needs(model, tuned, "wanda", **sizes).forward == (
+        pruned * (4 + 1)  # dense weights and masks
+        + pruned * (1 + 4 + 16)  # masks of whole parameters, what they were, and what Adam has
+        + 300 * 4 * (32 + 32 + 32 + 48 + 64 + 32 + 96 + 32 + 12 * 32)  # inputs and outputs, and what lies between them
+    )
+    half = needs(model.bfloat16(), tuned, "wanda", **sizes).forward
+    assert half == pruned * (2 + 1) + pruned * (1 + 2 + 16) + 300 * 4 * (368 + 384) + weights[0] // 2, "in float32"
+    model.float()
     assert needs(model, tuned, "admm", tokens=700, held_out_tokens=1, batch_tokens=9).hidden == 2 * found.hidden
 
 

@@ -115,7 +115,7 @@ def side_file(folder: str) -> dict[str, Any]:
     """The side file of a pruned model. ValueError if there is none, or nothing was masked but cut."""
     file = Path(folder) / SIDE_FILE
     if not file.is_file():
-        raise ValueError(f"{folder} has no {SIDE_FILE}, so secateurs did not write it; name the pruned model by --of")
+        raise ValueError(f"{folder} has no {SIDE_FILE}: let --of name the folder of the model as it was pruned")
     data: Any = read_json(file)
     table = data if isinstance(data, dict) else {}
     if table.get("cut"):

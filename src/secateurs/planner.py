@@ -31,6 +31,7 @@ WORK: dict[str, Moments] = {
 }
 OTHER_WORK: Moments = ((4.6, 0.0), (1.2, 3.5))
 ROUNDED_WORK: Moments = ((5.9, 0.0), (3.7, 3.3))  # after any of them (`solvers.rounded`)
+TUNED = 16  # bytes that a step of a fine-tune takes for a weight: its gradient, two moments, and one more
 SWAPPED_ROW = 8 * 4 * 64**2  # bytes that "admm+" takes for a row beside it
 MOST_CHOSEN = 8  # experts for a token, where a configuration does not say
 
@@ -50,7 +51,8 @@ class Needs:
     hidden: int
     """Hidden states of all documents between two blocks."""
     forward: int
-    """One batch on its way through a block, beside the copies below of the whole block where it follows the solves."""
+    """One batch on its way through a block, beside the copies below of the whole block where it follows the solves; or
+    a step of a fine-tune."""
     solve: int
     """What the solver takes for a group of matrices, with the dense weights, solutions and masks that there are then:
     the costliest group is the first to be solved."""
@@ -89,7 +91,7 @@ def needs(
     outside = (p for name, p in model.named_parameters() if not name.startswith(prefix))
     around = _bytes(outside, held_in_file)
     chosen = getattr(config, "num_experts_per_tok", None) or MOST_CHOSEN
-    grams = held = solve = copies = 0
+    grams = held = solve = copies = pruned = reach = 0
     widest, imitates = width, plan.goal != "own"
     moments = WORK.get(solver, OTHER_WORK) + (ROUNDED_WORK if isinstance(plan.solver, Rounded) else ())
     for matrices in prunable(model, plan):
@@ -111,19 +113,25 @@ def needs(
             there += weights * (dense + 1) + stays  # and the mask; solutions are in the block
             there += weights * size * group.in_file
         copies = max(copies, there)
+        pruned = max(pruned, sum(group.rows * group.d_in for group in groups))
+        reach = max(reach, sum(group.rows + group.d_in for group in groups))
         widest = max([widest, *(group.d_in for group in groups)])
     states = 1 + imitates + (plan.tune is not None)
     rows = min(max(batch_tokens, longest), tokens)
     forward = rows * size * 3 * (width + widest)
     if config._attn_implementation == "eager":
         forward += config.num_attention_heads * rows * (longest or rows) * (2 * size + 4)
+    tuning = 0
+    if plan.tune:
+        rows = min(max(plan.tune.tokens, longest), tokens)
+        tuning = copies + pruned * (1 + size + TUNED) + rows * 4 * (reach + 12 * width) + max(inside) * (4 // size - 1)
     return Needs(
         around=around,
         block=max(inside),
         grams=grams,
         held_out=held,
         hidden=tokens * width * size * states,
-        forward=forward + (copies if plan.propagate == "group" or plan.tune else 0),
+        forward=max(forward + (copies if plan.propagate == "group" else 0), tuning),
         solve=solve,
     )
 

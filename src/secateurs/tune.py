@@ -123,18 +123,25 @@ def _descend(
     order: list[int] = []
     for _ in range(how.steps):
         order = order or torch.randperm(len(train), generator=generator).tolist()
-        gradients: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in kept]
-        if (example := train[order.pop()]) is not None:
-            with torch.enable_grad():
-                lost, total = _energies(block, example)
-                gradients = torch.autograd.grad(lost / total.clamp_min(1e-30), list(kept))
-        for (parameter, mask), gradient in zip(kept.items(), gradients, strict=True):
-            ranks.add(gradient)
-            parameter.grad = gradient * mask  # no gradient, no moment, no step: zeros stay exactly zero
+        _differentiate(block, kept, train[order.pop()], ranks)
         adam.step()
         fall.step()
-    for parameter in kept:
-        parameter.grad = None
+        adam.zero_grad()  # before the next ones are made: there is room for one of each
+
+
+def _differentiate(
+    block: nn.Module, kept: Mapping[nn.Parameter, Tensor], example: Example | None, ranks: Ranks
+) -> None:
+    """Give the parameters their gradients on the example that one of the processes has."""
+    if example is None:
+        gradients: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in kept]
+    else:
+        with torch.enable_grad():
+            lost, total = _energies(block, example)
+            gradients = torch.autograd.grad(lost / total.clamp_min(1e-30), list(kept))
+    for (parameter, mask), gradient in zip(kept.items(), gradients, strict=True):
+        ranks.add(gradient)
+        parameter.grad = gradient.mul_(mask)  # no gradient, no moment, no step: zeros stay exactly zero
 
 
 def _energies(block: nn.Module, example: Example) -> tuple[Tensor, Tensor]:
