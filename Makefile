@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 
 .PHONY: demo test slow lint clean
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard src/secateurs/kernels/*.[ch])
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard src/secateurs/kernels/*.[ch])
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "secateurs needs Python 3.11 or newer: make PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -1,13 +1,14 @@
 """A whole prune against a bare forward pass of its tokens and against llm-compressor: time, memory, what is lost.
 
     python benchmarks/peers.py MODEL OUT [--peer PYTHON] [--tokens 16384] [--solvers sparsegpt,sparsegpt+refit]
-                              [--how dense,block,lean]
+                              [--how dense,block,lean] [--layers N] [--dtype float32]
 
 One model, the same token ids (C4 documents of 512 tokens, the text that ships), the same sparsity (50 %, unstructured),
 as many threads as torch takes. PYTHON is that of an environment with llm-compressor, which is left out without one.
 secateurs computes in what it takes for the fastest type (`compute_dtype = "auto"`), so the bare pass is shown in
 float32 and as the checkpoint is stored. `lean` is `dense` with hidden states in files and a document a batch, which is
-how llm-compressor batches.
+how llm-compressor batches. With --layers or --dtype the model is first written to OUT/model, with its first N blocks
+and in that type, and everything runs on that.
 
 Every line is a process of its own. Seconds are of the work without imports: for secateurs with reading the checkpoint
 and writing blocks, for llm-compressor without either. Memory is the peak of anonymous memory above that after imports,
@@ -63,6 +64,31 @@ class Meter:
     def show(self, all_along: "Meter | None" = None) -> None:
         """For the process that reads it; memory may be that of a longer stretch."""
         print(json.dumps({"seconds": self.seconds, "megabytes": (all_along or self).megabytes}))
+
+
+def part_of(model: str, out: Path, layers: int | None, dtype: str | None) -> str:
+    """The model to run on: the one named, or a folder in `out` with its first blocks, in another type."""
+    if layers is None and dtype is None:
+        return model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from secateurs.models import load_tokenizer, model_path
+
+    folder = out / "model"
+    if folder.resolve() == Path(model).resolve():
+        sys.exit(f"{folder} would be written over: name another folder for what is made")
+    config = AutoConfig.from_pretrained(model_path(model))
+    text = config.get_text_config(decoder=True)
+    if layers is not None:
+        if not 0 < layers <= text.num_hidden_layers:
+            sys.exit(f"--layers is {layers}; {model} has {text.num_hidden_layers} blocks")
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+        text.num_hidden_layers = layers
+    loaded = AutoModelForCausalLM.from_pretrained(model_path(model), config=config, dtype=dtype or "auto")
+    loaded.save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return str(folder)
 
 
 def prepare(model: str, out: Path, tokens: int) -> None:
@@ -196,6 +222,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--solvers", default="sparsegpt,sparsegpt+refit")
     parser.add_argument("--how", default="dense,block,lean", help="propagate = dense or block, or lean")
+    parser.add_argument("--layers", type=int, help="only the first N blocks")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="the type to store the model in")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -208,7 +236,8 @@ def main() -> None:
         else:
             secateurs(options.model, ids, options.out, *rest)
         return
-    prepare(options.model, options.out, options.tokens)
+    model = part_of(options.model, options.out, options.layers, options.dtype)
+    prepare(model, options.out, options.tokens)
     ids = json.loads((options.out / "ids.json").read_text())
     tokens = sum(map(len, ids["train"]))
     lines = [(f"forward {dtype}", sys.executable) for dtype in ("float32", "stored")]
@@ -223,13 +252,13 @@ def main() -> None:
     base = None
     for work, python in lines:
         out = options.out / work.replace(" ", "-")
-        command = [python, __file__, options.model, str(out), "--work", work]
+        command = [python, __file__, model, str(out), "--work", work]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"{work} ended with {done.returncode}")
         found = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds"'))
         base = base or found["seconds"]
-        error, zeros = (0.0, 0.0) if work.startswith("forward") else lost(options.model, out / "model", ids)
+        error, zeros = (0.0, 0.0) if work.startswith("forward") else lost(model, out / "model", ids)
         shown = (
             f"{found['seconds']:.0f}",
             f"{found['seconds'] / base:.2f}",

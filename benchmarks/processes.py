@@ -1,9 +1,11 @@
 """One prune by 1, 2, 4 ... processes: time, memory, how much of it is solving, and whether the result is the same.
 
     python benchmarks/processes.py MODEL OUT [--counts 1,2,4] [--tokens 16384] [--solver NAME] [--device cpu]
+                                  [--layers N] [--dtype float32]
 
 Every line is torchrun with so many processes of one thread each (or one GPU each). The same token ids as in peers.py.
 Seconds are those of the first process, from the checkpoint to the last block on disk; memory is the first one's too.
+With --layers or --dtype the model is first written to OUT/model, as in peers.py, and everything runs on that.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-from peers import Meter, prepare, task
+from peers import Meter, part_of, prepare, task
 from secateurs import pruner
 from secateurs.checkpoint import Checkpoint
 from secateurs.ranks import joined
@@ -30,7 +32,7 @@ def work(options: argparse.Namespace) -> None:
     with joined(options.device) as ranks:
         torch.set_num_threads(1)
         with Meter() as meter:
-            checkpoint = Checkpoint(options.model, device=options.device)
+            checkpoint = Checkpoint(options.work, device=options.device)
             settings: dict[str, Any] = {
                 "folder": options.out / f"blocks-{ranks.count}" if ranks.first else None,
                 "opened": checkpoint.opened, "batch_tokens": BATCH_TOKENS, "ranks": ranks,
@@ -52,19 +54,22 @@ def main() -> None:
     parser.add_argument("--solver", default="sparsegpt+refit")
     parser.add_argument("--propagate", default="block", choices=["dense", "block", "group"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, help="only the first N blocks")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="the type to store the model in")
+    parser.add_argument("--work", metavar="MODEL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(options)
         return
-    prepare(options.model, options.out, options.tokens)
+    model = part_of(options.model, options.out, options.layers, options.dtype)
+    prepare(model, options.out, options.tokens)
     print(f"{options.tokens:,} tokens, {options.solver}, propagate = {options.propagate}, {options.device}\n")
     print("| processes | seconds | speed-up | MB each | solving, all together | held-out errors differ by |")
     print("| --- | --- | --- | --- | --- | --- |")
     base: dict[str, Any] = {}
     for count in options.counts.split(","):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
-        done = subprocess.run([*launch, __file__, *sys.argv[1:], "--work"], stdout=subprocess.PIPE, text=True)
+        done = subprocess.run([*launch, __file__, *sys.argv[1:], "--work", model], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"{count} processes ended with {done.returncode}")
         found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))

@@ -2,21 +2,28 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from families import make_model
+from secateurs import checkpoint as checkpoint_file
 from secateurs import masks, pruner
 from secateurs.checkpoint import Checkpoint
 from secateurs.cli import app
+from secateurs.compressed import compress
 from secateurs.export import PROBE_FILE, SIDE_FILE, mask_hash
 from secateurs.masks import KeepZeros, apply, check
 from secateurs.models import load_model
 from secateurs.packing import pack
+from secateurs.patterns import NM
+from secateurs.solvers.rounded import Rounded
 from test_checkpoint import Tokenizer, exported, saved
+from test_compressed import stored, wide
 from test_pruner import CALIBRATION, PLAN
 
 
@@ -196,6 +203,68 @@ def test_masks_of_packed_models_are_checked_too(family, tmp_path):
     pack(str(other), tmp_path / "lost")
     assert check(str(tmp_path / "lost"), str(pruned)) == check(str(other), str(pruned))
     assert {one.lost for one in check(str(tmp_path / "lost"))} == {None}
+
+
+def served(tmp_path: Path, family: str = "llama", plan: Any = PLAN, **changes: int) -> tuple[Path, Path]:
+    """A pruned model, and the same in int4 for engines."""
+    wide(family, **changes).bfloat16().save_pretrained(tmp_path / "dense")
+    exported(Checkpoint(str(tmp_path / "dense")), Tokenizer(), plan, tmp_path / "pruned")
+    compress(str(tmp_path / "pruned"), tmp_path / "served")
+    return tmp_path / "pruned", tmp_path / "served"
+
+
+def spoiled(pruned: Path, folder: Path, name: str) -> Path:
+    """The same with the first zero of a matrix filled."""
+    shutil.copytree(pruned, folder)
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if (weight := tensors.get(f"{name}.weight")) is not None:
+            weight[tuple((weight == 0).nonzero()[0])] = 0.5
+            save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
+def test_masks_of_int4_for_engines_are_checked_too(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_file, "SHARD", 20_000)  # so that words and scales are in different files
+    pruned, int4 = served(tmp_path, family, intermediate_size=100)  # inputs of down_proj are no whole number of groups
+    expected = check(str(pruned))
+    assert check(str(int4), str(pruned)) == expected and {one.lost for one in expected} == {0}
+    names = [one.name for one in expected if one.name.endswith(("layers.0.mlp.down_proj", "layers.1.self_attn.o_proj"))]
+    bad = pruned
+    for number, name in enumerate(names):
+        bad = spoiled(bad, tmp_path / f"bad-{number}", name)
+    compress(str(bad), tmp_path / "lost")
+    found = check(str(tmp_path / "lost"), str(pruned))
+    assert {one.name: one.lost for one in found if one.lost} == dict.fromkeys(names, 1) and len(names) == 2
+
+
+def test_hashes_tell_of_int4_for_engines_where_a_solver_rounded(tmp_path):
+    plan = replace(PLAN, pattern=NM(4, 8), solver=Rounded(base=PLAN.solver))
+    pruned, int4 = served(tmp_path, plan=plan)
+    assert check(str(int4)) == check(str(pruned)) and {one.lost for one in check(str(int4))} == {0}
+    compress(str(spoiled(pruned, tmp_path / "bad", "model.layers.1.mlp.up_proj")), tmp_path / "lost")
+    said = r"lost is int4, where small weights .* whether model.layers.1.mlp.up_proj lost zeros: name .* by --of"
+    with pytest.raises(ValueError, match=said):
+        check(str(tmp_path / "lost"))
+
+
+def test_int4_for_engines_that_is_damaged_or_of_others_is_refused(tmp_path):
+    pruned, int4 = served(tmp_path)
+    for names in ((pruned, int4), (int4, pruned)):
+        with pytest.raises(ValueError, match=r"served` is quantised \(compressed-tensors\), .*: use the original"):
+            apply(str(names[0]), str(names[1]), tmp_path / "mended")
+    tensors = stored(int4)
+    del tensors["model.layers.1.mlp.up_proj.weight_scale"]
+    shutil.copytree(int4, tmp_path / "damaged")
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight has no scales that fit its 192 x 128 numbers"):
+        check(str(tmp_path / "damaged"), str(pruned))
+    config = json.loads((int4 / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 32
+    (int4 / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"is quantised \(compressed-tensors\), and secateurs reads dense weights"):
+        check(str(int4), str(pruned))
 
 
 @pytest.mark.parametrize("damaged", ["[]", "{}", '{"layers": null}', '{"layers": [{"mask_sha256": "x"}]}'])

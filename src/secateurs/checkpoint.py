@@ -76,10 +76,10 @@ class Checkpoint:
     ):
         self.name, self.device = name, torch.device(device)
         self.trust_remote_code = trust_remote_code
-        check_folder(name, model_path(name))
+        self._check(model_path(name))
         try:
             self.folder = self._fetched()
-            self.places = layout(self.folder)
+            self.places = self._layout()
             config: Any = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
             known = [DTYPES[place.dtype] for place in self.places.values() if place.dtype in DTYPES]
             self.declared: torch.dtype = config.dtype or known[0]
@@ -197,8 +197,19 @@ class Checkpoint:
             return path
         wanted = ["*.safetensors", "*.json", *(["*.py"] if self.trust_remote_code else [])]
         fetched = snapshot_download(self.name, allow_patterns=wanted)
-        check_folder(self.name, fetched)
+        self._check(fetched)
         return Path(fetched)
+
+    def _check(self, path: str) -> None:
+        """ValueError for what is no checkpoint, or none of dense weights."""
+        check_folder(self.name, path)
+
+    def _layout(self) -> Mapping[str, Extent]:
+        return layout(self.folder)
+
+    def _source(self, key: str, file: Any) -> Any:
+        """What a tensor is read from when it is needed: a part of its file, which is open."""
+        return file.get_slice(key)
 
     def _empty_model(self, config: Any, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"):
@@ -246,7 +257,7 @@ class Checkpoint:
                 file: stack.enter_context(safe_open(self.folder / file, framework="pt"))
                 for file in {self.places[key].file for key in keys}
             }
-            slices = {key: files[self.places[key].file].get_slice(key) for key in keys}
+            slices = {key: self._source(key, files[self.places[key].file]) for key in keys}
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
         if info.mismatched_keys:
             raise _misfit(*min(info.mismatched_keys))

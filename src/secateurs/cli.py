@@ -454,7 +454,9 @@ Of = Annotated[str, typer.Option("--of", help="The pruned model it was made from
 
 @mask.command(name="check")
 def mask_check(
-    model: Annotated[str, typer.Argument(help="Folder of a model, packed or not.")], of: Of = "", as_json: Json = False
+    model: Annotated[str, typer.Argument(help="Folder of a model, as it is or as `pack` writes it.")],
+    of: Of = "",
+    as_json: Json = False,
 ) -> None:
     """Compare a model's zeros with those of the pruned model it was made from, or of its own export.
 

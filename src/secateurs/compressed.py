@@ -1,15 +1,16 @@
 """A model in int4 as compressed-tensors packs it: what vLLM, SGLang and, with that package, transformers run."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Float32, Int32
 from torch import Tensor, nn
 
 from secateurs.artifacts import atomic_folder
-from secateurs.checkpoint import Checkpoint, Shards
+from secateurs.checkpoint import Checkpoint, Extent, Shards
 from secateurs.export import copy_beside, has_moved, mask_hashes, packed_card
 from secateurs.int4 import GROUP, LOWEST, group_scales, numbers_of
 from secateurs.models import linears, packed_experts
@@ -84,6 +85,12 @@ def _words(numbers: Float[Tensor, "rows d_in"]) -> Int32[Tensor, "rows words"]:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
+def _numbers(words: Int32[Tensor, "rows words"]) -> Float32[Tensor, "rows d_in"]:
+    """What `_words` put into words."""
+    bits = words.unsqueeze(2) >> torch.arange(0, 4 * IN_A_WORD, 4) & 15
+    return (bits + LOWEST).view(len(words), -1).float()
+
+
 def _settings(ignored: list[str]) -> dict[str, Any]:
     """What engines read of a configuration; `ignored` are the linear layers that stay as they are."""
     weights = {
@@ -96,3 +103,43 @@ def _settings(ignored: list[str]) -> dict[str, Any]:
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}},
         "ignore": ignored,
     }
+
+
+def is_compressed(folder: str) -> bool:
+    """Whether `compress` wrote it, by its configuration; other int4 is not taken for this."""
+    try:
+        settings: Any = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
+        return settings == _settings(settings["ignore"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+class Compressed(Checkpoint):
+    """A folder that `compress` wrote, to be read a block at a time: what is in int4 is dense while its block is open.
+
+    Also any folder that `Checkpoint` reads. It cannot be written over. ValueError in one sentence for what is damaged
+    or quantised by others.
+    """
+
+    weights = "int4"
+
+    def _check(self, path: str) -> None:
+        if not is_compressed(path):
+            super()._check(path)
+
+    def _layout(self) -> Mapping[str, Extent]:
+        """With an entry for every weight that is in words."""
+        places = dict(super()._layout())
+        for key, words in [item for item in places.items() if item[0].endswith(".weight_packed")]:
+            name, rows, d_in = key.removesuffix("_packed"), words.shape[0], words.shape[-1] * IN_A_WORD
+            scales = places.get(f"{name}_scale")
+            if words.dtype != "I32" or scales is None or scales.shape != (rows, d_in // GROUP):
+                raise ValueError(f"{name} has no scales that fit its {rows} x {d_in} numbers")
+            places[name] = Extent(words.file, scales.dtype, (rows, d_in), 0, 0)
+        return places
+
+    def _source(self, key: str, file: Any) -> Any:
+        if f"{key}_packed" not in self.places:
+            return super()._source(key, file)
+        numbers, scales = _numbers(self._tensor(f"{key}_packed")), self._tensor(f"{key}_scale").float()
+        return numbers * scales.repeat_interleave(GROUP, 1)

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from secateurs.artifacts import atomic_folder, read_json, write_json
 from secateurs.checkpoint import Checkpoint
 from secateurs.collect import matrices_of
+from secateurs.compressed import Compressed, is_compressed
 from secateurs.export import SIDE_FILE, copy_beside, mask_hash
 from secateurs.models import Matrix, decoder_blocks
 from secateurs.packed import RECORD
@@ -34,11 +35,12 @@ class Kept:
 def check(model: str, pruned: str | None = None) -> list[Kept]:
     """Every pruned matrix of `model`, compared with the model it was made from, or with the hashes in its side file.
 
-    `model` may be packed. Against `pruned`, weights that became zero since do not count; against hashes any other mask
-    does. ValueError if a folder is not what it is taken for, and where rounding made zeros that no hash knows.
+    `model` may be packed, or in int4 for engines, as `compress` writes it. Against `pruned`, weights that became zero
+    since do not count; against hashes any other mask does. ValueError if a folder is not what it is taken for, and
+    where rounding made zeros that no hash knows.
     """
     rows, found = _layers(side_file(pruned or model)), []
-    checkpoint = _Packed(model) if _is_packed(model) else _exact(model)
+    checkpoint = _stored(model)
     if pruned is not None:
         source = _exact(pruned)
         return [_kept(old, new) for _, pairs in _blocks(source, checkpoint, rows) for old, new in pairs]
@@ -47,7 +49,7 @@ def check(model: str, pruned: str | None = None) -> list[Kept]:
             for name, matrix in _matrices(checkpoint, index).items():
                 if row := rows.pop(name, None):
                     same = mask_hash(matrix.weight) == row["mask_sha256"]
-                    if not same and isinstance(checkpoint, _Packed) and checkpoint.weights != "bf16":
+                    if not same and isinstance(checkpoint, _Packed | Compressed) and checkpoint.weights != "bf16":
                         raise ValueError(
                             f"{model} is {checkpoint.weights}, where small weights are zero too, so hashes do not tell "
                             f"whether {name} lost zeros: name the pruned model by --of"
@@ -102,6 +104,13 @@ def apply(model: str, pruned: str, out: Path) -> list[Kept]:
 
 def _is_packed(folder: str) -> bool:
     return (Path(folder) / RECORD).is_file()
+
+
+def _stored(folder: str) -> Checkpoint | _Packed:
+    """A model whose zeros are asked for: packed, in int4 for engines, or dense."""
+    if _is_packed(folder):
+        return _Packed(folder)
+    return Compressed(folder, compute_dtype="float32") if is_compressed(folder) else _exact(folder)
 
 
 def _exact(folder: str) -> Checkpoint:
