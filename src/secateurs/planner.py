@@ -114,7 +114,7 @@ def needs(
             there += weights * size * group.in_file
         copies = max(copies, there)
         pruned = max(pruned, sum(group.rows * group.d_in for group in groups))
-        reach = max(reach, sum(group.rows + group.d_in for group in groups))
+        reach = max(reach, sum(int(group.share * (group.rows + group.d_in)) for group in groups))
         widest = max([widest, *(group.d_in for group in groups)])
     states = 1 + imitates + (plan.tune is not None)
     rows = min(max(batch_tokens, longest), tokens)
@@ -122,9 +122,11 @@ def needs(
     if config._attn_implementation == "eager":
         forward += config.num_attention_heads * rows * (longest or rows) * (2 * size + 4)
     tuning = 0
-    if plan.tune:
+    if plan.tune:  # in float32, whatever the block computes in
         rows = min(max(plan.tune.tokens, longest), tokens)
-        tuning = copies + pruned * (1 + size + TUNED) + rows * 4 * (reach + 12 * width) + max(inside) * (4 // size - 1)
+        tuning = (
+            copies + pruned * (1 + size + TUNED) + rows * 4 * (reach + 12 * width) + max(inside) * max(4 // size - 1, 0)
+        )
     return Needs(
         around=around,
         block=max(inside),
