@@ -123,6 +123,8 @@ def _exact(folder: str) -> Checkpoint:
 def side_file(folder: str) -> dict[str, Any]:
     """The side file of a pruned model. ValueError if there is none, or nothing was masked but cut."""
     file = Path(folder) / SIDE_FILE
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
     if not file.is_file():
         raise ValueError(f"{folder} has no {SIDE_FILE}: let --of name the folder of the model as it was pruned")
     data: Any = read_json(file)
