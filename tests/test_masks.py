@@ -103,6 +103,8 @@ def test_training_that_kept_the_zeros_is_told_apart_from_one_that_did_not(tmp_pa
 
 
 def test_folders_that_do_not_belong_together_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere: no such folder"):
+        check(str(tmp_path / "nowhere"))
     pruned = pruned_model("qwen3", tmp_path)
     other = saved("llama", tmp_path / "llama")
     with pytest.raises(
