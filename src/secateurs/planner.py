@@ -124,9 +124,8 @@ def needs(
     tuning = 0
     if plan.tune:  # in float32, whatever the block computes in
         rows = min(max(plan.tune.tokens, longest), tokens)
-        tuning = (
-            copies + pruned * (1 + size + TUNED) + rows * 4 * (reach + 12 * width) + max(inside) * max(4 // size - 1, 0)
-        )
+        wider = max(sum(p.numel() for p in block.parameters()) for block in blocks) * max(4 - size, 0)
+        tuning = copies + wider + pruned * (1 + size + TUNED) + rows * 4 * (reach + 12 * width)
     return Needs(
         around=around,
         block=max(inside),
